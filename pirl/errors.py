@@ -1,0 +1,74 @@
+"""What can go wrong for a user, each with the next step. A `PirlError` is shown without a traceback; a bug is not one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_DONE = 0
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the work is saved; run the same command again to go on
+
+
+class PirlError(Exception):
+    """A failure that the user can act on: `what` happened and where, `hint` says what to do next."""
+
+    exit_code = EXIT_FAILURE
+
+    def __init__(self, what: str, hint: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  -> {self.hint}" if self.hint else self.what
+
+    def __reduce__(self) -> tuple[type[PirlError], tuple[str, str]]:
+        return type(self), (self.what, self.hint)  # survives the trip back from a worker process
+
+
+class UsageError(PirlError):
+    """The command or its arguments cannot work as written."""
+
+    exit_code = EXIT_USAGE
+
+
+class ConfigError(UsageError):
+    """A recipe or an override is wrong."""
+
+
+class DataError(PirlError):
+    """Images, shards or a manifest are not what they should be."""
+
+
+class StorageError(PirlError):
+    """A file system or object store refused, failed or is not there."""
+
+
+class StorageNotFoundError(StorageError):
+    """The named object does not exist."""
+
+
+class CheckpointError(PirlError):
+    """A checkpoint is missing, broken, or belongs to something else."""
+
+
+class RegistryError(PirlError):
+    """The model registry holds something that contradicts the request."""
+
+
+class TrainingError(PirlError):
+    """Training cannot go on."""
+
+
+class PreemptedError(PirlError):
+    """Training was told to stop and has saved its state."""
+
+    exit_code = EXIT_PREEMPTED
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` for the nearest choice, or an empty string."""
+    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""
