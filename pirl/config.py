@@ -1,0 +1,313 @@
+"""Recipes: one complete TOML file each, checked as a whole before anything runs.
+
+A recipe holds the science (views, model, memory, loss, optimisation); machines, paths and process counts are arguments
+of the commands. `key=value` overrides use the dotted names of the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import ConfigError, UsageError, did_you_mean
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Strength = Annotated[float, Field(ge=0)]
+Pair = tuple[float, float]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """Which images of the data set take part."""
+
+    images: int = Field(0, ge=0)
+    """Pretrain on this many images, evenly spaced over the ids (0: all). The memory bank has one row for each."""
+
+
+class ViewsConfig(Section):
+    """The two views of an image: a crop of it, and the patches of a jigsaw cut from a second, independent crop."""
+
+    image_size: int = Field(224, ge=4)
+    image_scale: Pair = (0.08, 1.0)
+    image_ratio: Pair = (0.75, 4 / 3)
+    patch_crop_size: int = Field(255, ge=4)
+    patch_scale: Pair = (0.6, 1.0)
+    patch_ratio: Pair = (0.75, 4 / 3)
+    grid: int = Field(3, ge=1, le=5)
+    patch_size: int = Field(64, ge=2)
+    photometric: Literal["base", "blur"] = "base"
+    brightness: Strength = 0.4
+    contrast: Strength = 0.4
+    saturation: Strength = 0.4
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.2
+    jitter_probability: Probability = 1.0
+    posterize_probability: Probability = 0.66
+    """Chance of the group posterize, sharpness, solarize, autocontrast ("base" only)."""
+    gray_probability: Probability = 0.2
+    flip_probability: Probability = 0.5
+    blur_probability: Probability = 0.5
+    """Chance of a Gaussian blur ("blur" only)."""
+    blur_sigma: Pair = (0.1, 2.0)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @property
+    def patches(self) -> int:
+        return self.grid * self.grid
+
+    @property
+    def cell(self) -> int:
+        """Side of one jigsaw cell in pixels of the patch crop."""
+        return self.patch_crop_size // self.grid
+
+    @model_validator(mode="after")
+    def _check(self) -> ViewsConfig:
+        if self.patch_size > self.cell:
+            raise ValueError(
+                f"patch_size {self.patch_size} is larger than a cell of the {self.grid}x{self.grid} grid over "
+                f"patch_crop_size {self.patch_crop_size}, which is {self.cell} pixels"
+            )
+        for name in ("image_scale", "patch_scale", "image_ratio", "patch_ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be a rising pair of positive numbers, not [{low}, {high}]")
+        for name in ("image_scale", "patch_scale"):
+            if getattr(self, name)[1] > 1:
+                raise ValueError(f"{name} is a share of the image's area and cannot exceed 1")
+        return self
+
+
+class ModelConfig(Section):
+    """Trunk and projection heads."""
+
+    block: Literal["basic", "bottleneck"] = "bottleneck"
+    layers: tuple[int, int, int, int] = (3, 4, 6, 3)
+    width: float = Field(1.0, gt=0)
+    """Multiplies the stem and all planes, inner and outer (w2 of the zoo), unlike torchvision's wide_resnet50_2."""
+    stem: Literal["imagenet", "small"] = "imagenet"
+    """imagenet: 7x7 stride 2 and a max pool; small: 3x3 stride 1 and no pool, for images of 32 pixels or so."""
+    head: Literal["linear", "mlp"] = "linear"
+    image_head_relu: Literal["every", "hidden", "none"] = "every"
+    """MLP head of the images: ReLU after every layer (zoo, R50), after the hidden one only, or none (zoo, R50w2)."""
+    embedding_dim: int = Field(128, ge=2)
+
+
+class MemoryConfig(Section):
+    """The memory bank: one L2-normalised embedding per image."""
+
+    momentum: float = Field(0.5, ge=0, lt=1)
+    """Weight of the old row in an update (the paper's m, section 3.2)."""
+    init: Literal["shared", "rank_mean"] = "shared"
+    """shared: unit rows, the same on all ranks; rank_mean: the mean of one bank per rank, rows of norm ~1/sqrt(W)."""
+
+
+class LossConfig(Section):
+    """Noise contrastive estimation against the memory bank."""
+
+    kind: Literal["nce", "cross_entropy"] = "nce"
+    temperature: float = Field(0.07, gt=0)
+    negatives: int = Field(32000, ge=1)
+    patch_weight: Probability = 0.5
+    """Weight of the patches' term; the image's term has 1 - patch_weight (the paper's lambda)."""
+    exclude_positive: bool = False
+    """Never draw the image's own row as a negative: as in the paper; the reference draws it as any other row."""
+
+
+class OptimConfig(Section):
+    """SGD with momentum on a cosine schedule."""
+
+    base_lr: float = Field(0.03, gt=0)
+    """Learning rate for a global batch of 256; scaled linearly with the global batch."""
+    end_lr_ratio: float = Field(0.001, ge=0, le=1)
+    schedule: Literal["epoch", "step"] = "epoch"
+    """Set the learning rate once an epoch, as the reference does, or at every step."""
+    warmup_epochs: float = Field(0.0, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(1e-4, ge=0)
+    decay_norm_and_bias: bool = False
+
+
+class TrainConfig(Section):
+    """How long, in what batches, in what precision."""
+
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    """Global: over all ranks."""
+    last_batch: Literal["keep", "drop"] = "keep"
+    """What is left of an epoch after its full batches: a smaller batch, dealt evenly, or dropped."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    seed: int = Field(0, ge=0, lt=2**63)
+
+
+class Recipe(Section):
+    """Everything that decides what is learned."""
+
+    format: Literal[1]
+    name: str
+    description: str = ""
+    published_top1: float | None = None
+    data: DataConfig = DataConfig()
+    views: ViewsConfig = ViewsConfig()
+    model: ModelConfig = ModelConfig()
+    memory: MemoryConfig = MemoryConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate after linear scaling with the global batch."""
+        return self.optim.base_lr * self.train.batch_size / 256
+
+    def digest(self) -> str:
+        """SHA-256 over all that decides what is learned: not over the recipe's name and description."""
+        body = self.model_dump(exclude={"name", "description", "published_top1"})
+        return hashlib.sha256(tomli_w.dumps(_plain(body)).encode()).hexdigest()
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(_plain(self.model_dump(exclude_none=True)))
+
+    def differences(self, other: Recipe) -> list[str]:
+        """`key: here -> there` for every science setting that differs."""
+        mine, theirs = _flatten(self.model_dump()), _flatten(other.model_dump())
+        skip = {"name", "description", "published_top1"}
+        keys = [key for key in dict.fromkeys([*mine, *theirs]) if key not in skip]
+        return [f"{key}: {mine.get(key)!r} -> {theirs.get(key)!r}" for key in keys if mine.get(key) != theirs.get(key)]
+
+    def steps_per_epoch(self, images: int) -> int:
+        """Optimiser steps of one epoch over `images` images."""
+        full, rest = divmod(images, self.train.batch_size)
+        return full + (1 if rest and self.train.last_batch == "keep" else 0)
+
+    def check_data(self, images: int) -> None:
+        """Refuse what cannot work on a data set of `images` images."""
+        rows = self.data.images or images
+        problems = []
+        if rows > images:
+            problems.append(f"data.images is {rows}, the data set has {images} images")
+        if self.train.batch_size > rows:
+            problems.append(f"train.batch_size is {self.train.batch_size}, there are {rows} images to train on")
+        if self.loss.negatives > rows:
+            problems.append(
+                f"loss.negatives is {self.loss.negatives}, the memory bank has only {rows} rows: negatives would repeat"
+            )
+        if problems:
+            raise ConfigError(
+                "recipe and data do not fit: " + "; ".join(problems),
+                "lower these settings, e.g. "
+                f"train.batch_size={min(self.train.batch_size, max(1, rows // 4))} loss.negatives={max(1, rows // 2)}",
+            )
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the library."""
+    folder = resources.files("pirl") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by name or path, apply `section.key=value` overrides, validate all of it.
+
+    Raises `ConfigError` with every problem found, or `UsageError` where there is no such recipe.
+    """
+    path = Path(name)
+    if path.suffix == ".toml":
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"cannot read recipe {path}: {error}", "give a recipe's name or the path of a TOML file"
+            ) from None
+    else:
+        if str(name) not in recipe_names():
+            raise UsageError(
+                f"there is no recipe {str(name)!r}.{did_you_mean(str(name), recipe_names())}",
+                "`pirl recipes` lists them; a path must end in .toml",
+            )
+        text = (resources.files("pirl") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+    return parse_recipe(text, overrides, origin=str(name))
+
+
+def parse_recipe(text: str, overrides: Sequence[str] = (), origin: str = "recipe") -> Recipe:
+    """`load_recipe` on text, e.g. the `config.toml` of a run."""
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{origin} is not valid TOML: {error}") from None
+    problems = [problem for item in overrides if (problem := _override(tree, item))]
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        problems += [_describe(item) for item in error.errors()]
+    if problems:
+        raise ConfigError(
+            f"{origin}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n  "
+            + "\n  ".join(dict.fromkeys(problems)),
+            "`pirl show RECIPE` prints every key with its value",
+        )
+    return recipe
+
+
+def _override(tree: dict[str, Any], item: str) -> str:
+    """Apply one `a.b=value`; returns what is wrong with it, or an empty string."""
+    key, equals, value = item.partition("=")
+    if not equals or not key:
+        return f"override {item!r} is not of the form section.key=value"
+    *path, last = key.strip().split(".")
+    for part in path:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            return f"override {item!r}: {part!r} is not a section"
+    try:
+        tree[last] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        tree[last] = value  # a bare word is a string
+    return ""
+
+
+def _describe(item: Any) -> str:
+    """One line for one pydantic error, with the nearest known key where the key is unknown."""
+    path = ".".join(str(part) for part in item["loc"]) or "recipe"
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {path!r}.{did_you_mean(path, _keys(Recipe))}"
+    if item["type"] == "missing":
+        return f"{path} is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(item["input"], dict | BaseModel) else f" (got {item['input']!r})"
+    return f"{path}: {message[0].lower()}{message[1:]}{given}"
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _keys(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    """TOML has no null and no tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value
