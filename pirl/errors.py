@@ -1,4 +1,4 @@
-"""What can go wrong for a user, each with the next step. A `PirlError` is shown without a traceback; a bug is not one."""
+"""What can go wrong for a user, each with the next step. Only a bug, which is none of these, shows a traceback."""
 
 from __future__ import annotations
 

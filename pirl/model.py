@@ -1,0 +1,118 @@
+"""The network: one ResNet trunk, a head for the patches and a head for the image (paper, section 3.1 and figure 3)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from .config import ModelConfig, Recipe
+
+PLANES = (64, 128, 256, 512)
+
+
+class Trunk(nn.Module):
+    """ResNet without its classifier; parameter names are torchvision's, so are the shapes at width 1.
+
+    Every weight has PyTorch's default initialisation, U(+-1/sqrt(fan_in)) for a convolution, as the reference does:
+    it rebuilds the layers after torchvision's own initialisation ran, and loses that.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        block = BasicBlock if config.block == "basic" else Bottleneck
+        planes = [round(config.width * plane) for plane in PLANES]
+        self.channels = planes[0]
+        if config.stem == "imagenet":
+            self.conv1 = nn.Conv2d(3, planes[0], 7, stride=2, padding=3, bias=False)
+        else:
+            self.conv1 = nn.Conv2d(3, planes[0], 3, stride=1, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes[0])
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if config.stem == "imagenet" else nn.Identity()
+        self.layer1 = self._stage(block, planes[0], config.layers[0], stride=1)
+        self.layer2 = self._stage(block, planes[1], config.layers[1], stride=2)
+        self.layer3 = self._stage(block, planes[2], config.layers[2], stride=2)
+        self.layer4 = self._stage(block, planes[3], config.layers[3], stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.features = self.channels
+
+    def _stage(self, block: type[BasicBlock | Bottleneck], planes: int, blocks: int, stride: int) -> nn.Sequential:
+        out = planes * block.expansion
+        downsample = None
+        if stride != 1 or self.channels != out:
+            downsample = nn.Sequential(nn.Conv2d(self.channels, out, 1, stride=stride, bias=False), nn.BatchNorm2d(out))
+        layers = [block(self.channels, planes, stride, downsample)]
+        layers += [block(out, planes) for _ in range(1, blocks)]
+        self.channels = out
+        return nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) images -> (B, features) float, averaged over the last map."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.avgpool(x).flatten(1)
+
+
+def mlp(sizes: list[int], relu: str) -> nn.Sequential:
+    """Linear layers between `sizes`, with a ReLU after "every" layer, after the "hidden" ones, or after "none"."""
+    layers: list[nn.Module] = []
+    for index, (inside, out) in enumerate(pairwise(sizes)):
+        layers.append(nn.Linear(inside, out))
+        if relu == "every" or (relu == "hidden" and index < len(sizes) - 2):
+            layers.append(nn.ReLU())
+    return nn.Sequential(*layers)
+
+
+class PatchHead(nn.Module):
+    """g(.) of the paper: each patch is projected, the projections are concatenated in their shuffled order."""
+
+    def __init__(self, features: int, config: ModelConfig, patches: int) -> None:
+        super().__init__()
+        dim = config.embedding_dim
+        if config.head == "linear":
+            self.project = mlp([features, dim], relu="none")
+        else:
+            self.project = mlp([features, features, dim], relu="every")
+        self.combine = nn.Linear(patches * dim, dim)
+        self.patches = patches
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B * patches, features) -> (B, dim)."""
+        x = self.project(x)
+        return self.combine(x.reshape(len(x) // self.patches, -1))
+
+
+class PIRL(nn.Module):
+    """Trunk and heads. Embeddings come out as the heads give them: the loss normalises."""
+
+    def __init__(self, config: ModelConfig, patches: int = 9) -> None:
+        super().__init__()
+        self.trunk = Trunk(config)
+        features = self.trunk.features
+        self.patch_head = PatchHead(features, config, patches)
+        if config.head == "linear":
+            self.image_head = mlp([features, config.embedding_dim], relu="none")
+        else:
+            self.image_head = mlp([features, features, config.embedding_dim], relu=config.image_head_relu)
+
+    def forward(self, images: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, S, S) images and (B * patches, 3, P, P) patches, sample-major -> two (B, dim) embeddings.
+
+        Two separate passes, patches first: batch norm sees the two kinds apart, and its running statistics mix them.
+        """
+        patch_embedding = self.patch_head(self.trunk(patches))
+        image_embedding = self.image_head(self.trunk(images))
+        return patch_embedding, image_embedding
+
+
+def build_model(recipe: Recipe) -> PIRL:
+    """The recipe's network with the initial weights of its seed: the same on every rank and every machine.
+
+    >>> trunk = build_model(load_recipe("r50-200ep-linear")).trunk  # doctest: +SKIP
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.train.seed)
+        return PIRL(recipe.model, recipe.views.patches)
