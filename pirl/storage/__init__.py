@@ -1,0 +1,54 @@
+"""Objects by name under a URI: a folder or an S3 prefix, with the same promises.
+
+A name is relative ("checkpoints/LATEST.json"). What a reader sees is always one whole object, the old or the new one,
+whatever dies in between. `create` makes exactly one of many contenders the winner. Every failure is a `StorageError`
+that names the object and the next step.
+
+S3 follows the usual AWS settings (credential chain, AWS_ENDPOINT_URL, AWS_ENDPOINT_URL_S3, AWS_REGION...), and:
+    PIRL_S3_ATTEMPTS           tries per request, the first one included (default 8)
+    PIRL_S3_CONNECT_TIMEOUT_S  seconds (default 5)
+    PIRL_S3_READ_TIMEOUT_S     seconds without a byte (default 60)
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+from pirl.errors import UsageError, did_you_mean
+from pirl.storage.base import Storage, encode_json, sha256_file, without_login
+from pirl.storage.local import LocalStorage
+from pirl.storage.s3 import S3Storage
+
+__all__ = ["LocalStorage", "S3Storage", "Storage", "encode_json", "local_path", "open_storage", "sha256_file"]
+
+
+def open_storage(uri: str | Path) -> Storage:
+    """The storage at `path`, `file:///path` or `s3://bucket/prefix`. Nothing is read or created yet."""
+    text = str(uri)
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", text)
+    if not text.strip() or "\0" in text:
+        raise UsageError("An empty string is no storage location.", "Give a folder or s3://bucket/prefix.")
+    if isinstance(uri, Path) or scheme is None:
+        return LocalStorage(Path(text).expanduser())
+    rest = text[scheme.end() :]
+    if scheme[1] == "file" and rest.startswith("/"):
+        host, slash, path = rest[1:].partition("/")
+        if host not in ("", "localhost") or not slash:
+            raise UsageError(f"{text} names another machine.", f"Write file:///{rest.strip('/')} for a local path.")
+        return LocalStorage(Path(os.fsdecode(b"/" + unquote_to_bytes(path))))
+    if scheme[1] == "s3" and rest.startswith("/"):
+        bucket, _, prefix = rest[1:].partition("/")
+        return S3Storage(bucket, prefix)
+    known = scheme[1] in ("s3", "file")  # then its slashes are wrong
+    raise UsageError(
+        f"{without_login(text)!r} is no storage location." + ("" if known else did_you_mean(scheme[1], ("s3", "file"))),
+        "Use a path, file:///path or s3://bucket/prefix.",
+    )
+
+
+def local_path(storage: Storage) -> Path | None:
+    """The folder of a local storage, `None` for any other."""
+    return storage.path if isinstance(storage, LocalStorage) else None

@@ -1,0 +1,132 @@
+"""What a storage promises, and the names of objects."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from pirl.errors import StorageError, StorageNotFoundError
+
+Names = list[str]  # inside the classes `list` is the method
+TEMPORARY = ".pirl-tmp-"  # files of this prefix are unfinished and no objects
+FULL_HINT = "Free some space or choose another place, then run the same command again; what was there is untouched."
+
+
+class Storage(ABC):
+    """A prefix under which objects are kept. Cheap to make, safe after fork, in threads, and in a pickle."""
+
+    uri: str
+
+    @abstractmethod
+    def __truediv__(self, part: str) -> Storage:
+        """The storage one or more levels below."""
+
+    @abstractmethod
+    def read_bytes(self, name: str) -> bytes:
+        """The whole object; `StorageNotFoundError` when absent."""
+
+    @abstractmethod
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset`; fewer where the object ends."""
+
+    @abstractmethod
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write or replace the object as one atomic step."""
+
+    @abstractmethod
+    def create(self, name: str, data: bytes) -> bool:
+        """Write the object unless it exists: True for exactly one of all contenders, False changes nothing.
+
+        Contenders should write something of their own: after a lost answer S3's winner knows itself by its data.
+        """
+
+    @abstractmethod
+    def upload(self, path: Path, name: str) -> None:
+        """Copy a local file to the object, streaming, atomic."""
+
+    @abstractmethod
+    def download(self, name: str, path: Path) -> None:
+        """Copy the object to a local file, streaming, atomic."""
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> Names:
+        """All names that start with `prefix`, from all levels, sorted; empty when there is nothing."""
+
+    @abstractmethod
+    def size(self, name: str) -> int:
+        """Bytes of the object; `StorageNotFoundError` when absent."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Remove the object; absent is fine."""
+
+    def exists(self, name: str) -> bool:
+        """Whether the object is there."""
+        try:
+            self.size(name)
+        except StorageNotFoundError:
+            return False
+        return True
+
+    def read_json(self, name: str) -> Any:
+        data = self.read_bytes(name)
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise StorageError(
+                f"{self.uri}/{name} is not valid JSON: {error}.",
+                "It was changed or damaged by something else; restore it, or delete it if it can be made again.",
+            ) from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_bytes(name, encode_json(value))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.uri!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Storage) and self.uri == other.uri
+
+    def __hash__(self) -> int:
+        return hash(self.uri)
+
+
+def encode_json(value: Any) -> bytes:
+    """JSON as this project stores it: UTF-8, indent 2, the caller's order of keys, a final newline."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def is_name(name: str) -> bool:
+    parts = name.split("/")
+    return "\0" not in name and not any(part in ("", ".", "..") or part.startswith(TEMPORARY) for part in parts)
+
+
+def checked(name: str, uri: str) -> str:
+    if not is_name(name):
+        raise StorageError(
+            f"{name!r} is not a name for an object in {uri}.",
+            "Names are relative, separated by single slashes, and stay below their prefix ('..' is refused).",
+        )
+    return name
+
+
+def checked_prefix(prefix: str, uri: str) -> str:
+    """A list prefix may end in a slash or in the middle of a name, but may not leave the storage."""
+    if prefix:
+        checked(prefix.removesuffix("/"), uri)
+    return prefix
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a local file in hex, read as a stream."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def without_login(url: str) -> str:
+    """The URL without a user and password that it may carry."""
+    return re.sub(r"(^|//)[^/@]*@", r"\1", url)

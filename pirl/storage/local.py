@@ -1,0 +1,195 @@
+"""A folder as a storage: write aside, sync, rename."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import io
+import os
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from pirl.errors import StorageError, StorageNotFoundError
+from pirl.storage.base import FULL_HINT, TEMPORARY, Names, Storage, checked, checked_prefix
+
+_COPY_BYTES = 4 << 20
+_STALE_S = 60.0
+
+
+class LocalStorage(Storage):
+    """A folder. Made when the first object is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(os.path.abspath(path))
+        self.uri = self.path.as_uri()
+
+    def _file(self, name: str) -> Path:
+        return self.path / checked(name, self.uri)
+
+    def __truediv__(self, part: str) -> LocalStorage:
+        return LocalStorage(self._file(part.strip("/")))
+
+    def read_bytes(self, name: str) -> bytes:
+        path = self._file(name)
+        with local_errors("read", path, reading=True):
+            return path.read_bytes()
+
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        path = self._file(name)
+        with local_errors("read", path, reading=True), path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            return io.BufferedReader(file).read(length)
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        path = self._file(name)
+        with local_errors("write", path), replacing(path) as file:
+            file.write(data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        path = self._file(name)
+        with local_errors("create", path):
+            try:
+                with replacing(path, publish=os.link) as file:
+                    file.write(data)
+            except FileExistsError:
+                if path.is_file():
+                    return False
+                raise
+        return True
+
+    def upload(self, path: Path, name: str) -> None:
+        target = self._file(name)
+        with reading_local(path) as source, local_errors("write", target), replacing(target) as file:
+            shutil.copyfileobj(source, file, _COPY_BYTES)
+
+    def download(self, name: str, path: Path) -> None:
+        source_path = self._file(name)
+        with local_errors("read", source_path, reading=True):
+            source = source_path.open("rb")
+        with source, local_errors("write", path), replacing(path) as file:
+            shutil.copyfileobj(source, file, _COPY_BYTES)
+
+    def list(self, prefix: str = "") -> Names:
+        start = self.path / checked_prefix(prefix, self.uri).rpartition("/")[0]
+        names: Names = []
+        with local_errors("list", start):
+            for folder, _, files in os.walk(start, onerror=_raise_unless_absent):
+                below = os.path.relpath(folder, self.path)
+                objects = (file for file in files if not file.startswith(TEMPORARY))
+                names.extend(file if below == "." else f"{below}/{file}" for file in objects)
+        return sorted(name for name in names if name.startswith(prefix))
+
+    def size(self, name: str) -> int:
+        path = self._file(name)
+        with local_errors("read", path, reading=True):
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, "not a file", str(path))
+            return status.st_size
+
+    def delete(self, name: str) -> None:
+        path = self._file(name)
+        with suppress(StorageNotFoundError), local_errors("delete", path, reading=True):
+            path.unlink()
+            _sync_folder(path.parent)
+
+
+@contextmanager
+def replacing(target: Path, publish: Callable[[Path, Path], None] = os.replace) -> Iterator[BinaryIO]:
+    """A file to write into; at the end it is synced to disk and published as `target`, on failure removed."""
+    folder = target.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    # A hash, since the object's own name may already be as long as a file name can be.
+    stem = f"{TEMPORARY}{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}-"
+    _sweep(folder, stem)
+    temporary = folder / f"{stem}{secrets.token_hex(8)}"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            with suppress(OSError):  # no locks here: then nothing will ever be swept
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            publish(temporary, target)
+        _sync_folder(folder)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _sweep(folder: Path, stem: str) -> None:
+    """Remove what killed writers of the same object left: old files whose lock nobody holds."""
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            if entry.name.startswith(stem) and time.time() - entry.stat().st_mtime > _STALE_S:
+                with open(entry.path, "r+b") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(entry.path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut, where the file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _raise_unless_absent(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+@contextmanager
+def reading_local(path: Path) -> Iterator[BinaryIO]:
+    """The local source of an upload. Its absence is not that of an object, so it is a plain `StorageError`."""
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise StorageError(f"Cannot read {path}: {error.strerror}.", "Check the path and its permissions.") from error
+
+
+@contextmanager
+def local_errors(action: str, path: Path, *, reading: bool = False) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _explain_local(error, action, path, reading) from error
+
+
+def _explain_local(error: OSError, action: str, path: Path, reading: bool) -> StorageError:
+    if reading and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        return StorageNotFoundError(f"{path} does not exist.", "Check the path, or run the step that writes it.")
+    reason, hint = _LOCAL_REASONS.get(
+        error.errno or 0,
+        (error.strerror or str(error), "Check the disk and the path, then run the same command again."),
+    )
+    return StorageError(f"Cannot {action} {path}: {reason}.", hint)
+
+
+_PERMISSION_HINT = "Give this user permission, or choose another place."
+_IN_THE_WAY = "a file stands where a folder is needed, or the other way round"
+_LOCAL_REASONS: dict[int, tuple[str, str]] = {
+    errno.ENOSPC: ("the disk is full", FULL_HINT),
+    errno.EDQUOT: ("the disk quota is used up", FULL_HINT),
+    errno.EFBIG: ("the file is larger than this file system or user may have", FULL_HINT),
+    errno.EROFS: ("the file system is read-only", "Choose a place that can be written, or mount it read-write."),
+    errno.EACCES: ("permission denied", _PERMISSION_HINT),
+    errno.EPERM: ("the file system does not permit it", _PERMISSION_HINT),
+    errno.ENAMETOOLONG: ("the name is too long", "Choose a shorter path."),
+    errno.ENOTDIR: (_IN_THE_WAY, "Move it away, or choose another place."),
+    errno.EEXIST: (_IN_THE_WAY, "Move it away, or choose another place."),
+    errno.EISDIR: (_IN_THE_WAY, "Move it away, or choose another place."),
+    errno.EOPNOTSUPP: ("the file system has no hard links", "Choose a place on a usual file system, or S3."),
+}
