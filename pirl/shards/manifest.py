@@ -1,0 +1,96 @@
+"""`manifest.json`: what a sharded data set consists of. It is published last, so that its presence means complete."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pirl.errors import DataError, StorageNotFoundError
+from pirl.storage import Storage
+
+FORMAT: Literal[1] = 1
+MANIFEST = "manifest.json"
+QUARANTINE = "quarantine.json"
+
+Count = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Shard(BaseModel):
+    """One tar file: the images with the ids first_id .. first_id + images - 1, in this order."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: Annotated[str, Field(pattern=r"^shard-[0-9]{6,}\.tar$")]  # never a path: names from a file are not trusted
+    first_id: Count
+    images: Annotated[int, Field(ge=1)]
+    bytes: Count
+    sha256: Sha256
+    index_sha256: Sha256
+
+    @property
+    def index_name(self) -> str:
+        return self.name.removesuffix(".tar") + ".json"
+
+
+class Manifest(BaseModel):
+    """The data set: `images` dense ids, their classes (None when unlabelled) and the shards that hold them.
+
+    `digest` (SHA-256) depends on the images, labels and names and their order, not on where they came from.
+    `source` says where from and with which settings; it ends with a hash that tells the same input from another.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: Literal[1] = FORMAT
+    images: Annotated[int, Field(ge=1)]
+    classes: list[str] | None
+    digest: Sha256
+    source: str
+    quarantined: Count
+    shards: list[Shard]
+
+    @classmethod
+    def of(cls, shards: list[Shard], classes: list[str] | None, source: str, quarantined: int) -> Manifest:
+        images = sum(shard.images for shard in shards)
+        digest = content_digest(shards, classes)
+        return cls(images=images, classes=classes, digest=digest, source=source, quarantined=quarantined, shards=shards)
+
+    @classmethod
+    def load(cls, storage: Storage) -> Manifest:
+        """Read and check the manifest of a sharded data set; DataError when there is none or it contradicts itself."""
+        try:
+            data = storage.read_bytes(MANIFEST)
+        except StorageNotFoundError:
+            raise DataError(
+                f"{storage.uri} holds no {MANIFEST}: nothing was sharded there, or the sharding was interrupted",
+                f"run `pirl shard SOURCE {storage.uri}`; an interrupted one continues where it was",
+            ) from None
+        where = f"{storage.uri}/{MANIFEST}"
+        hint = "shard the images again into another place, or restore the manifest"
+        try:
+            manifest = cls.model_validate(json.loads(data))
+        except ValidationError as error:
+            reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
+            raise DataError(f"{where} is not a manifest of format {FORMAT}: {reasons}", hint) from None
+        except ValueError as error:
+            raise DataError(f"{where} is not JSON: {error}", hint) from None
+        next_id = 0
+        for shard in manifest.shards:
+            if shard.first_id != next_id:
+                raise DataError(f"{where}: {shard.name} starts at id {shard.first_id}, expected {next_id}", hint)
+            next_id += shard.images
+        if next_id != manifest.images:
+            raise DataError(f"{where} promises {manifest.images} images, its shards hold {next_id}", hint)
+        if manifest.digest != content_digest(manifest.shards, manifest.classes):
+            raise DataError(f"{where}: the digest does not belong to the shards that it lists", hint)
+        return manifest
+
+
+def content_digest(shards: list[Shard], classes: list[str] | None) -> str:
+    """SHA-256 over the hashes of all shards and indexes (bytes, names, labels, order) and the class names."""
+    content = [[shard.images, shard.sha256, shard.index_sha256] for shard in shards]
+    return hashlib.sha256(json.dumps([FORMAT, classes, content]).encode()).hexdigest()

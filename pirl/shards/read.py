@@ -1,0 +1,198 @@
+"""Reading sharded images by id, in any order, at the price of one positioned read each."""
+
+from __future__ import annotations
+
+import bisect
+import fcntl
+import hashlib
+import json
+import os
+import resource
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pirl.errors import DataError, StorageError, StorageNotFoundError
+from pirl.shards.fashion import cache_root
+from pirl.shards.manifest import Manifest, Shard
+from pirl.storage import Storage, local_path, open_storage, sha256_file
+
+OPEN_THREADS = 16
+HASH_BYTES = 8 * 2**20
+HINT = "restore the file, or remove the folder and run `pirl shard` again"
+
+
+class ShardReader:
+    """The images of a sharded data set by id, 0 <= id < len(reader).
+
+    Opening it checks the manifest, the size of every shard and the hash of every index, so that damage shows at once
+    and not in mid-epoch. Shards on S3 are copied to the cache (`PIRL_CACHE`, default ~/.cache/pirl) at the first touch,
+    checked by hash. A reader may be shared by threads, inherited by fork, and pickled.
+    """
+
+    manifest: Manifest
+
+    def __init__(self, storage: Storage | str | Path) -> None:
+        self.storage = storage if isinstance(storage, Storage) else open_storage(storage)
+        self.manifest = Manifest.load(self.storage)
+        self._local = local_path(self.storage)
+        self._folder = self._local or cache_root() / "shards" / self.manifest.digest
+        self._first_ids = [shard.first_id for shard in self.manifest.shards]
+        with ThreadPoolExecutor(OPEN_THREADS) as pool:  # on S3 each costs a round trip
+            columns = list(pool.map(self._open_shard, self.manifest.shards))
+        self._offsets, self._sizes, self._labels = (np.concatenate(c) for c in zip(*columns))
+        self._files: dict[int, _File] = {}
+        self._names: dict[int, list[str]] = {}
+
+    def __len__(self) -> int:
+        return self.manifest.images
+
+    def read(self, id: int) -> bytes:
+        """The encoded image, as it was given (a lossless PNG for array data sets)."""
+        number = self._shard_of(id)
+        size = int(self._sizes[id])
+        data = os.pread(self._file(number).fd, size, int(self._offsets[id]))
+        if len(data) != size:
+            shard = self.manifest.shards[number]
+            raise DataError(f"{self.storage.uri}/{shard.name} was cut while it was in use (image {id})", HINT)
+        return data
+
+    def label(self, id: int) -> int:
+        """Class index, -1 when unlabelled."""
+        self._shard_of(id)
+        return int(self._labels[id])
+
+    def labels(self) -> np.ndarray:
+        """All class indices, int64 (N,), -1 when unlabelled."""
+        return self._labels.copy()
+
+    def name(self, id: int) -> str:
+        """The file name that the image had, relative to its folder. Never to be used as a path to write to."""
+        number = self._shard_of(id)
+        if number not in self._names:
+            self._names[number] = self._index(self.manifest.shards[number])["name"]
+        return self._names[number][id - self._first_ids[number]]
+
+    def verify(self) -> None:
+        """Hash every shard; DataError naming the first that is not what the manifest says."""
+        for shard in self.manifest.shards:
+            digest = hashlib.sha256()
+            for offset in range(0, shard.bytes, HASH_BYTES):
+                digest.update(self.storage.read_range(shard.name, offset, HASH_BYTES))
+            if digest.hexdigest() != shard.sha256:
+                raise DataError(f"{self.storage.uri}/{shard.name} has other content than its manifest says", HINT)
+            self._index(shard)
+
+    def _shard_of(self, id: int) -> int:
+        if not 0 <= id < self.manifest.images:
+            raise IndexError(f"id {id} is not in 0..{self.manifest.images - 1}")
+        return bisect.bisect_right(self._first_ids, id) - 1
+
+    def _open_shard(self, shard: Shard) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Check one shard's size and its index -> offsets, sizes, labels, each int64 (images,)."""
+        where = f"{self.storage.uri}/{shard.name}"
+        try:
+            size = self.storage.size(shard.name)
+        except StorageNotFoundError:
+            raise DataError(f"{where} is missing", HINT) from None
+        if size != shard.bytes:
+            raise DataError(f"{where} has {size:,} bytes, its manifest says {shard.bytes:,}", HINT)
+        index = self._index(shard)
+        try:
+            offsets, sizes = np.array(index["offset"], np.int64), np.array(index["size"], np.int64)
+            labels = np.full(shard.images, -1) if index["label"] is None else np.array(index["label"], np.int64)
+            known = len(self.manifest.classes or ())
+            sound = {len(offsets), len(sizes), len(labels), len(index["name"])} == {shard.images}
+            sound &= offsets.min() >= 0 and sizes.min() >= 0 and (offsets + sizes).max() <= shard.bytes
+            sound &= index["label"] is None or (labels.min() >= 0 and labels.max() < known)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            sound = False
+        if not sound:
+            raise DataError(f"{self.storage.uri}/{shard.index_name} does not describe {shard.name}", HINT)
+        return offsets, sizes, labels
+
+    def _index(self, shard: Shard) -> dict[str, Any]:
+        """The columns of a shard's index, from the cache where there is one; its hash is in the manifest."""
+        where = f"{self.storage.uri}/{shard.index_name}"
+        cached = self._folder / shard.index_name
+        data = b""
+        if self._local is None and cached.is_file():
+            data = cached.read_bytes()
+        if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+            try:
+                data = self.storage.read_bytes(shard.index_name)
+            except StorageNotFoundError:
+                raise DataError(f"{where} is missing", HINT) from None
+            if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+                raise DataError(f"{where} has other content than its manifest says", HINT)
+            if self._local is None:
+                _publish(cached, lambda path: path.write_bytes(data))
+        index = json.loads(data)
+        return index if isinstance(index, dict) else {}
+
+    def _file(self, number: int) -> _File:
+        file = self._files.get(number)
+        if file is None:
+            if len(self._files) >= _max_open():
+                self._files = {}  # a new dict: threads that are reading keep their file until they are done
+            shard = self.manifest.shards[number]
+            path = self._folder / shard.name
+            try:
+                if self._local is None:
+                    self._fetch(shard, path)
+                file = self._files[number] = _File(path)
+            except FileNotFoundError:
+                raise DataError(f"{self.storage.uri}/{shard.name} is missing", HINT) from None
+            except OSError as error:
+                raise StorageError(f"{path}: {error.strerror}", "check the cache folder and its disk") from error
+        return file
+
+    def _fetch(self, shard: Shard, path: Path) -> None:
+        """Copy a shard into the cache unless it is there. Several processes wait for one copy."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.is_file() and path.stat().st_size == shard.bytes:
+                return
+
+            def download(unfinished: Path) -> None:
+                self.storage.download(shard.name, unfinished)
+                if sha256_file(unfinished) != shard.sha256:
+                    raise DataError(f"{self.storage.uri}/{shard.name} has other content than its manifest says", HINT)
+
+            _publish(path, download)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_files": {}, "_names": {}}
+
+
+class _File:
+    """A file descriptor that closes with the last one who uses it."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = -1
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+def _max_open() -> int:
+    """Shards kept open at a time: half of what this process may open, the rest is for others."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return min(soft // 2, 4096) if soft > 0 else 4096
+
+
+def _publish(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a file aside, then rename it to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        write(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
