@@ -7,12 +7,14 @@ Parameters stay on the host as numpy arrays: which elements an operation touches
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..config import ViewsConfig
@@ -223,6 +225,16 @@ def saturation_(x: Tensor, factor: np.ndarray) -> None:
         _blend_(x, luma(x), factor)
 
 
+@functools.cache
+def _hue_table(device: torch.device) -> Tensor:
+    """PIL's 8-bit hue, which depends on two differences only: (511 * 511,) uint8 at 511 (R - G) + G - B, from -255."""
+    red_green, green_blue = (axis - 255 for axis in np.mgrid[:511, :511])
+    channels = np.stack([red_green + green_blue, green_blue, np.zeros_like(green_blue)], axis=-1)
+    channels -= channels.min(axis=-1, keepdims=True)
+    colours = Image.fromarray(np.minimum(channels, 255).astype(np.uint8))  # larger differences do not occur
+    return torch.from_numpy(np.array(colours.convert("HSV"))[..., 0].ravel()).to(device)
+
+
 def hue_(x: Tensor, turns: np.ndarray) -> None:
     """torchvision's adjust_hue on PIL images: to 8-bit HSV, a shift of H modulo 256, and back."""
     if x.shape[1] == 1:
@@ -230,21 +242,20 @@ def hue_(x: Tensor, turns: np.ndarray) -> None:
     red, green, blue = x.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    divisor = chroma.clamp(min=1)
-    r, g, b = ((value - channel).div_(divisor) for channel in (red, green, blue))
-    sixths = torch.where(red == value, b - g, torch.where(green == value, (r - b).add_(2), (g - r).add_(4)))
-    # double precision from here on, as PIL: a whole number of 1/255 may come out just below itself and is cut
-    hue = sixths.double().div_(6).add_(1).frac_().float().double().mul_(255).floor_().float()
+    # double precision as in PIL: a whole number may come out just below itself, and is then cut to the one before
     saturation = (chroma / value.clamp(min=1)).double().mul_(255).floor_().float()
+    key = (red - green).mul_(511).add_(green).sub_(blue).add_(255 * 512).int()
+    hue = _hue_table(x.device).index_select(0, key.view(-1)).view(key.shape)
     shift = np.trunc(turns.astype(np.float64) * 255) % 256
-    hue.add_(_column(x, shift).view(-1, 1, 1)).remainder_(256)
+    hue.add_(_column(x, shift, torch.uint8).view(-1, 1, 1))  # wraps around
 
-    hue.mul_(6)  # in units of 1/255 sixths of the circle, 0..1530; red, green and blue stand at 0, 510 and 1020
+    turn = hue.float().mul_(6)  # in 1/255 of a sixth of the circle; red, green and blue stand at 0 = 1530, 510 and 1020
     strength = saturation.mul_(value)
-    distances = (255 - ((hue - 765).abs_() - 255).clamp_(0, 255), (hue - 510).abs_() - 255, (hue - 1020).abs_() - 255)
-    for channel, distance in zip((red, green, blue), distances):
-        lost = distance.clamp_(0, 255).mul_(strength).add_(32512).div_(65025).floor_()
-        torch.sub(value, lost, out=channel)
+    torch.sub(255, (turn - 765).abs_().sub_(255).clamp_(0, 255), out=red)
+    torch.sub(turn, 510, out=green).abs_().sub_(255)
+    torch.sub(turn, 1020, out=blue).abs_().sub_(255)
+    for channel in (red, green, blue):
+        channel.clamp_(0, 255).mul_(strength).add_(32512).div_(65025).floor_().neg_().add_(value)
 
 
 def posterize_(x: Tensor, bits: np.ndarray) -> None:
@@ -274,16 +285,17 @@ def sharpness_(x: Tensor, factor: np.ndarray) -> None:
 
 def solarize_(x: Tensor, threshold: np.ndarray) -> None:
     """PIL's ImageOps.solarize. Exact."""
-    torch.where(x < _column(x, threshold), x, 255 - x, out=x)
+    inverted = (x - _column(x, threshold - 1)).clamp_(0, 1)  # arithmetic is faster than torch.where on a CPU
+    x.add_(inverted.mul_(torch.rsub(x, 255, alpha=2)))
 
 
 def autocontrast_(x: Tensor) -> None:
     """PIL's ImageOps.autocontrast: each channel stretched to 0..255. Exact."""
-    low, high = (extreme.double() for extreme in torch.aminmax(x.flatten(2), dim=2, keepdim=True))
+    low, high = (extreme(x.flatten(2), dim=2, keepdim=True).double() for extreme in (torch.amin, torch.amax))
     stretch = torch.where(high > low, 255 / (high - low).clamp(min=1), 1.0)
     offset = torch.where(high > low, -low * stretch, 0.0)
     # double precision, as PIL: a whole number may come out just below itself and is cut
-    stretched = x.flatten(2).double().mul_(stretch).add_(offset).trunc_()
+    stretched = x.flatten(2).double().mul_(stretch).add_(offset).floor_()
     x.copy_(stretched.view_as(x)).clamp_(0, 255)
 
 
