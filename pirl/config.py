@@ -7,6 +7,7 @@ of the commands. `key=value` overrides use the dotted names of the file.
 from __future__ import annotations
 
 import hashlib
+import math
 import tomllib
 from collections.abc import Iterable, Sequence
 from importlib import resources
@@ -95,7 +96,8 @@ class ModelConfig(Section):
     width: float = Field(1.0, gt=0)
     """Multiplies the stem and all planes, inner and outer (w2 of the zoo), unlike torchvision's wide_resnet50_2."""
     stem: Literal["imagenet", "small"] = "imagenet"
-    """imagenet: 7x7 stride 2 and a max pool; small: 3x3 stride 1 and no pool, for images of 32 pixels or so."""
+    """imagenet: 7x7 stride 2 and a max pool; small: 3x3 and no pool, for images of 32 pixels or so."""
+    stem_stride: Literal[1, 2] = 2
     head: Literal["linear", "mlp"] = "linear"
     image_head_relu: Literal["every", "hidden", "none"] = "every"
     """MLP head of the images: ReLU after every layer (zoo, R50), after the hidden one only, or none (zoo, R50w2)."""
@@ -150,6 +152,21 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63)
 
 
+class EvalConfig(Section):
+    """How images are shown to a frozen trunk."""
+
+    resize: int = Field(256, ge=4)
+    """The shorter side, in pixels."""
+    crop: int = Field(224, ge=4)
+    """Side of the centre crop."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EvalConfig:
+        if self.crop > self.resize:
+            raise ValueError(f"the crop of {self.crop} pixels does not fit into images resized to {self.resize}")
+        return self
+
+
 class Recipe(Section):
     """Everything that decides what is learned."""
 
@@ -164,6 +181,17 @@ class Recipe(Section):
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        stem = self.model.stem_stride * (2 if self.model.stem == "imagenet" else 1)
+        for name, size in (("image_size", self.views.image_size), ("patch_size", self.views.patch_size)):
+            if math.ceil(size / (stem * 4)) < 2:  # also: oneDNN's bf16 gradient of such a convolution is wrong
+                raise ValueError(
+                    f"views.{name} {size} is too small for this trunk: its last stage would halve a map of one pixel"
+                )
+        return self
 
     @property
     def learning_rate(self) -> float:

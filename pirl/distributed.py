@@ -1,17 +1,32 @@
-"""Ranks: what `torchrun` sets, and the few collectives that PIRL needs."""
+"""Ranks: what `torchrun` sets, the few collectives that PIRL needs, and starting the ranks of one machine."""
 
 from __future__ import annotations
 
+import ctypes
+import json
+import logging
 import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from .errors import UsageError
+from .errors import EXIT_DONE, EXIT_FAILURE, EXIT_PREEMPTED, PirlError, UsageError
+
+gather_single = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)  # the name changed in torch 2.14
 
 
 @dataclass
@@ -37,7 +52,7 @@ class World:
         padded = tensor.new_zeros((most, *tensor.shape[1:]))
         padded[: len(tensor)] = tensor
         everyone = padded.new_empty((self.size * most, *tensor.shape[1:]))
-        dist.all_gather_into_tensor(everyone, padded)
+        gather_single(everyone, padded)
         if all(count == most for count in counts):
             return everyone
         return torch.cat([everyone[rank * most : rank * most + count] for rank, count in enumerate(counts)])
@@ -107,3 +122,68 @@ def start_world(timeout_s: float = 600) -> World:
 def stop_world(world: World) -> None:
     if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
+
+
+OUTCOME = "PIRL_OUTCOME"  # folder in which each rank of this machine leaves how it ended
+
+
+def die_with_parent() -> None:
+    """Have the kernel send this process a SIGTERM when its parent ends, however that ends. Linux only, else nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def report_outcome(work: Callable[[], int]) -> int:
+    """Run `work`; a `PirlError` becomes a message and an exit code, on a rank left for the launcher to tell once."""
+    folder = os.environ.get(OUTCOME)
+    if folder:
+        die_with_parent()
+    try:
+        return work()
+    except PirlError as error:
+        if folder:
+            path = Path(folder) / f"{os.environ['RANK']}.json"
+            path.write_text(json.dumps({"exit_code": error.exit_code, "message": str(error)}))
+        else:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def run_ranks(module: str, arguments: Sequence[str], processes: int | None) -> int:
+    """Start the ranks of this machine as `torchrun` does, and wait. Several machines: by the `PET_*` environment.
+
+    A SIGTERM is passed on, and the ranks have half a minute to save. What a rank tells by a `PirlError` is shown once,
+    and its exit code returned; anything else that ends a rank is 1, with the traceback that the rank has shown.
+    """
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    flags = [] if "PET_NPROC_PER_NODE" in os.environ else [f"--nproc-per-node={processes or default_processes()}"]
+    if "PET_RDZV_BACKEND" not in os.environ and "PET_MASTER_ADDR" not in os.environ:
+        flags += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--local-addr=127.0.0.1"]
+    settings = torchrun.parse_args([*flags, "-m", module, *arguments])
+    per_node = torchrun.determine_local_world_size(settings.nproc_per_node)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // per_node)))
+    with tempfile.TemporaryDirectory(prefix="pirl-") as folder:
+        os.environ[OUTCOME] = folder
+        try:
+            torchrun.run(settings)
+            return EXIT_DONE
+        except (ChildFailedError, SignalException) as error:
+            told = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+            # a rank that was stopped because another failed has nothing to add to it
+            told.sort(key=lambda outcome: outcome["exit_code"] == EXIT_PREEMPTED)
+            for message in dict.fromkeys(outcome["message"] for outcome in told):
+                print(f"error: {message}", file=sys.stderr, flush=True)
+            if told:
+                return told[0]["exit_code"]
+            if isinstance(error, ChildFailedError):
+                rank, failure = error.get_first_failure()
+                how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+                print(f"error: rank {rank} ended with {how}", file=sys.stderr, flush=True)
+            return EXIT_FAILURE
+        finally:
+            del os.environ[OUTCOME]
+
+
+def default_processes() -> int:
+    """One for each GPU; without one, two where there are two cores."""
+    return torch.cuda.device_count() or min(2, os.cpu_count() or 1)

@@ -97,10 +97,11 @@ class ContrastTerm(torch.autograd.Function):
             similarity[part, 0] = score[:, 0]
             similarity[part, 1] = score[:, 1:].mean(1)
             if config.kind == "cross_entropy":
+                score -= score[:, :1].clone()  # a sure positive has a small loss: keep its digits
                 total = torch.logsumexp(score, dim=1)
-                losses[part] = total - score[:, 0]
+                losses[part] = total
                 slope = torch.exp(score - total[:, None])
-                slope[:, 0] -= 1
+                slope[:, 0] = -slope[:, 1:].sum(1)
             else:
                 noise = (columns - 1) / len(memory)
                 p = torch.exp(score).div_(z)

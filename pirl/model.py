@@ -26,9 +26,9 @@ class Trunk(nn.Module):
         planes = [round(config.width * plane) for plane in PLANES]
         self.channels = planes[0]
         if config.stem == "imagenet":
-            self.conv1 = nn.Conv2d(3, planes[0], 7, stride=2, padding=3, bias=False)
+            self.conv1 = nn.Conv2d(3, planes[0], 7, stride=config.stem_stride, padding=3, bias=False)
         else:
-            self.conv1 = nn.Conv2d(3, planes[0], 3, stride=1, padding=1, bias=False)
+            self.conv1 = nn.Conv2d(3, planes[0], 3, stride=config.stem_stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes[0])
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if config.stem == "imagenet" else nn.Identity()

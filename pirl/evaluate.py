@@ -1,0 +1,257 @@
+"""What a frozen trunk knows: a linear probe and nearest neighbours on its features, beside its own initial weights.
+
+This is the fast protocol: every image goes through the trunk once, without augmentation, and the probe is trained on
+the stored features. It reads a little differently from the augmented protocol of the paper: compare like with like.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from .checkpoint import Checkpoints, Commit
+from .config import Recipe, parse_recipe
+from .errors import CheckpointError, DataError, UsageError
+from .model import Trunk, build_model
+from .shards import ShardReader, decode_image
+from .storage import open_storage
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The probe's settings: one set for every trunk, never tuned for one of them."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    epochs: int = 20
+    min_steps: int = 1500
+    batch_size: int = 256
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    label_share: float = 0.01
+    neighbours: int = 20
+    knn_temperature: float = 0.07
+
+
+@dataclass
+class Features:
+    """(n, D) float32 features and (n,) int64 labels of one data set."""
+
+    x: Tensor
+    y: Tensor
+
+
+def split_checkpoint_uri(uri: str) -> tuple[str, str | None]:
+    """The run and the checkpoint's name of `RUN`, `RUN/checkpoints` or `RUN/checkpoints/step-N`."""
+    run, found, name = uri.rstrip("/").partition("/checkpoints")
+    return run, name.strip("/") or None if found else None
+
+
+def load_trunk(uri: str) -> tuple[Recipe, Commit, Trunk]:
+    """The trunk of a run's newest checkpoint, or of the checkpoint named, in evaluation mode on the CPU."""
+    run, name = split_checkpoint_uri(uri)
+    storage = open_storage(run)
+    found = Checkpoints(storage / "checkpoints").load(name)
+    if found is None:
+        raise CheckpointError(f"{run} has no checkpoint", "give the --out of a `pirl train` that has started")
+    commit, saved = found
+    recipe = parse_recipe(saved["recipe"], origin=f"the recipe inside {commit.name}")
+    model = build_model(recipe)
+    model.load_state_dict(saved["model"])
+    return recipe, commit, model.trunk.eval()
+
+
+def evaluate(
+    checkpoint: str,
+    train_data: str,
+    test_data: str,
+    protocol: Protocol = Protocol(),
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Probe a checkpoint's trunk and the same trunk with its initial weights. Returns the content of `eval.json`.
+
+    All rates are shares of 1. The spread is the standard deviation over the probe's seeds; for nearest neighbours,
+    which have no seed, the standard error of a share.
+    """
+    started = time.perf_counter()
+    recipe, commit, trunk = load_trunk(checkpoint)
+    train_reader, test_reader = (ShardReader(uri) for uri in (train_data, test_data))
+    classes = check_labels(train_reader, test_reader)
+    result: dict[str, Any] = {
+        "checkpoint": f"{split_checkpoint_uri(checkpoint)[0]}/checkpoints/{commit.name}",
+        "train_data": train_reader.manifest.digest,
+        "test_data": test_reader.manifest.digest,
+        "train_images": len(train_reader),
+        "test_images": len(test_reader),
+        "classes": classes,
+        "protocol": {**asdict(protocol), "resize": recipe.eval.resize, "crop": recipe.eval.crop},
+    }
+    pixels = [load_pixels(reader, recipe) for reader in (train_reader, test_reader)]
+    for name, candidate in (("pretrained", trunk), ("random", build_model(recipe).trunk.eval())):
+        progress(f"features of the {name} trunk")
+        train, test = (
+            Features(extract(candidate, images, recipe), torch.from_numpy(reader.labels()))
+            for images, reader in zip(pixels, (train_reader, test_reader))
+        )
+        progress(f"probes on the {name} trunk")
+        result[name] = probe(train, test, len(classes), protocol)
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    return result
+
+
+def check_labels(train: ShardReader, test: ShardReader) -> list[str]:
+    """The classes of two labelled data sets that have the same ones."""
+    for reader in (train, test):
+        if reader.manifest.classes is None:
+            raise UsageError(
+                f"{reader.storage.uri} has no labels: an evaluation needs them",
+                "shard a folder with one subfolder for each class",
+            )
+    if train.manifest.classes != test.manifest.classes:
+        raise DataError(
+            f"{train.storage.uri} and {test.storage.uri} have different classes",
+            "shard both splits with the same class folders",
+        )
+    assert train.manifest.classes is not None
+    return train.manifest.classes
+
+
+def probe(train: Features, test: Features, classes: int, protocol: Protocol) -> dict[str, Any]:
+    """Linear probes with all labels and with few, and nearest neighbours."""
+    mean, std = train.x.mean(0), train.x.std(0).clamp_min(1e-6)
+    scaled = Features((train.x - mean) / std, train.y)
+    scaled_test = Features((test.x - mean) / std, test.y)
+    few = [
+        linear_probe(few_labels(scaled, protocol.label_share, seed), scaled_test, classes, protocol, seed)
+        for seed in protocol.seeds
+    ]
+    full = [linear_probe(scaled, scaled_test, classes, protocol, seed) for seed in protocol.seeds]
+    knn = nearest_neighbours(train, test, classes, protocol)
+    error = (knn * (1 - knn) / len(test.y)) ** 0.5
+    return {
+        "linear": {"top1": spread([top1 for top1, _ in full]), "top5": spread([top5 for _, top5 in full])},
+        "linear_1pct": {"top1": spread([top1 for top1, _ in few]), "top5": spread([top5 for _, top5 in few])},
+        "knn": {"top1": {"mean": knn, "std": error, "runs": [knn]}},
+    }
+
+
+def spread(runs: list[float]) -> dict[str, Any]:
+    """Mean and standard deviation (n - 1) of a few runs."""
+    return {"mean": float(np.mean(runs)), "std": float(np.std(runs, ddof=1)) if len(runs) > 1 else 0.0, "runs": runs}
+
+
+def linear_probe(train: Features, test: Features, classes: int, protocol: Protocol, seed: int) -> tuple[float, float]:
+    """Softmax regression by SGD with a cosine schedule: (top-1, top-5) on the test features."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = nn.Linear(train.x.shape[1], classes)
+    bound = train.x.shape[1] ** -0.5
+    with torch.no_grad():
+        layer.weight.uniform_(-bound, bound, generator=generator)
+        layer.bias.zero_()
+    optimizer = torch.optim.SGD(
+        layer.parameters(), protocol.lr, protocol.momentum, weight_decay=protocol.weight_decay, nesterov=True
+    )
+    batch = min(protocol.batch_size, len(train.y))
+    steps = max(protocol.min_steps, protocol.epochs * len(train.y) // batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        if len(order) < batch:
+            order = torch.randperm(len(train.y), generator=generator)
+        index, order = order[:batch], order[batch:]
+        optimizer.zero_grad()
+        F.cross_entropy(layer(train.x[index]), train.y[index]).backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        best = layer(test.x).topk(min(5, classes)).indices
+    hits = best == test.y[:, None]
+    return hits[:, 0].double().mean().item(), hits.any(1).double().mean().item()
+
+
+def few_labels(train: Features, share: float, seed: int) -> Features:
+    """A share of each class, at least one image, drawn by `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for label in train.y.unique():
+        members = (train.y == label).nonzero()[:, 0]
+        count = max(1, round(share * len(members)))
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
+    index = torch.cat(chosen)
+    return Features(train.x[index], train.y[index])
+
+
+def nearest_neighbours(train: Features, test: Features, classes: int, protocol: Protocol) -> float:
+    """Top-1 of a vote of the nearest by cosine similarity, weighted by exp(similarity / T) (Wu et al., 2018)."""
+    predictions = []
+    for index, similarity in neighbours(train.x, test.x, min(protocol.neighbours, len(train.y))):
+        votes = torch.zeros(len(similarity), classes, dtype=similarity.dtype)
+        votes.scatter_add_(1, train.y[index], torch.exp(similarity / protocol.knn_temperature))
+        predictions.append(votes.argmax(1))
+    return (torch.cat(predictions) == test.y).double().mean().item()
+
+
+def neighbours(train: Tensor, test: Tensor, count: int, chunk: int = 1000) -> Iterator[tuple[Tensor, Tensor]]:
+    """For chunks of `test` in order: (c, count) indices into `train` and their cosine similarities."""
+    bank = F.normalize(train).T.contiguous()
+    for part in test.split(chunk):
+        similarity, index = (F.normalize(part) @ bank).topk(count)
+        yield index, similarity
+
+
+def load_pixels(reader: ShardReader, recipe: Recipe) -> Callable[[], Iterator[Tensor]]:
+    """Batches of (B, crop, crop, 3) uint8 pixels, in order of the ids, resized and centre-cropped.
+
+    Decodes at each call, unless the images are small enough to be kept.
+    """
+    side = recipe.eval.crop
+    keep = len(reader) * side * side * 3 <= 1 << 29
+    kept: list[Tensor] = []
+
+    def batches(size: int = 256) -> Iterator[Tensor]:
+        if kept:
+            yield from kept
+            return
+        for start in range(0, len(reader), size):
+            ids = range(start, min(start + size, len(reader)))
+            pixels = np.stack([centre_crop(decode_image(reader.read(id), f"image {id}"), recipe) for id in ids])
+            if keep:
+                kept.append(torch.from_numpy(pixels))
+            yield torch.from_numpy(pixels)
+
+    return batches
+
+
+def centre_crop(image: Image.Image, recipe: Recipe) -> np.ndarray:
+    """(crop, crop, 3) uint8 of an RGB image: shorter side to `resize`, then the centre."""
+    config = recipe.eval
+    scale = config.resize / min(image.size)
+    if scale != 1:
+        image = image.resize(
+            (max(config.crop, int(image.width * scale)), max(config.crop, int(image.height * scale))),
+            Image.Resampling.BILINEAR,
+        )
+    left, top = round((image.width - config.crop) / 2), round((image.height - config.crop) / 2)
+    return np.asarray(image.crop((left, top, left + config.crop, top + config.crop)))
+
+
+@torch.no_grad()
+def extract(trunk: nn.Module, batches: Callable[[], Iterator[Tensor]], recipe: Recipe) -> Tensor:
+    """(n, D) float32 features of the trunk in evaluation mode, with the running statistics it was trained with."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trunk = trunk.to(device).to(memory_format=torch.channels_last)
+    mean = torch.tensor(recipe.views.mean, device=device).view(3, 1, 1)
+    std = torch.tensor(recipe.views.std, device=device).view(3, 1, 1)
+    features = []
+    for pixels in batches():
+        x = pixels.to(device).permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
+        features.append(trunk(x).float().cpu())
+    return torch.cat(features)

@@ -1,0 +1,435 @@
+"""Pretraining: load, loop, step, log, save.
+
+`python -m pirl.train RECIPE --data URI --out URI [key=value...]` is the entry point everywhere. Alone it starts its
+processes as `torchrun` does, and reads the same `PET_*` environment; started by `torchrun` it is one rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import __version__
+from .checkpoint import Checkpoints, Commit, Cursor
+from .config import Recipe, load_recipe, parse_recipe
+from .data import Batch, Loader, Share, negative_seeds
+from .distributed import World, report_outcome, run_ranks, start_world, stop_world
+from .errors import CheckpointError, PreemptedError, StorageNotFoundError, TrainingError, UsageError
+from .loss import StepLoss, contrast, draw_negatives
+from .memory import MemoryBank
+from .metrics import Log, duration, say
+from .model import PIRL, build_model
+from .optim import build_optimizer, learning_rate, set_learning_rate
+from .shards import Manifest
+from .storage import open_storage
+from .views import apply_photometrics, draw_photometrics
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where a training reads and writes, and how this machine runs it: nothing here changes what is learned."""
+
+    data: str
+    """URI of the shards."""
+    out: str
+    """URI of the run."""
+    processes: int | None = None
+    """Processes on this machine; None: one for each GPU, else two where there are two cores."""
+    workers: int = 0
+    """Data loading processes of each rank."""
+    log_every: int = 50
+    """Steps."""
+    checkpoint_every_s: float = 300.0
+    keep: int = 2
+
+
+def train(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
+    """Train to the end of the recipe, from the newest checkpoint of this run where there is one.
+
+    Returns the run's completion marker, `DONE.json`. Raises `PreemptedError` after a SIGTERM, when the state is saved.
+    """
+    run = open_storage(options.out)
+    manifest = Manifest.load(open_storage(options.data))
+    recipe.check_data(manifest.images)
+    if run.exists("DONE.json"):
+        check_same_run(options.out, recipe, manifest.digest)
+        say("this run is complete: nothing to do") if world.is_main else None
+        return run.read_json("DONE.json")
+    torch.manual_seed(recipe.train.seed)
+
+    loader = Loader(options.data, recipe, world, options.workers)
+    model = build_model(recipe).to(world.device).to(memory_format=torch.channels_last)
+    bank = MemoryBank(loader.dataset.rows, recipe.model.embedding_dim, recipe.memory, recipe.train.seed, world.size).to(
+        world.device
+    )
+    optimizer = build_optimizer(model, recipe)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.train.precision == "fp16")
+    state = TrainState(model, bank, optimizer, scaler)
+
+    checkpoints = Checkpoints(run / "checkpoints", options.keep)
+    cursor = resume(state, checkpoints, recipe, manifest.digest, options, world)
+    log = Log(run)
+    log.resume_at(cursor.step)
+    if world.is_main:
+        run.write_bytes("config.toml", recipe.to_toml().encode())
+        log.event("resume" if cursor.step else "start", step=cursor.step, ranks=world.size, version=__version__)
+    network = (
+        model
+        if world.size == 1
+        else nn.parallel.DistributedDataParallel(
+            model, device_ids=[world.local_rank] if world.device.type == "cuda" else None, gradient_as_bucket_view=True
+        )
+    )
+    stop = StopSignal(world)
+    meter = Meter(recipe, loader.dataset.rows, cursor, world, options, log)
+
+    def save() -> None:
+        """All ranks come here; rank 0 writes."""
+        check_banks(bank, world)
+        if world.is_main:
+            if error := checkpoints.wait():
+                warnings.warn(f"the last checkpoint was not saved, training goes on: {error}", stacklevel=2)
+                log.event("checkpoint_failed", error=error.what)
+            checkpoints.save(
+                state.to_dict(recipe, manifest.digest), cursor, recipe.digest(), manifest.digest, meter.saved
+            )
+            log.flush()
+
+    try:
+        if cursor.step == 0:
+            save()
+        saved_at = time.monotonic()
+        model.train()
+        for epoch, seen, share, batch in loader.batches(cursor.epoch, cursor.samples):
+            rate = learning_rate(recipe, epoch + seen / loader.dataset.rows)
+            set_learning_rate(optimizer, rate)
+            meter.begin_step()
+            result, spread = train_step(recipe, network, state, world, epoch, share, batch)
+            cursor = replace(
+                cursor, epoch=epoch, samples=seen + share.size, step=cursor.step + 1, seconds=meter.seconds()
+            )
+            meter.end_step(cursor, rate, result, spread, share)
+            stopping, time_to_save = stop.agreed(time.monotonic() - saved_at > options.checkpoint_every_s)
+            if stopping:
+                save()
+                if world.is_main and (error := checkpoints.wait()):
+                    raise error
+                world.barrier()  # no rank leaves before the state is safe: the launcher ends all when one ends
+                log.event("preempted", step=cursor.step)
+                raise PreemptedError(
+                    f"stopped by a signal at step {cursor.step}; the state is saved in {options.out}",
+                    "run the same command again to go on",
+                )
+            if time_to_save:
+                save()
+                saved_at = time.monotonic()
+        meter.check_finite()
+        save()
+        done: dict[str, Any] = {}
+        if world.is_main:
+            if error := checkpoints.wait():
+                raise error
+            done = {
+                "steps": cursor.step,
+                "epochs": recipe.train.epochs,
+                "images_seen": meter.images_seen,
+                "seconds": round(cursor.seconds, 1),
+                "checkpoint": f"{checkpoints.storage.uri}/{checkpoints.newest()}",
+                "recipe": recipe.name,
+                "recipe_digest": recipe.digest(),
+                "data_digest": manifest.digest,
+                "ranks": world.size,
+                "version": __version__,
+            }
+            log.event("done", step=cursor.step)
+            log.flush()
+            run.write_json("DONE.json", done)
+        return world.broadcast_object(done)
+    finally:
+        if world.is_main:
+            checkpoints.wait()
+            log.flush()
+
+
+def train_step(
+    recipe: Recipe, network: nn.Module, state: TrainState, world: World, epoch: int, share: Share, batch: Batch
+) -> tuple[StepLoss, Tensor]:
+    """One optimiser step on one global batch. Returns this rank's losses and all ranks' unit image embeddings."""
+    seed, views, device = recipe.train.seed, recipe.views, world.device
+    ids = batch.ids.numpy()
+    images, patches = (
+        apply_photometrics(pixels.to(device), draw_photometrics(views, seed, epoch, ids, elements), views)
+        for pixels, elements in ((batch.images, [0]), (batch.patches, range(1, 1 + views.patches)))
+    )
+    rows = batch.rows.to(device)
+    patch_negatives, image_negatives = (
+        draw_negatives(recipe.loss, len(state.bank.memory), rows, negative_seeds(seed, epoch, ids, view))
+        for view in (0, 1)
+    )
+    with torch.autocast(device.type, PRECISIONS.get(recipe.train.precision), recipe.train.precision != "fp32"):
+        patch_embeddings, image_embeddings = network(
+            images.to(memory_format=torch.channels_last), patches.to(memory_format=torch.channels_last)
+        )
+    weights = torch.full((len(rows),), share.weight, device=device)
+    result, embeddings = contrast(
+        recipe.loss,
+        state.bank,
+        world,
+        rows,
+        patch_embeddings,
+        image_embeddings,
+        patch_negatives,
+        image_negatives,
+        weights,
+    )
+    mine = share.counts[world.rank]
+    everyone = world.all_gather(embeddings[:mine], share.counts)
+    state.bank.update(world.all_gather(rows[:mine], share.counts), everyone)
+
+    state.optimizer.zero_grad(set_to_none=True)
+    state.scaler.scale(result.loss).backward()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    return result, everyone
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint holds besides the cursor: everything that a step changes."""
+
+    model: PIRL
+    bank: MemoryBank
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+    def to_dict(self, recipe: Recipe, data_digest: str) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "bank": self.bank.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "recipe": recipe.to_toml(),
+            "data_digest": data_digest,
+        }
+
+    def load_dict(self, saved: dict[str, Any]) -> None:
+        self.model.load_state_dict(saved["model"])
+        self.bank.load_state_dict(saved["bank"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+
+
+def resume(
+    state: TrainState, checkpoints: Checkpoints, recipe: Recipe, data_digest: str, options: Options, world: World
+) -> Cursor:
+    """Load the newest checkpoint of this run into `state`; the start where there is none."""
+    check_same_run(options.out, recipe, data_digest)
+    name = world.broadcast_object(checkpoints.newest() if world.is_main else None)
+    found = checkpoints.load() if name else None
+    commits = world.gather_objects(found[0].name if found else None)
+    if len(set(commits)) > 1:
+        raise CheckpointError(f"ranks found different checkpoints: {commits}", "check the storage of every node")
+    if not found:
+        return Cursor()
+    commit, saved = found
+    state.load_dict(saved)
+    if world.is_main:
+        say(f"resuming from {commit.name}: epoch {commit.cursor.epoch}, {commit.cursor.samples} samples into it")
+    return commit.cursor
+
+
+def check_same_run(out: str, recipe: Recipe, data_digest: str) -> None:
+    """Refuse to go on with another recipe or other data than a run was started with."""
+    run = open_storage(out)
+    try:
+        before = parse_recipe(run.read_bytes("config.toml").decode(), origin=f"{out}/config.toml")
+    except StorageNotFoundError:
+        return
+    if before.digest() != recipe.digest():
+        raise UsageError(
+            f"{out} holds a run of another recipe:\n  " + "\n  ".join(before.differences(recipe)),
+            "use the same settings to resume it, or another --out for a new run",
+        )
+    checkpoints = Checkpoints(run / "checkpoints")
+    name = checkpoints.newest()
+    if name and checkpoints.commit(name).data_digest != data_digest:
+        raise UsageError(
+            f"{out} was trained on other data (digest {checkpoints.commit(name).data_digest[:12]}, "
+            f"these shards have {data_digest[:12]})",
+            "use the same data to resume it, or another --out for a new run",
+        )
+
+
+def check_banks(bank: MemoryBank, world: World) -> None:
+    """Every rank applies the same updates, so every rank must hold the same bank."""
+    sums = world.gather_objects(bank.memory.double().sum().item() if world.size > 1 else 0.0)
+    if len(set(sums)) > 1:
+        raise TrainingError(f"the ranks' memory banks differ (sums {sums})", "this is a bug: please report it")
+
+
+class StopSignal:
+    """SIGTERM and SIGINT, agreed on by all ranks at the same step, without making a step wait for it."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.asked = False
+        self._pending: tuple[Tensor, Any] | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def agreed(self, save_due: bool) -> tuple[bool, bool]:
+        """(stop, save): whether any rank was told to stop, and whether rank 0 finds a save due, a step ago."""
+        mine = torch.tensor([int(self.asked), int(save_due and self.world.is_main)])
+        if self.world.size == 1:
+            return bool(mine[0]), bool(mine[1])
+        before, self._pending = self._pending, (mine, dist.all_reduce(mine, group=self.world.control, async_op=True))
+        if before is None:
+            return False, False
+        flags, work = before
+        work.wait()
+        return bool(flags[0]), bool(flags[1])
+
+
+class Meter:
+    """Measures steps, and reports the mean of each interval; reads from the device only then."""
+
+    def __init__(self, recipe: Recipe, rows: int, cursor: Cursor, world: World, options: Options, log: Log) -> None:
+        self.recipe, self.world, self.options, self.log = recipe, world, options, log
+        self.total_steps = recipe.train.epochs * recipe.steps_per_epoch(rows)
+        self.rows = rows
+        self.images_seen = cursor.epoch * (
+            rows if recipe.train.last_batch == "keep" else rows - rows % recipe.train.batch_size
+        )
+        self.images_seen += cursor.samples
+        self._before = cursor.seconds
+        self._started = time.perf_counter()
+        self._reset()
+        self.sums = torch.zeros(5, device=world.device)
+
+    def _reset(self) -> None:
+        self._interval = time.perf_counter()
+        self._steps = self._images = 0
+        self._compute_s = 0.0
+
+    def seconds(self) -> float:
+        return self._before + time.perf_counter() - self._started
+
+    def begin_step(self) -> None:
+        self._step_started = time.perf_counter()
+
+    def end_step(self, cursor: Cursor, rate: float, result: StepLoss, spread: Tensor, share: Share) -> None:
+        self._compute_s += time.perf_counter() - self._step_started
+        self.sums += torch.stack(
+            [result.loss.detach(), result.patches, result.images, result.positive, result.negative]
+        )
+        self._steps += 1
+        self._images += share.size
+        self.images_seen += share.size
+        if cursor.step % self.options.log_every == 0 or cursor.step == self.total_steps:
+            self.report(cursor, rate, spread)
+
+    def report(self, cursor: Cursor, rate: float, embeddings: Tensor) -> None:
+        means = (self.world.sum(self.sums.double()) / (self._steps * self.world.size)).tolist()
+        self.sums.zero_()
+        elapsed = time.perf_counter() - self._interval
+        self._loss = means[0]
+        self.check_finite()
+        if self.world.is_main:
+            position = cursor.epoch + cursor.samples / self.rows
+            speed = self._images / elapsed
+            left = (self.total_steps - cursor.step) * elapsed / self._steps
+            self.log.step(
+                step=cursor.step,
+                epoch=position,
+                loss=means[0],
+                loss_patches=means[1],
+                loss_images=means[2],
+                lr=rate,
+                images_per_s=speed,
+                step_s=elapsed / self._steps,
+                data_wait_s=(elapsed - self._compute_s) / self._steps,
+                time_s=cursor.seconds,
+                pos_similarity=means[3],
+                neg_similarity=means[4],
+                embedding_std=float(embeddings.float().std(0).mean() * math.sqrt(embeddings.shape[1])),
+            )
+            say(
+                f"epoch {position:6.2f}/{self.recipe.train.epochs}  step {cursor.step}/{self.total_steps}  "
+                f"loss {means[0]:.4f}  lr {rate:.4g}  {speed:.0f} images/s  "
+                f"waited {(1 - self._compute_s / elapsed) * 100:.0f}%  left {duration(left)}"
+            )
+        self._reset()
+
+    def check_finite(self) -> None:
+        if not math.isfinite(getattr(self, "_loss", 0.0)):
+            raise TrainingError(
+                f"the loss is {self._loss}",
+                "the last checkpoint is from before; lower optim.base_lr or use train.precision=fp32",
+            )
+
+    def saved(self, commit: Commit, seconds: float) -> None:
+        self.log.event("checkpoint", step=commit.cursor.step, bytes=commit.bytes, seconds=round(seconds, 3))
+
+
+def launch(recipe: str, options: Options, overrides: list[str] | tuple[str, ...] = ()) -> int:
+    """Run the training on this machine, in as many processes as `options` says. Returns the exit code.
+
+    Checks what can be checked before any process starts, so that a mistake costs nothing.
+    """
+    resolved = load_recipe(recipe, overrides)
+    manifest = Manifest.load(open_storage(options.data))
+    resolved.check_data(manifest.images)
+    check_same_run(options.out, resolved, manifest.digest)
+    arguments = [recipe, *overrides]
+    for name, value in vars(options).items():
+        if value is not None:
+            arguments += [f"--{name.replace('_', '-')}", str(value)]
+    return run_ranks("pirl.train", arguments, options.processes)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pirl.train", description=__doc__)
+    parser.add_argument("recipe", help="name of a recipe, or the path of a TOML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe to change")
+    parser.add_argument("--data", required=True, help="URI of the shards")
+    parser.add_argument("--out", required=True, help="URI of the run")
+    parser.add_argument("--processes", type=int, help="processes on this machine")
+    parser.add_argument("--workers", type=int, default=Options.workers, help="data loading processes of each rank")
+    parser.add_argument("--log-every", type=int, default=Options.log_every, help="steps between two log lines")
+    parser.add_argument("--checkpoint-every-s", type=float, default=Options.checkpoint_every_s, help="seconds")
+    parser.add_argument("--keep", type=int, default=Options.keep, help="complete checkpoints to keep")
+    values = vars(parser.parse_intermixed_args(argv))
+    recipe, overrides = values.pop("recipe"), values.pop("overrides")
+    options = Options(**values)
+    if "RANK" not in os.environ:
+        return report_outcome(lambda: launch(recipe, options, overrides))
+
+    def work() -> int:
+        world = start_world()
+        try:
+            train(load_recipe(recipe, overrides), options, world)
+        finally:
+            stop_world(world)
+        return 0
+
+    return report_outcome(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
