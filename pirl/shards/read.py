@@ -54,7 +54,8 @@ class ShardReader:
         """The encoded image, as it was given (a lossless PNG for array data sets)."""
         number = self._shard_of(id)
         size = int(self._sizes[id])
-        data = os.pread(self._file(number).fd, size, int(self._offsets[id]))
+        file = self._file(number)  # held until the read is done: another thread may drop it from the open ones
+        data = os.pread(file.fd, size, int(self._offsets[id]))
         if len(data) != size:
             shard = self.manifest.shards[number]
             raise DataError(f"{self.storage.uri}/{shard.name} was cut while it was in use (image {id})", HINT)

@@ -31,6 +31,7 @@ class Source(ABC):
     labels: np.ndarray | None  # int64 (N,), class indices; None when unlabelled
     classes: list[str] | None
     folder: Path | None = None  # where the images lie; an output must not be put inside
+    in_memory = False  # checking one costs nothing
 
     def __len__(self) -> int:
         return len(self.names)
@@ -207,6 +208,8 @@ def _numbered(given: list[str], path: Path) -> tuple[np.ndarray, list[str]]:
 
 class ArraySource(Source):
     """Grey images in memory, uint8 (N, H, W); they become PNG files of mode L without loss."""
+
+    in_memory = True
 
     def __init__(
         self, description: str, images: np.ndarray, labels: np.ndarray | None, classes: list[str] | None, prefix: str

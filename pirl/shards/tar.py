@@ -14,9 +14,7 @@ WRITE_BYTES = 4 * 2**20  # collected before a write: far fewer system calls for 
 
 # A USTAR header with everything that could differ between two machines set to zero: time, owner, group, devices.
 _AFTER_NAME = b"0000644\0" + b"0000000\0" * 2
-_AFTER_SIZE = (
-    b"0" * 11 + b"\0" + b" " * 8 + b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\0" * 2 + bytes(167)
-)
+_AFTER_SIZE = b"0" * 11 + b"\0" + b" " * 8 + b"0" + bytes(100) + b"ustar\x0000" + bytes(247)
 _CONSTANT_SUM = sum(_AFTER_NAME) + sum(_AFTER_SIZE)
 _CHECKSUM_AT = 148
 

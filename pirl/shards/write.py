@@ -33,7 +33,7 @@ from pirl.shards.tar import END, padded, write_tar
 from pirl.storage import Storage, encode_json, local_path, open_storage
 
 SHARD_BYTES = 256 * 2**20
-CHUNK_IMAGES = 2048  # checked between two records
+CHUNK_IMAGES = 1024  # checked between two records
 WORK = "_work"
 CLAIM = f"{WORK}/claim.json"
 
@@ -152,7 +152,8 @@ class _Run:
         self._advance(sum(len(chunks[number]) for number in results))
         bad: dict[int, str] = {int(i): reason for result in results.values() for i, reason in result["bad"].items()}
         missing = [number for number in range(len(chunks)) if number not in results]
-        for k, result in workers.run("check", [chunks[number] for number in missing]):
+        parts = [chunks[number] for number in missing]
+        for k, result in workers.run("check", parts, alone=self.source.in_memory):
             number = missing[k]
             results[number] = result
             self.records.write_bytes(_checked_name(number), _json_bytes(result))
