@@ -1,4 +1,4 @@
-"""A real HTTP server that speaks S3 (moto), one per test module; `bucket` is a fresh bucket's URI with the AWS settings."""
+"""A real HTTP server that speaks S3 (moto), one per test module; `bucket` is a fresh bucket of it, as a URI."""
 
 from __future__ import annotations
 

@@ -222,7 +222,7 @@ def _transfer() -> Any:
 
 def _code(error: Exception) -> str:
     """The code of an S3 answer, empty for any other error."""
-    return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
+    return str((getattr(error, "response", None) or {}).get("Error", {}).get("Code", ""))
 
 
 def _no_bucket(bucket: str) -> tuple[str, str]:

@@ -1,0 +1,299 @@
+"""The embedded model registry: a folder or an S3 prefix that holds immutable versions and two pointers.
+
+    <root>/<model>/versions/v0001/model.json         claims the number (created once), holds the whole record
+                                  trunk.safetensors  and whatever else was given
+                                  README.md          the model card, made from the record
+                                  COMMIT.json        written last: from here on the version is visible
+                                  GATE.json          there when the version came through the gate
+    <root>/<model>/champion.json, latest.json        {"version", "updated"}
+
+A version that a crash left without COMMIT.json is invisible and is completed by registering the same run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pirl.errors import RegistryError, StorageNotFoundError, UsageError, did_you_mean
+from pirl.registry.card import model_card
+from pirl.storage import Storage, encode_json, open_storage, sha256_file
+
+CHAMPION = "champion"
+LATEST = "latest"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_NUMBER = re.compile(r"v(\d{4,})")
+_RECORD, _CARD, _COMMIT, _GATE = "model.json", "README.md", "COMMIT.json", "GATE.json"
+_CHUNK_BYTES = 16 << 20
+_OWN_FILES = (_RECORD, _CARD, _COMMIT, _GATE)
+_OWN_FIELDS = ("name", "version", "run_id", "created", "files")
+
+
+@dataclass(frozen=True)
+class Version:
+    """One registered version. `record` is its model.json, `gated` whether it came through the gate."""
+
+    model: str
+    version: str
+    uri: str
+    record: dict[str, Any]
+    gated: bool
+
+
+class Registry:
+    """Versions of models under `root`. Safe for any number of processes at once, without a server or a lock."""
+
+    def __init__(self, root: Storage | str) -> None:
+        self.storage = open_storage(root) if isinstance(root, str) else root
+
+    def register(
+        self,
+        model: str,
+        *,
+        run_id: str,
+        files: Mapping[str, Path | bytes],
+        record: Mapping[str, Any],
+        promote: bool,
+    ) -> Version:
+        """Store `files` and `record` as the version of this run; with `promote` it also becomes latest and champion.
+
+        The same run gives the same version, however often it is registered and wherever an earlier attempt broke off;
+        the record of the first attempt stays. `RegistryError` when the run was registered with other files.
+        Promotion never moves a pointer back: an older version, or one that was promoted before, moves nothing.
+        """
+        _check_name(model, "model")
+        for name in files:
+            _check_name(name, "file")
+            if name in _OWN_FILES:
+                raise ValueError(f"{name} is written by the registry itself")
+        if clash := set(_OWN_FIELDS) & set(record):
+            raise ValueError(f"the record may not set {sorted(clash)}: the registry does")
+
+        stamps = {name: _stamp(content) for name, content in files.items()}
+        version, claim = self._claim(model, run_id, stamps, dict(record))
+        place = self._place(model, version)
+        if not place.exists(_COMMIT):
+            for name, content in files.items():
+                if isinstance(content, bytes):
+                    place.write_bytes(name, content)
+                else:
+                    place.upload(content, name)
+            for name in files:  # the source may have changed while it was copied
+                _verify(place, name, stamps[name], "Register the run again, while nothing else writes its files.")
+            place.write_bytes(_CARD, model_card(json.loads(claim)).encode())
+            place.write_json(_COMMIT, {"version": version, "record_sha256": _sha256(claim)})
+        if promote:
+            place.create(_GATE, encode_json({"passed": _now()}))
+            self._advance(model)
+        return self._load(model, version)
+
+    def _claim(self, model: str, run_id: str, stamps: dict[str, Any], record: dict[str, Any]) -> tuple[str, bytes]:
+        """The version that belongs to this run, and its model.json.
+
+        Every contender walks the numbers upwards from 1 and stops at the first that is free or its own; creating
+        model.json has one winner. So no number is given twice, and no run, even when racing itself, gets two.
+        """
+        for number in itertools.count(1):
+            version = f"v{number:04d}"
+            place = self._place(model, version)
+            own = {"name": model, "version": version, "run_id": run_id, "created": _now(), "files": stamps}
+            claim = encode_json({**own, **record})
+            try:  # reading first, since on the way nearly all numbers are taken
+                found = place.read_bytes(_RECORD)
+            except StorageNotFoundError:
+                if place.create(_RECORD, claim):
+                    return version, claim
+                found = place.read_bytes(_RECORD)
+            theirs = _parse(found, place)
+            if theirs["run_id"] == run_id:
+                if theirs["files"] != stamps:
+                    raise RegistryError(
+                        f"Run {run_id!r} is registered as {model} {version} with other files: "
+                        f"{', '.join(_differing(theirs['files'], stamps))}.",
+                        "A version never changes. Give the new training its own run id.",
+                    )
+                return version, found
+        raise AssertionError  # the numbers have no end
+
+    def models(self) -> list[str]:
+        """Names of all models that have a visible version, sorted."""
+        names = (name.split("/") for name in self.storage.list())
+        return sorted(
+            {parts[0] for parts in names if len(parts) == 4 and parts[1] == "versions" and parts[3] == _COMMIT}
+        )
+
+    def versions(self, model: str) -> list[Version]:
+        """All visible versions, oldest first. `UsageError` for a model that is not there."""
+        return [self._load(model, version) for version in self._require(model)]
+
+    def get(self, model: str, version: str = CHAMPION, *, verify: bool = False) -> Version:
+        """A version by number, or the one that "champion" or "latest" points to.
+
+        `verify` reads all its files and compares their digests (`RegistryError` names the one that changed).
+        """
+        committed = self._require(model)
+        number = version
+        if version in (CHAMPION, LATEST):
+            pointed = self._pointer(model, version)
+            if pointed is None:
+                raise UsageError(
+                    f"Model {model!r} has no {version} yet: no version came through the gate.",
+                    f"Name a version ({', '.join(committed[-3:])}), or promote one.",
+                )
+            number = pointed
+        if number not in committed:
+            if version in (CHAMPION, LATEST):
+                raise RegistryError(
+                    f"{version} of {model!r} points to {number}, which is not in {self.storage.uri}.",
+                    f"Restore that version, or promote another one ({', '.join(committed[-3:])}).",
+                )
+            raise UsageError(
+                f"Model {model!r} has no version {version!r}.{did_you_mean(version, [*committed, CHAMPION, LATEST])}",
+                f"It has {', '.join(committed[-5:])}, and the names champion and latest.",
+            )
+        found = self._load(model, number)
+        if verify:
+            place = self._place(model, number)
+            for name, stamp in found.record["files"].items():
+                _verify(place, name, stamp, _RESTORE)
+        return found
+
+    def promote(self, model: str, version: str) -> Version:
+        """Make this version the champion, also to go back to an older one."""
+        found = self.get(model, version)
+        self._point(model, CHAMPION, found.version)
+        return found
+
+    def _advance(self, model: str) -> None:
+        """Point latest and champion to the newest gated version, unless that was done before.
+
+        `latest` is written last and so tells whether it was done. Of two that register at once the slower may write
+        an older version over a newer one; the newer one's gate was there before, so looking again finds it.
+        """
+        written: str | None = None
+        while True:
+            newest = self._with(model, _COMMIT, _GATE)[-1]
+            if written == newest:
+                return
+            latest = self._pointer(model, LATEST)
+            if written is None and latest is not None and _order(latest) >= _order(newest):
+                return
+            self._point(model, CHAMPION, newest)
+            self._point(model, LATEST, newest)
+            written = newest
+
+    def _point(self, model: str, pointer: str, version: str) -> None:
+        (self.storage / model).write_json(f"{pointer}.json", {"version": version, "updated": _now()})
+
+    def _pointer(self, model: str, pointer: str) -> str | None:
+        place = self.storage / model
+        try:
+            return str(place.read_json(f"{pointer}.json")["version"])
+        except StorageNotFoundError:
+            return None
+        except (KeyError, TypeError) as error:
+            raise RegistryError(
+                f"{place.uri}/{pointer}.json is damaged: it names no version.",
+                f'Write {{"version": "v0001"}} (the right number) into it; {model}/versions has what there is.',
+            ) from error
+
+    def _place(self, model: str, version: str) -> Storage:
+        return self.storage / model / "versions" / version
+
+    def _with(self, model: str, *wanted: str) -> list[str]:
+        """Versions that have all the `wanted` files, oldest first."""
+        found: dict[str, set[str]] = {}
+        for name in (self.storage / model).list("versions/"):
+            parts = name.split("/")
+            if len(parts) == 3 and _NUMBER.fullmatch(parts[1]):
+                found.setdefault(parts[1], set()).add(parts[2])
+        return sorted((version for version, names in found.items() if names.issuperset(wanted)), key=_order)
+
+    def _require(self, model: str) -> list[str]:
+        """The visible versions of a model that must have one, oldest first."""
+        _check_name(model, "model")
+        committed = self._with(model, _COMMIT)
+        if not committed:
+            known = self.models()
+            raise UsageError(
+                f"There is no model {model!r} in {self.storage.uri}.{did_you_mean(model, known)}",
+                f"It holds {', '.join(known)}." if known else "It holds no model yet: register a run first.",
+            )
+        return committed
+
+    def _load(self, model: str, version: str) -> Version:
+        place = self._place(model, version)
+        record = place.read_bytes(_RECORD)
+        if _sha256(record) != place.read_json(_COMMIT)["record_sha256"]:
+            raise RegistryError(f"{place.uri}/{_RECORD} was changed after it was registered.", _RESTORE)
+        return Version(model, version, place.uri, _parse(record, place), place.exists(_GATE))
+
+
+_RESTORE = "Restore the version from a backup, or register the run again under a new run id."
+
+
+def _order(version: str) -> int:
+    match = _NUMBER.fullmatch(version)
+    return int(match[1]) if match else 0
+
+
+def _check_name(name: str, what: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} is not a name for a {what}.",
+            "Use letters, digits, '-', '_' and '.', up to 128, the first one a letter or a digit.",
+        )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _stamp(content: Path | bytes) -> dict[str, Any]:
+    if isinstance(content, bytes):
+        return {"bytes": len(content), "sha256": _sha256(content)}
+    try:
+        return {"bytes": content.stat().st_size, "sha256": sha256_file(content)}
+    except OSError as error:
+        raise RegistryError(
+            f"Cannot read {content}: {error.strerror}.", "Run the step that exports it again."
+        ) from error
+
+
+def _verify(place: Storage, name: str, stamp: dict[str, Any], hint: str) -> None:
+    """Read a stored file back and compare its digest."""
+    digest = hashlib.sha256()
+    try:
+        size = place.size(name)
+        for offset in range(0, size, _CHUNK_BYTES):
+            digest.update(place.read_range(name, offset, _CHUNK_BYTES))
+    except StorageNotFoundError as error:
+        raise RegistryError(f"{place.uri}/{name} is missing.", hint) from error
+    if {"bytes": size, "sha256": digest.hexdigest()} != stamp:
+        raise RegistryError(f"{place.uri}/{name} is not what was registered: its SHA-256 differs.", hint)
+
+
+def _parse(data: bytes, place: Storage) -> dict[str, Any]:
+    try:
+        record = json.loads(data)
+        if isinstance(record, dict) and {"run_id", "files"} <= record.keys():
+            return record
+    except ValueError:
+        pass
+    raise RegistryError(f"{place.uri}/{_RECORD} is damaged, or no record of this registry.", _RESTORE)
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
