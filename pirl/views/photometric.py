@@ -1,27 +1,43 @@
 """Photometric transforms of many small images at once, each with its own parameters, on whatever device they are on.
 
-Pixels are float32 tensors (m, C, H, W) that hold the integers 0..255, changed in place; C is 3, or 1 where all channels
-are equal. Every operation rounds where PIL rounds, so that it gives PIL's 8-bit values; see each for exceptions.
 Parameters stay on the host as numpy arrays: which elements an operation touches is known without asking the device.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..config import ViewsConfig
+from .operations import (
+    autocontrast_,
+    blur_,
+    brightness_,
+    contrast_,
+    flip_,
+    gray_,
+    hue_,
+    on_some,
+    posterize_,
+    saturation_,
+    sharpness_,
+    solarize_,
+)
 from .random import uniforms
 
 FIRST_STREAM = 1  # of `uniforms`: element e of an image draws from stream 1 + e
-JITTER_OPS = ("brightness", "contrast", "saturation", "hue")
+JITTER: dict[str, Callable[[Tensor, np.ndarray], None]] = {
+    "brightness": brightness_,
+    "contrast": contrast_,
+    "saturation": saturation_,
+    "hue": hue_,
+}
+JITTER_OPS = tuple(JITTER)
 _ORDERS = np.array(list(itertools.permutations(range(4))))
 _CHUNK_VALUES = 1 << 18  # on a CPU, one chunk and its temporaries stay in the cache
 
@@ -111,25 +127,30 @@ def apply_photometrics(pixels: Tensor, params: Photometrics, cfg: ViewsConfig) -
     plans = _jitter_plans(params, cfg)
     # elements with the same jitter operations in the same order stand together: one slice then serves them all
     order = np.argsort(plans, kind="stable")
-    chunk = n if pixels.is_cuda else max(1, _CHUNK_VALUES // (channels * height * width))
+    chunk = max(1, n if pixels.is_cuda else _CHUNK_VALUES // (channels * height * width))
     out = torch.empty((n, 3, height, width), device=pixels.device)
     for first in range(0, n, chunk):
         index = order[first : first + chunk]
         where = torch.from_numpy(index).to(pixels.device)
-        x = pixels[where].permute(0, 3, 1, 2)[:, :channels].to(torch.float32, memory_format=torch.contiguous_format)
-        chosen = params[index]
-        if cfg.photometric == "base":
-            _jitter(x, chosen, plans[index])
-            _on(x, chosen.group, lambda part, i, p=chosen: _group(part, p, i))  # type: ignore[misc]
-            _on(x, chosen.gray, lambda part, _: gray_(part))
-            _on(x, chosen.flip, lambda part, _: part.copy_(part.flip(-1)))
-        else:
-            _on(x, chosen.flip, lambda part, _: part.copy_(part.flip(-1)))
-            _jitter(x, chosen, plans[index])
-            _on(x, chosen.gray, lambda part, _: gray_(part))
-            _on(x, chosen.blur, lambda part, i, p=chosen: blur_(part, p.sigma[i]))  # type: ignore[misc]
+        chosen = pixels.index_select(0, where).permute(0, 3, 1, 2)[:, :channels]
+        x = chosen.to(torch.float32, memory_format=torch.contiguous_format)
+        _chain(x, params[index], plans[index], cfg)
         out.index_copy_(0, where, (x * scale).add_(shift))
     return out
+
+
+def _chain(x: Tensor, params: Photometrics, plans: np.ndarray, cfg: ViewsConfig) -> None:
+    """All transforms, in place on (m, C, H, W) pixels sorted by their jitter plans."""
+    if cfg.photometric == "base":
+        _jitter(x, params, plans)
+        on_some(x, params.group, lambda part, index: _group(part, params[index]))
+        on_some(x, params.gray, lambda part, _: gray_(part))
+        on_some(x, params.flip, lambda part, _: flip_(part))
+    else:
+        on_some(x, params.flip, lambda part, _: flip_(part))
+        _jitter(x, params, plans)
+        on_some(x, params.gray, lambda part, _: gray_(part))
+        on_some(x, params.blur, lambda part, index: blur_(part, params.sigma[index]))
 
 
 def denormalise(images: Tensor, cfg: ViewsConfig) -> Tensor:
@@ -161,7 +182,7 @@ def _jitter(x: Tensor, params: Photometrics, plans: np.ndarray) -> None:
         for digit in np.base_repr(plans[run.start], 5):
             if digit != "0":
                 name = JITTER_OPS[int(digit) - 1]
-                _JITTER[name](x[run], getattr(params, name)[run])
+                JITTER[name](x[run], getattr(params, name)[run])
 
 
 def _runs(values: np.ndarray) -> Iterator[slice]:
@@ -169,203 +190,8 @@ def _runs(values: np.ndarray) -> Iterator[slice]:
     return (slice(start, stop) for start, stop in itertools.pairwise(edges) if stop > start)
 
 
-def _on(x: Tensor, mask: np.ndarray, op: Callable[[Tensor, np.ndarray], object]) -> None:
-    """`op(elements, their indices)` in place on the elements of `x` where `mask` holds."""
-    index = np.flatnonzero(mask)
-    if len(index) == len(x):
-        op(x, index)
-    elif len(index):
-        where = torch.from_numpy(index).to(x.device)
-        part = x[where]
-        op(part, index)
-        x.index_copy_(0, where, part)
-
-
-def _group(x: Tensor, params: Photometrics, index: np.ndarray) -> None:
-    posterize_(x, params.bits[index])
-    sharpness_(x, params.sharpness[index])
-    solarize_(x, params.threshold[index])
+def _group(x: Tensor, params: Photometrics) -> None:
+    posterize_(x, params.bits)
+    sharpness_(x, params.sharpness)
+    solarize_(x, params.threshold)
     autocontrast_(x)
-
-
-def _column(x: Tensor, values: np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
-    """One value for each element, to broadcast over its pixels."""
-    return torch.as_tensor(values, dtype=dtype).to(x.device).view(-1, 1, 1, 1)
-
-
-def _blend_(x: Tensor, degenerate: Tensor, factor: np.ndarray) -> None:
-    """degenerate + factor (x - degenerate), clipped and cut to integers, as PIL's Image.blend."""
-    x.sub_(degenerate).mul_(_column(x, factor)).add_(degenerate).clamp_(0, 255).floor_()
-
-
-def luma(x: Tensor) -> Tensor:
-    """PIL's conversion to mode L, (m, 1, H, W): (19595 R + 38470 G + 7471 B + 2^15) >> 16. Exact in float32."""
-    if x.shape[1] == 1:
-        return x.clone()
-    red, green, blue = x.split(1, dim=1)
-    gray = red * (19595 / 65536)
-    return gray.add_(green, alpha=38470 / 65536).add_(blue, alpha=7471 / 65536).add_(0.5).floor_()
-
-
-def brightness_(x: Tensor, factor: np.ndarray) -> None:
-    """PIL's ImageEnhance.Brightness. Exact."""
-    x.mul_(_column(x, factor)).clamp_(max=255).floor_()
-
-
-def contrast_(x: Tensor, factor: np.ndarray) -> None:
-    """PIL's ImageEnhance.Contrast: away from the rounded mean luma. Exact."""
-    total = luma(x).sum(-1).sum((1, 2), dtype=torch.float64)  # of integers: exact in any order
-    mean = (total / (x.shape[2] * x.shape[3]) + 0.5).floor_().float().view(-1, 1, 1, 1)
-    _blend_(x, mean, factor)
-
-
-def saturation_(x: Tensor, factor: np.ndarray) -> None:
-    """PIL's ImageEnhance.Color: away from the gray image. Exact."""
-    if x.shape[1] == 3:
-        _blend_(x, luma(x), factor)
-
-
-@functools.cache
-def _hue_table(device: torch.device) -> Tensor:
-    """PIL's 8-bit hue, which depends on two differences only: (511 * 511,) uint8 at 511 (R - G) + G - B, from -255."""
-    red_green, green_blue = (axis - 255 for axis in np.mgrid[:511, :511])
-    channels = np.stack([red_green + green_blue, green_blue, np.zeros_like(green_blue)], axis=-1)
-    channels -= channels.min(axis=-1, keepdims=True)
-    colours = Image.fromarray(np.minimum(channels, 255).astype(np.uint8))  # larger differences do not occur
-    return torch.from_numpy(np.array(colours.convert("HSV"))[..., 0].ravel()).to(device)
-
-
-def hue_(x: Tensor, turns: np.ndarray) -> None:
-    """torchvision's adjust_hue on PIL images: to 8-bit HSV, a shift of H modulo 256, and back."""
-    if x.shape[1] == 1:
-        return  # gray has no hue
-    red, green, blue = x.unbind(1)
-    value = torch.maximum(torch.maximum(red, green), blue)
-    chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    # double precision as in PIL: a whole number may come out just below itself, and is then cut to the one before
-    saturation = (chroma / value.clamp(min=1)).double().mul_(255).floor_().float()
-    key = (red - green).mul_(511).add_(green).sub_(blue).add_(255 * 512).int()
-    hue = _hue_table(x.device).index_select(0, key.view(-1)).view(key.shape)
-    shift = np.trunc(turns.astype(np.float64) * 255) % 256
-    hue.add_(_column(x, shift, torch.uint8).view(-1, 1, 1))  # wraps around
-
-    turn = hue.float().mul_(6)  # in 1/255 of a sixth of the circle; red, green and blue stand at 0 = 1530, 510 and 1020
-    strength = saturation.mul_(value)
-    torch.sub(255, (turn - 765).abs_().sub_(255).clamp_(0, 255), out=red)
-    torch.sub(turn, 510, out=green).abs_().sub_(255)
-    torch.sub(turn, 1020, out=blue).abs_().sub_(255)
-    for channel in (red, green, blue):
-        channel.clamp_(0, 255).mul_(strength).add_(32512).div_(65025).floor_().neg_().add_(value)
-
-
-def posterize_(x: Tensor, bits: np.ndarray) -> None:
-    """PIL's ImageOps.posterize. Exact."""
-    step = 2.0 ** (8 - bits)
-    x.mul_(_column(x, 1 / step)).floor_().mul_(_column(x, step))
-
-
-def sharpness_(x: Tensor, factor: np.ndarray) -> None:
-    """PIL's ImageEnhance.Sharpness: away from the image smoothed by a 3x3 kernel; border pixels stay. Exact."""
-    height, width = x.shape[2:]
-    if min(height, width) < 3:
-        return
-    # shifts along the flattened pixels keep memory access contiguous; what they get wrong at the border is not used
-    flat = x.view(len(x), -1)
-    line = flat[:, :-2] + flat[:, 1:-1]
-    line.add_(flat[:, 2:])
-    smooth = line[:, : -2 * width] + line[:, width:-width]
-    centre = flat[:, width + 1 : -width - 1]
-    smooth.add_(line[:, 2 * width :]).add_(centre, alpha=4).mul_(1 / 13).add_(0.5).floor_()
-    sharp = torch.empty_like(x)
-    middle = sharp.view(len(x), -1)[:, width + 1 : -width - 1]
-    torch.sub(centre, smooth, out=middle)
-    middle.mul_(_column(x, factor).view(-1, 1)).add_(smooth).clamp_(0, 255).floor_()
-    x[..., 1:-1, 1:-1] = sharp[..., 1:-1, 1:-1]
-
-
-def solarize_(x: Tensor, threshold: np.ndarray) -> None:
-    """PIL's ImageOps.solarize. Exact."""
-    inverted = (x - _column(x, threshold - 1)).clamp_(0, 1)  # arithmetic is faster than torch.where on a CPU
-    x.add_(inverted.mul_(torch.rsub(x, 255, alpha=2)))
-
-
-def autocontrast_(x: Tensor) -> None:
-    """PIL's ImageOps.autocontrast: each channel stretched to 0..255. Exact."""
-    low, high = (extreme(x.flatten(2), dim=2, keepdim=True).double() for extreme in (torch.amin, torch.amax))
-    stretch = torch.where(high > low, 255 / (high - low).clamp(min=1), 1.0)
-    offset = torch.where(high > low, -low * stretch, 0.0)
-    # double precision, as PIL: a whole number may come out just below itself and is cut
-    stretched = x.flatten(2).double().mul_(stretch).add_(offset).floor_()
-    x.copy_(stretched.view_as(x)).clamp_(0, 255)
-
-
-def gray_(x: Tensor) -> None:
-    """PIL's conversion to mode L, in all channels. Exact."""
-    if x.shape[1] == 3:
-        x.copy_(luma(x).expand_as(x))
-
-
-def blur_(x: Tensor, sigma: np.ndarray) -> None:
-    """PIL's GaussianBlur: three box blurs along the rows, then three along the columns. Exact."""
-    reach, inner, outer = box_weights(sigma)
-    for radius in np.unique(reach).tolist():
-
-        def blur(part: Tensor, index: np.ndarray, radius: int = radius) -> None:
-            weights = tuple(_column(x, w[index], torch.int32).view(-1, 1) for w in (inner, outer))
-            pixels = part.to(torch.int32)
-            for axis in (3, 2):
-                pixels = _box_blur(pixels, axis, radius, *weights)
-            part.copy_(pixels)
-
-        _on(x, reach == radius, blur)
-
-
-def box_weights(sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Three box filters that make a Gaussian, in PIL's float32 arithmetic and its 24-bit fixed point.
-
-    Returns, (m,) each, int64: whole pixels on either side of the centre, their weight, and the weight of the two
-    pixels beyond (Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering", 2011).
-    """
-    sigma = sigma.astype(np.float32)
-    variance = sigma * sigma / np.float32(3)
-    length = np.sqrt(12.0 * variance.astype(np.float64) + 1.0).astype(np.float32)
-    whole = np.floor((length - np.float32(1)) / np.float32(2))
-    rest = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) * (whole + 1)))
-    radius = (whole + rest).astype(np.float32)
-    reach = radius.astype(np.int64)
-    inner = (np.float32(1 << 24) / (radius * 2 + 1)).astype(np.int64)
-    return reach, inner, ((1 << 24) - (2 * reach + 1) * inner) // 2
-
-
-def _box_blur(x: Tensor, axis: int, radius: int, inner: Tensor, outer: Tensor) -> Tensor:
-    """Three box blurs of (m, C, H, W) int32 along `axis`, rounded to 8 bits after each, edges repeated."""
-    size, pad = x.shape[axis], radius + 1
-    shape = list(x.shape)
-    shape[axis] += 2 * pad
-    padded = x.new_empty(shape)
-    body = padded.narrow(axis, pad, size)
-    body.copy_(x)
-    # shifts along the flattened pixels, as in sharpness_: only the padding comes out wrong, and it is filled anew
-    flat = padded.view(len(x), -1)
-    step = padded.stride(axis)
-    end = flat.shape[1] - pad * step
-    centre = flat[:, pad * step : end]
-    for _ in range(3):
-        padded.narrow(axis, 0, pad).copy_(body.narrow(axis, 0, 1))
-        padded.narrow(axis, pad + size, pad).copy_(body.narrow(axis, size - 1, 1))
-        far = (flat[:, : -2 * pad * step] + flat[:, 2 * pad * step :]).mul_(outer)
-        near = centre.clone() if radius else centre
-        for distance in range(1, radius + 1):
-            near += flat[:, (pad - distance) * step : end - distance * step]
-            near += flat[:, (pad + distance) * step : end + distance * step]
-        # sums reach 2^32: int32 wraps, and the mask takes the sign's copies away
-        torch.mul(near, inner, out=centre).add_(far).add_(1 << 23).bitwise_right_shift_(24).bitwise_and_(255)
-    return body
-
-
-_JITTER: dict[str, Callable[[Tensor, np.ndarray], None]] = {
-    "brightness": brightness_,
-    "contrast": contrast_,
-    "saturation": saturation_,
-    "hue": hue_,
-}

@@ -32,7 +32,8 @@ def uniforms(seed: int, epoch: int, ids: np.ndarray, view: int | np.ndarray, n: 
     image; `seed` counts modulo 2^64, `epoch` lies below 2^48 and `n` is at most 512. Column k of a row never depends on
     `n` or on the other rows. Key = seed; counter = (id low, id high, epoch low, epoch high << 16 | view << 8 | block).
     """
-    if not 0 <= epoch < 1 << 48 or not 0 <= n <= 512 or np.min(view) < 0 or np.max(view) > 255:
+    views = np.asarray(view, np.int64)
+    if not 0 <= epoch < 1 << 48 or not 0 <= n <= 512 or ((views < 0) | (views > 255)).any():
         raise ValueError(f"no such random numbers: epoch {epoch}, view {view}, n {n}")
     ids = np.asarray(ids).astype(np.uint64)
     blocks = -(-n // 2)
@@ -40,7 +41,7 @@ def uniforms(seed: int, epoch: int, ids: np.ndarray, view: int | np.ndarray, n: 
     counter[..., 0] = (ids & _LOW)[:, None]
     counter[..., 1] = (ids >> _32)[:, None]
     counter[..., 2] = epoch & 0xFFFFFFFF
-    stream = (epoch >> 32 << 16) + (np.asarray(view, np.int64) << 8)
+    stream = (epoch >> 32 << 16) + (views << 8)
     counter[..., 3] = np.broadcast_to(stream, (len(ids),))[:, None] + np.arange(blocks)
     key = np.array([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF], np.uint32)
     words = philox4x32(counter, key).reshape(len(ids), blocks * 2, 2)[:, :n]
