@@ -21,7 +21,7 @@ from .checkpoint import Checkpoints, Commit
 from .config import Recipe, parse_recipe
 from .errors import CheckpointError, DataError, UsageError
 from .model import Trunk, build_model
-from .shards import ShardReader, decode_image
+from .shards import Manifest, ShardReader, decode_image
 from .storage import open_storage
 
 
@@ -92,7 +92,7 @@ def evaluate(
         "train_images": len(train_reader),
         "test_images": len(test_reader),
         "classes": classes,
-        "protocol": {**asdict(protocol), "resize": recipe.eval.resize, "crop": recipe.eval.crop},
+        "protocol": {**as_json(protocol), "resize": recipe.eval.resize, "crop": recipe.eval.crop},
     }
     pixels = [load_pixels(reader, recipe) for reader in (train_reader, test_reader)]
     for name, candidate in (("pretrained", trunk), ("random", build_model(recipe).trunk.eval())):
@@ -105,6 +105,28 @@ def evaluate(
         result[name] = probe(train, test, len(classes), protocol)
     result["seconds"] = round(time.perf_counter() - started, 1)
     return result
+
+
+def evaluate_run(
+    run: str, train_data: str, test_data: str, progress: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Evaluate the newest checkpoint of a run into its `eval.json`; what is there already for the same is kept."""
+    storage = open_storage(run)
+    checkpoints = Checkpoints(storage / "checkpoints")
+    digests = [Manifest.load(open_storage(uri)).digest for uri in (train_data, test_data)]
+    if storage.exists("eval.json"):
+        before = storage.read_json("eval.json")
+        same = [before["checkpoint"].rpartition("/")[2], before["train_data"], before["test_data"]]
+        if same == [checkpoints.newest(), *digests] and before["protocol"] | as_json(Protocol()) == before["protocol"]:
+            return before
+    result = evaluate(run, train_data, test_data, progress=progress)
+    storage.write_json("eval.json", result)
+    return result
+
+
+def as_json(protocol: Protocol) -> dict[str, Any]:
+    """The protocol as JSON gives it back: lists for tuples."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(protocol).items()}
 
 
 def check_labels(train: ShardReader, test: ShardReader) -> list[str]:

@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any
 
-from .storage import Storage
+from .storage import Storage, open_storage
 
 
 class Log:
@@ -46,6 +46,32 @@ def read_lines(run: Storage, name: str) -> list[dict[str, Any]]:
     if not run.exists(name):
         return []
     return [json.loads(line) for line in run.read_bytes(name).decode().splitlines() if line.strip()]
+
+
+def list_runs(root: str) -> list[dict[str, Any]]:
+    """What is known of each run below `root`, without reading checkpoints."""
+    storage = open_storage(root)
+    rows = []
+    for name in storage.list():
+        folder, _, entry = name.rpartition("/")
+        if entry != "config.toml":
+            continue
+        run = storage / folder if folder else storage
+        lines = read_lines(run, "metrics.jsonl")
+        last = lines[-1] if lines else {}
+        result = run.read_json("eval.json") if run.exists("eval.json") else None
+        rows.append(
+            {
+                "run": folder or ".",
+                "state": "done" if run.exists("DONE.json") else "unfinished",
+                "step": last.get("step"),
+                "loss": last.get("loss"),
+                "images_per_s": last.get("images_per_s"),
+                "linear_top1": result and result["pretrained"]["linear"]["top1"]["mean"],
+                "uri": run.uri,
+            }
+        )
+    return rows
 
 
 def say(text: str) -> None:

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from . import __version__
 from .checkpoint import Checkpoints, Commit, Cursor
 from .config import Recipe, load_recipe, parse_recipe
 from .data import Batch, Loader, Share, negative_seeds
-from .distributed import World, report_outcome, run_ranks, start_world, stop_world
+from .distributed import World, default_processes, report_outcome, run_ranks, start_world, stop_world
 from .errors import CheckpointError, PreemptedError, StorageNotFoundError, TrainingError, UsageError
 from .loss import StepLoss, contrast, draw_negatives
 from .memory import MemoryBank
@@ -387,15 +388,30 @@ class Meter:
         self.log.event("checkpoint", step=commit.cursor.step, bytes=commit.bytes, seconds=round(seconds, 3))
 
 
-def launch(recipe: str, options: Options, overrides: list[str] | tuple[str, ...] = ()) -> int:
-    """Run the training on this machine, in as many processes as `options` says. Returns the exit code.
-
-    Checks what can be checked before any process starts, so that a mistake costs nothing.
-    """
+def plan(recipe: str, options: Options, overrides: Sequence[str] = ()) -> list[str]:
+    """Check recipe, data and run as `launch` does, and say in a few lines what it would do."""
     resolved = load_recipe(recipe, overrides)
     manifest = Manifest.load(open_storage(options.data))
     resolved.check_data(manifest.images)
     check_same_run(options.out, resolved, manifest.digest)
+    newest = Checkpoints(open_storage(options.out) / "checkpoints").newest()
+    rows = resolved.data.images or manifest.images
+    steps = resolved.steps_per_epoch(rows)
+    return [
+        f"{resolved.name}: {resolved.train.epochs} epochs of {rows:,} images, {steps:,} steps each, "
+        f"in batches of {resolved.train.batch_size}",
+        f"learning rate {resolved.learning_rate:g}, {resolved.loss.negatives:,} negatives, "
+        f"memory bank of {rows * resolved.model.embedding_dim * 4 / 2**20:.1f} MiB",
+        f"in {options.processes or default_processes()} processes, to {options.out}, from {newest or 'the start'}",
+    ]
+
+
+def launch(recipe: str, options: Options, overrides: Sequence[str] = ()) -> int:
+    """Run the training on this machine, in as many processes as `options` says. Returns the exit code.
+
+    Checks what can be checked before any process starts, so that a mistake costs nothing.
+    """
+    plan(recipe, options, overrides)
     arguments = [recipe, *overrides]
     for name, value in vars(options).items():
         if value is not None:

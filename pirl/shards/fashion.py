@@ -85,6 +85,16 @@ def find_fashion_mnist() -> Path:
     )
 
 
+def present_fashion_mnist() -> Path | None:
+    """The folder that `find_fashion_mnist` would take without fetching anything; None where it would have to."""
+    named = os.environ.get("PIRL_DATA")
+    places = [Path(named).expanduser()] if named else []
+    for place in (*places, cache_root() / "fashion-mnist", Path(DEBIAN_FOLDER)):
+        if folder := _with_files(place):
+            return folder
+    return None
+
+
 def _from_environment() -> Path | None:
     named = os.environ.get("PIRL_DATA")
     if not named:

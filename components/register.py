@@ -1,0 +1,18 @@
+"""a gated run -> an immutable model version, the new champion."""
+
+from kfp import dsl
+
+from components.step import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def register(run: str, root: str, model: str, trunk: dsl.Output[dsl.Model]) -> str:
+    """Register the run's trunk in ROOT/registry; returns the version's URI."""
+    from components.step import step
+    from pirl.registry import register_run
+
+    with step(run, "register"):
+        version = register_run(run, f"{root}/registry", model)
+        trunk.uri = version.uri
+        trunk.metadata["version"] = version.version
+    return version.uri

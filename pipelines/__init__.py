@@ -1,0 +1,1 @@
+"""The DAG: compiled for a cluster, run unchanged on this machine."""

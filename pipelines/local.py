@@ -1,0 +1,63 @@
+"""Running the DAG on this machine, each step a process, no cluster and no container."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+import time
+import warnings
+from typing import Any
+
+from kfp import local
+
+from pipelines.pretrain import pirl_pretrain
+from pirl.errors import PirlError, UsageError
+from pirl.storage import Storage, open_storage
+
+
+def run_local(**arguments: Any) -> Storage:
+    """Run `pirl-pretrain` and make sure that its steps ran. Returns the run's storage.
+
+    A failed step has told why on its own output; the `PirlError` raised here names it.
+    """
+    for name, value in arguments.items():
+        if "python3" in str(value):  # the local runner would replace the word by the path of the interpreter
+            raise UsageError(f"{name} {value!r} holds the word 'python3'", "use a path without it")
+    run = open_storage(f"{arguments['root']}/runs/{arguments['run']}")
+    started = time.time()
+    logging.getLogger().setLevel(logging.WARNING)
+    with tempfile.TemporaryDirectory(prefix="pirl-kfp-") as scratch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        local.init(local.SubprocessRunner(use_venv=False), pipeline_root=scratch)
+        try:
+            pirl_pretrain(**arguments)
+        except RuntimeError as error:
+            raise PirlError(
+                f"the pipeline stopped: {_last_step(error)}", "see the step's own message above; run it again to go on"
+            ) from None
+    require_steps(run, started)
+    return run
+
+
+def require_steps(run: Storage, since: float) -> None:
+    """Fail unless every step of the branch that the gate chose ran after `since`: a skipped step must not look done."""
+    expected = ["shard-train", "shard-test", "pretrain", "linear_eval", "gate", "report"]
+    if run.exists("gate.json") and run.read_json("gate.json")["promote"]:
+        expected.insert(5, "register")
+    missing = []
+    for name in expected:
+        entry = f"steps/{name}.json"
+        if not run.exists(entry) or run.read_json(entry)["last_started"] < since:
+            missing.append(name)
+    if missing:
+        raise PirlError(
+            f"the pipeline ended without having run {', '.join(missing)}", "this is a bug: please report it"
+        )
+
+
+def _last_step(error: RuntimeError) -> str:
+    text = str(error)
+    with contextlib.suppress(ValueError):
+        text = text[text.index("Inner task failed") :]
+    return "".join(part.partition("m")[2] if index else part for index, part in enumerate(text.split("\x1b[")))

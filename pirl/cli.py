@@ -1,0 +1,467 @@
+"""The program `pirl`: each verb parses its arguments and calls one function of the library."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from . import __version__
+from .errors import EXIT_FAILURE, PirlError
+
+app = typer.Typer(
+    name="pirl",
+    help="Self-supervised pretraining with PIRL: images in, an evaluated and registered trunk out.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+
+RecipeName = Annotated[str, typer.Argument(help="Name of a recipe (`pirl recipes`) or path of a TOML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Settings to change.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Processes = Annotated[int, typer.Option(help="Processes on this machine; 0: as many as GPUs, else two.")]
+DRY_RUN_HELP = "Check everything, say what would be done, and stop."
+DEFAULT_ROOT = "runs"
+
+
+def main() -> None:
+    """Run the program: a `PirlError` is a message and an exit code, a bug is a traceback."""
+    try:
+        app()
+    except PirlError as error:
+        _tell(error.what, error.hint)
+        sys.exit(error.exit_code)
+
+
+def _tell(what: str, hint: str) -> None:
+    text = Console(stderr=True, soft_wrap=True)
+    text.print(f"[bold red]error:[/] {escape(what)}", highlight=False)
+    if hint:
+        text.print(f"  -> {escape(hint)}", highlight=False)
+
+
+@app.command()
+def demo(
+    root: Annotated[str, typer.Option(help="Where everything goes.")] = f"{DEFAULT_ROOT}/demo",
+    recipe: Annotated[str, typer.Option(help="Recipe; `demo-long` takes about 40 minutes.")] = "demo",
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP)] = False,
+) -> None:
+    """Run the whole DAG on this machine, on 70,000 real images.
+
+    Example: pirl demo --root runs/demo
+    """
+    run_dag(
+        train_source="fashion-mnist:train",
+        test_source="fashion-mnist:test",
+        root=root,
+        recipe=recipe,
+        overrides=overrides,
+        dry_run=dry_run,
+    )
+
+
+@app.command()
+def run(
+    train_source: Annotated[str, typer.Argument(help="Folder with one subfolder a class, or a list of files.")],
+    test_source: Annotated[str, typer.Argument(help="The same for the test images.")],
+    recipe: Annotated[str, typer.Option(help="Recipe.")] = "demo",
+    root: Annotated[str, typer.Option(help="Where everything goes.")] = DEFAULT_ROOT,
+    model: Annotated[str, typer.Option(help="Name in the registry.")] = "pirl",
+    processes: Processes = 0,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP)] = False,
+) -> None:
+    """Run the whole DAG on this machine on your own labelled images.
+
+    Example: pirl run photos/train photos/test --recipe demo train.epochs=20
+    """
+    run_dag(
+        train_source=train_source,
+        test_source=test_source,
+        root=root,
+        recipe=recipe,
+        overrides=overrides,
+        model=model,
+        processes=processes,
+        dry_run=dry_run,
+    )
+
+
+def run_dag(recipe: str, root: str, overrides: list[str] | None, dry_run: bool, **arguments: Any) -> None:
+    """Run the pipeline locally and show its result."""
+    from .config import load_recipe
+    from .shards import open_source
+
+    resolved = load_recipe(recipe, overrides or [])
+    for name in ("train_source", "test_source"):
+        source = open_source(arguments[name])
+        console.print(f"{name.replace('_', ' ')}: {arguments[name]}, {len(source):,} images")
+    name = f"{resolved.name}-{resolved.digest()[:8]}"
+    console.print(f"run: {root}/runs/{name} ({resolved.train.epochs} epochs of {resolved.data.images or 'all'} images)")
+    if dry_run:
+        return
+    from pipelines.local import run_local
+
+    if "://" not in root:
+        root = str(Path(root).absolute())
+    done = run_local(root=root, run=name, recipe=recipe, overrides=" ".join(overrides or []), **arguments)
+    show_result(done)
+
+
+def show_result(run: Any) -> None:
+    """The table of a finished run, the gate's verdict, and where the report is."""
+    result, gate = run.read_json("eval.json"), run.read_json("gate.json")
+    table = Table(title="top-1 of the frozen trunk, in %")
+    for column in ("", "pretrained", "random weights", "gain"):
+        table.add_column(column, justify="left" if not column else "right")
+    names = {"linear": "linear, all labels", "linear_1pct": "linear, 1 % of the labels", "knn": "nearest neighbours"}
+    for key, label in names.items():
+        ours, random = (result[trunk][key]["top1"] for trunk in ("pretrained", "random"))
+        table.add_row(
+            label,
+            *(f"{100 * value['mean']:.2f} ± {100 * value['std']:.2f}" for value in (ours, random)),
+            f"{100 * (ours['mean'] - random['mean']):+.2f}",
+        )
+    console.print(table)
+    times = {"shard-train": 0.0, "shard-test": 0.0, "pretrain": 0.0, "linear_eval": 0.0, "report": 0.0}
+    console.print(
+        "seconds: " + ", ".join(f"{name} {run.read_json(f'steps/{name}.json')['seconds']:.0f}" for name in times)
+    )
+    if gate["promote"]:
+        version = run.read_json("registered.json")
+        console.print(f"registered as {version['model']} {version['version']}: {version['uri']}")
+    else:
+        console.print(f"not registered: {'; '.join(gate['reasons'])}")
+    console.print(f"report: {run.uri.removeprefix('file://')}/report.html", soft_wrap=True)
+
+
+@app.command()
+def shard(
+    source: Annotated[str, typer.Argument(help="Folder, list of files (.txt), or fashion-mnist:train|test.")],
+    out: Annotated[str, typer.Argument(help="Folder or s3:// prefix.")],
+    processes: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
+    max_bad_share: Annotated[float, typer.Option(help="Stop if a larger share of images is unreadable.")] = 0.01,
+    dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP)] = False,
+) -> None:
+    """Pack images into WebDataset shards with a manifest.
+
+    Example: pirl shard photos/train shards/train
+    """
+    from .shards import open_source, write_shards
+    from .storage import open_storage
+
+    images = open_source(source)
+    if dry_run:
+        console.print(f"{len(images):,} images would go to {out}")
+        return
+    with progress("sharding") as advance:
+        manifest = write_shards(
+            images, open_storage(out), processes=processes, max_bad_share=max_bad_share, progress=advance
+        )
+    console.print(
+        f"{manifest.images:,} images in {len(manifest.shards)} shards, {manifest.quarantined} quarantined, "
+        f"digest {manifest.digest[:12]}: {out}"
+    )
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    data: Annotated[str, typer.Option(help="URI of the shards.")],
+    out: Annotated[str, typer.Option(help="URI of the run; a run that is there is resumed.")],
+    processes: Processes = 0,
+    workers: Annotated[int, typer.Option(help="Data loading processes of each rank.")] = 0,
+    log_every: Annotated[int, typer.Option(help="Steps between two log lines.")] = 50,
+    checkpoint_every_s: Annotated[float, typer.Option(help="Seconds between two checkpoints.")] = 300.0,
+    keep: Annotated[int, typer.Option(help="Complete checkpoints to keep.", min=1)] = 2,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP)] = False,
+) -> None:
+    """Pretrain on this machine, or go on with a run that was interrupted.
+
+    Example: pirl train demo --data shards/train --out runs/mine train.epochs=3
+    """
+    from .train import Options, launch, plan
+
+    options = Options(data, out, processes or None, workers, log_every, checkpoint_every_s, keep)
+    if dry_run:
+        for line in plan(recipe, options, overrides or []):
+            console.print(line)
+        return
+    raise typer.Exit(launch(recipe, options, overrides or []))
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[str, typer.Argument(help="URI of a run.")],
+    data: Annotated[str, typer.Option(help="URI of labelled shards to train the probe on.")],
+    test: Annotated[str, typer.Option(help="URI of labelled shards to test it on.")],
+    as_json: Json = False,
+) -> None:
+    """Probe a run's frozen trunk, beside the same trunk with random weights.
+
+    Example: pirl eval runs/mine --data shards/train --test shards/test
+    """
+    from .evaluate import evaluate_run
+
+    result = evaluate_run(run, data, test, progress=(lambda text: None) if as_json else console.print)
+    if as_json:
+        print(json.dumps(result))
+        return
+    for trunk in ("pretrained", "random"):
+        scores = ", ".join(f"{name} {100 * value['top1']['mean']:.2f} %" for name, value in result[trunk].items())
+        console.print(f"{trunk}: {scores}")
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="URI of a run.")],
+    data: Annotated[str, typer.Option(help="URI of its shards.")],
+    test: Annotated[str | None, typer.Option(help="URI of labelled test shards, for the nearest neighbours.")] = None,
+) -> None:
+    """Write the run's report.html.
+
+    Example: pirl report runs/mine --data shards/train --test shards/test
+    """
+    from .report import write_report
+
+    console.print(write_report(run, data, test), soft_wrap=True)
+
+
+@app.command()
+def register(
+    run: Annotated[str, typer.Argument(help="URI of an evaluated run.")],
+    registry: Annotated[str, typer.Option(help="URI of the registry.")] = f"{DEFAULT_ROOT}/registry",
+    model: Annotated[str, typer.Option(help="Name in the registry.")] = "pirl",
+    metric: Annotated[str, typer.Option(help="What the gate looks at.")] = "linear_1pct",
+    min_gain: Annotated[float, typer.Option(help="Least gain over random weights; 0.01 is a point.")] = 0.01,
+    dry_run: Annotated[bool, typer.Option(help="Only ask the gate.")] = False,
+) -> None:
+    """Register a run's trunk, if it passes the gate.
+
+    Example: pirl register runs/mine --registry runs/registry
+    """
+    from .registry import decide, register_run
+
+    if dry_run or not decide(run, registry, model, metric, min_gain):
+        from .storage import open_storage
+
+        promote = decide(run, registry, model, metric, min_gain)
+        reasons = "; ".join(open_storage(run).read_json("gate.json")["reasons"])
+        console.print(f"{'would be registered' if promote else 'not registered'}: {reasons}")
+        raise typer.Exit(0 if promote else EXIT_FAILURE)
+    version = register_run(run, registry, model)
+    console.print(f"{version.model} {version.version}: {version.uri}", soft_wrap=True)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="URI of a run or of one of its checkpoints.")],
+    out: Annotated[Path, typer.Argument(help="File to write, .safetensors.")],
+) -> None:
+    """Write a trunk as safetensors in torchvision's key layout.
+
+    Example: pirl export runs/mine trunk.safetensors
+    """
+    from .export import export as write
+
+    console.print(str(write(checkpoint, out)), soft_wrap=True)
+
+
+@app.command()
+def recipes(as_json: Json = False) -> None:
+    """List the recipes.
+
+    Example: pirl recipes
+    """
+    from .config import load_recipe, recipe_names
+
+    rows = [
+        {
+            "recipe": recipe.name,
+            "epochs": recipe.train.epochs,
+            "batch_size": recipe.train.batch_size,
+            "learning_rate": recipe.learning_rate,
+            "head": recipe.model.head,
+            "loss": recipe.loss.kind,
+            "temperature": recipe.loss.temperature,
+            "published_top1": recipe.published_top1,
+            "description": recipe.description,
+        }
+        for recipe in map(load_recipe, recipe_names())
+    ]
+    show_rows(rows, as_json, hide=("description", "batch_size"))
+
+
+@app.command()
+def show(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Print a recipe as it would run, every key.
+
+    Example: pirl show demo train.epochs=3
+    """
+    from .config import load_recipe
+
+    print(load_recipe(recipe, overrides or []).to_toml(), end="")
+
+
+@app.command()
+def preview(
+    recipe: RecipeName,
+    images: Annotated[str, typer.Argument(help="Folder of images, or any source that `pirl shard` takes.")],
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("preview.html"),
+    count: Annotated[int, typer.Option(help="Images.", min=1)] = 8,
+) -> None:
+    """Write a sheet of the views that a recipe makes of images.
+
+    Example: pirl preview demo photos/train --out preview.html
+    """
+    from .report import write_preview
+
+    write_preview(recipe, images, out, count=count)
+    console.print(str(out), soft_wrap=True)
+
+
+@app.command()
+def runs(
+    root: Annotated[str, typer.Argument(help="Folder or s3:// prefix.")] = DEFAULT_ROOT, as_json: Json = False
+) -> None:
+    """List the runs below a folder.
+
+    Example: pirl runs runs
+    """
+    from .metrics import list_runs
+
+    show_rows(list_runs(root), as_json)
+
+
+@app.command()
+def models(
+    registry: Annotated[str, typer.Argument(help="URI of a registry.")] = f"{DEFAULT_ROOT}/registry",
+    as_json: Json = False,
+) -> None:
+    """List the registered models.
+
+    Example: pirl models runs/demo/registry
+    """
+    from .registry import Registry
+
+    known = Registry(registry)
+    rows = []
+    for name in known.models():
+        pointers = {pointer: known.pointer(name, pointer) for pointer in ("champion", "latest")}
+        for version in known.versions(name):
+            scores = version.record.get("metrics", {}).get("pretrained", {})
+            rows.append(
+                {
+                    "model": name,
+                    "version": version.version,
+                    "is": " ".join(pointer for pointer, at in pointers.items() if at == version.version),
+                    **{f"{key}_top1": round(value["top1"]["mean"], 4) for key, value in scores.items()},
+                    "created": version.record["created"],
+                    "uri": version.uri,
+                }
+            )
+    show_rows(rows, as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Look at what this machine can do, and how to mend what it cannot.
+
+    Example: pirl doctor
+    """
+    from .doctor import checks
+
+    rows = [vars(check) for check in checks()]
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        for row in rows:
+            mark = {"ok": "[green]ok  [/]", "note": "[yellow]note[/]", "bad": "[red]bad [/]"}[row["state"]]
+            console.print(f"{mark} {row['name']}: {escape(row['found'])}", highlight=False)
+            if row["fix"]:
+                console.print(f"       -> {escape(row['fix'])}", highlight=False)
+    raise typer.Exit(EXIT_FAILURE if any(row["state"] == "bad" for row in rows) else 0)
+
+
+@app.command("compile")
+def compile_pipeline(out: Annotated[Path, typer.Argument(help="File to write.")] = Path("pirl-pretrain.yaml")) -> None:
+    """Compile the pipeline to YAML for a KFP cluster.
+
+    Example: pirl compile pirl-pretrain.yaml
+    """
+    from kfp import compiler
+
+    from pipelines.pretrain import pirl_pretrain
+
+    compiler.Compiler().compile(pirl_pretrain, str(out))
+    console.print(str(out), soft_wrap=True)
+
+
+def version_callback(wanted: bool) -> None:
+    if wanted:
+        console.print(f"pirl {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=version_callback, is_eager=True, help="Version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def show_rows(rows: list[dict[str, Any]], as_json: bool, hide: tuple[str, ...] = ()) -> None:
+    """A list of dictionaries with the same keys as JSON, or as a table without the keys to `hide`."""
+    if as_json:
+        print(json.dumps(rows))
+        return
+    if not rows:
+        console.print("none")
+        return
+    table = Table()
+    keys = [key for key in rows[0] if key not in hide]
+    for key in keys:
+        table.add_column(key.replace("_", " "), overflow="fold")
+    for row in rows:
+        values = (row[key] for key in keys)
+        table.add_row(*("" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
+    console.print(table)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, a line for every tenth where it is none."""
+    if console.is_terminal:
+        with Progress(
+            TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+        ) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    told = -1
+
+    def advance(done: int, total: int) -> None:
+        nonlocal told
+        if total and done * 10 // total > told:
+            told = done * 10 // total
+            print(f"{what}: {done}/{total}", flush=True)
+
+    yield advance
