@@ -2,5 +2,6 @@
 
 from pirl.registry.card import model_card
 from pirl.registry.embedded import CHAMPION, LATEST, Registry, Version
+from pirl.registry.runs import decide, register_run
 
-__all__ = ["CHAMPION", "LATEST", "Registry", "Version", "model_card"]
+__all__ = ["CHAMPION", "LATEST", "Registry", "Version", "decide", "model_card", "register_run"]

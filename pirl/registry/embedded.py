@@ -142,7 +142,7 @@ class Registry:
         committed = self._require(model)
         number = version
         if version in (CHAMPION, LATEST):
-            pointed = self._pointer(model, version)
+            pointed = self.pointer(model, version)
             if pointed is None:
                 raise UsageError(
                     f"Model {model!r} has no {version} yet: no version came through the gate.",
@@ -183,7 +183,7 @@ class Registry:
             newest = self._with(model, _COMMIT, _GATE)[-1]
             if written == newest:
                 return
-            latest = self._pointer(model, LATEST)
+            latest = self.pointer(model, LATEST)
             if written is None and latest is not None and _order(latest) >= _order(newest):
                 return
             self._point(model, CHAMPION, newest)
@@ -193,7 +193,8 @@ class Registry:
     def _point(self, model: str, pointer: str, version: str) -> None:
         (self.storage / model).write_json(f"{pointer}.json", {"version": version, "updated": _now()})
 
-    def _pointer(self, model: str, pointer: str) -> str | None:
+    def pointer(self, model: str, pointer: str) -> str | None:
+        """The version that "champion" or "latest" points to; None before the first came through the gate."""
         place = self.storage / model
         try:
             return str(place.read_json(f"{pointer}.json")["version"])
