@@ -54,7 +54,8 @@ def brightness_(x: Tensor, factor: np.ndarray) -> None:
 def contrast_(x: Tensor, factor: np.ndarray) -> None:
     """PIL's ImageEnhance.Contrast: away from the rounded mean luma."""
     total = luma(x).sum(-1).sum((1, 2), dtype=torch.float64)  # of integers: exact in any order
-    mean = (total / (x.shape[2] * x.shape[3]) + 0.5).floor_().float().view(-1, 1, 1, 1)
+    pixels = torch.full_like(total, x.shape[2] * x.shape[3])  # a GPU divides by a number by way of its reciprocal
+    mean = (total / pixels + 0.5).floor_().float().view(-1, 1, 1, 1)
     _blend_(x, mean, factor)
 
 
@@ -93,8 +94,9 @@ def hue_(x: Tensor, turns: np.ndarray) -> None:
     torch.sub(255, (turn - 765).abs_().sub_(255).clamp_(0, 255), out=red)
     torch.sub(turn, 510, out=green).abs_().sub_(255)
     torch.sub(turn, 1020, out=blue).abs_().sub_(255)
+    scale = strength.new_full((), 255 * 255)  # a tensor, for true division on a GPU
     for channel in (red, green, blue):
-        channel.clamp_(0, 255).mul_(strength).add_(32512).div_(65025).floor_().neg_().add_(value)
+        channel.clamp_(0, 255).mul_(strength).add_(32512).div_(scale).floor_().neg_().add_(value)
 
 
 def flip_(x: Tensor) -> None:

@@ -39,7 +39,7 @@ JITTER: dict[str, Callable[[Tensor, np.ndarray], None]] = {
 }
 JITTER_OPS = tuple(JITTER)
 _ORDERS = np.array(list(itertools.permutations(range(4))))
-_CHUNK_VALUES = 1 << 18  # on a CPU, one chunk and its temporaries stay in the cache
+_CHUNK_VALUES = 1 << 20  # on a CPU, one chunk and its temporaries stay in the cache
 
 
 @dataclass(frozen=True)
