@@ -28,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 RecipeName = Annotated[str, typer.Argument(help="Name of a recipe (`pirl recipes`) or path of a TOML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Settings to change.")]
@@ -108,11 +108,11 @@ def run_dag(recipe: str, root: str, overrides: list[str] | None, dry_run: bool, 
     from .shards import open_source
 
     resolved = load_recipe(recipe, overrides or [])
-    for name in ("train_source", "test_source"):
-        source = open_source(arguments[name])
-        console.print(f"{name.replace('_', ' ')}: {arguments[name]}, {len(source):,} images")
+    sizes = [len(open_source(arguments[name])) for name in ("train_source", "test_source")]
+    resolved.check_data(sizes[0])
+    console.print(f"{sizes[0]:,} training and {sizes[1]:,} test images")
     name = f"{resolved.name}-{resolved.digest()[:8]}"
-    console.print(f"run: {root}/runs/{name} ({resolved.train.epochs} epochs of {resolved.data.images or 'all'} images)")
+    console.print(f"run: {root}/runs/{name} ({resolved.train.epochs} epochs of {resolved.rows(sizes[0]):,} images)")
     if dry_run:
         return
     from pipelines.local import run_local
@@ -125,6 +125,8 @@ def run_dag(recipe: str, root: str, overrides: list[str] | None, dry_run: bool, 
 
 def show_result(run: Any) -> None:
     """The table of a finished run, the gate's verdict, and where the report is."""
+    from .storage import local_path
+
     result, gate = run.read_json("eval.json"), run.read_json("gate.json")
     table = Table(title="top-1 of the frozen trunk, in %")
     for column in ("", "pretrained", "random weights", "gain"):
@@ -138,16 +140,15 @@ def show_result(run: Any) -> None:
             f"{100 * (ours['mean'] - random['mean']):+.2f}",
         )
     console.print(table)
-    times = {"shard-train": 0.0, "shard-test": 0.0, "pretrain": 0.0, "linear_eval": 0.0, "report": 0.0}
-    console.print(
-        "seconds: " + ", ".join(f"{name} {run.read_json(f'steps/{name}.json')['seconds']:.0f}" for name in times)
-    )
+    steps = [run.read_json(name) for name in run.list("steps/")]
+    steps.sort(key=lambda step: step["started"])
+    console.print("seconds: " + ", ".join(f"{step['step']} {step['seconds']:.0f}" for step in steps))
     if gate["promote"]:
         version = run.read_json("registered.json")
         console.print(f"registered as {version['model']} {version['version']}: {version['uri']}")
     else:
         console.print(f"not registered: {'; '.join(gate['reasons'])}")
-    console.print(f"report: {run.uri.removeprefix('file://')}/report.html", soft_wrap=True)
+    console.print(f"report: {local_path(run) or run.uri}/report.html", soft_wrap=True)
 
 
 @app.command()

@@ -32,7 +32,7 @@ class DataConfig(Section):
     """Which images of the data set take part."""
 
     images: int = Field(0, ge=0)
-    """Pretrain on this many images, evenly spaced over the ids (0: all). The memory bank has one row for each."""
+    """Pretrain on at most this many images, evenly spaced over the ids (0: all). The memory bank has a row for each."""
 
 
 class ViewsConfig(Section):
@@ -213,6 +213,10 @@ class Recipe(Section):
         keys = [key for key in dict.fromkeys([*mine, *theirs]) if key not in skip]
         return [f"{key}: {mine.get(key)!r} -> {theirs.get(key)!r}" for key in keys if mine.get(key) != theirs.get(key)]
 
+    def rows(self, images: int) -> int:
+        """Images that take part, and rows of the memory bank, of a data set of `images`."""
+        return min(self.data.images or images, images)
+
     def steps_per_epoch(self, images: int) -> int:
         """Optimiser steps of one epoch over `images` images."""
         full, rest = divmod(images, self.train.batch_size)
@@ -220,10 +224,8 @@ class Recipe(Section):
 
     def check_data(self, images: int) -> None:
         """Refuse what cannot work on a data set of `images` images."""
-        rows = self.data.images or images
+        rows = self.rows(images)
         problems = []
-        if rows > images:
-            problems.append(f"data.images is {rows}, the data set has {images} images")
         if self.train.batch_size > rows:
             problems.append(f"train.batch_size is {self.train.batch_size}, there are {rows} images to train on")
         if self.loss.negatives > rows:
@@ -272,7 +274,7 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), origin: str = "recipe
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{origin} is not valid TOML: {error}") from None
+        raise ConfigError(f"{origin} is not valid TOML: {error}", "correct that line; text needs quotes") from None
     problems = [problem for item in overrides if (problem := _override(tree, item))]
     try:
         recipe = Recipe.model_validate(tree)

@@ -90,7 +90,7 @@ class CropDataset(Dataset[Batch]):
     def __init__(self, data: str, recipe: Recipe) -> None:
         self.recipe = recipe
         self.reader = ShardReader(data)
-        self.rows = recipe.data.images or len(self.reader)
+        self.rows = recipe.rows(len(self.reader))
         self._decoded: dict[int, Image.Image] = {}
         self._decoded_bytes = 0
 

@@ -395,7 +395,7 @@ def plan(recipe: str, options: Options, overrides: Sequence[str] = ()) -> list[s
     resolved.check_data(manifest.images)
     check_same_run(options.out, resolved, manifest.digest)
     newest = Checkpoints(open_storage(options.out) / "checkpoints").newest()
-    rows = resolved.data.images or manifest.images
+    rows = resolved.rows(manifest.images)
     steps = resolved.steps_per_epoch(rows)
     return [
         f"{resolved.name}: {resolved.train.epochs} epochs of {rows:,} images, {steps:,} steps each, "

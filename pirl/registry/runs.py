@@ -7,8 +7,6 @@ from typing import Any
 from pirl import __version__
 from pirl.config import parse_recipe
 from pirl.errors import RegistryError, StorageNotFoundError, UsageError, did_you_mean
-from pirl.evaluate import load_trunk
-from pirl.export import trunk_bytes
 from pirl.registry.embedded import CHAMPION, Registry, Version
 from pirl.storage import Storage, open_storage
 
@@ -51,6 +49,9 @@ def decide(run: str, registry: str, model: str, metric: str = "linear_1pct", min
 
 def register_run(run: str, registry: str, model: str) -> Version:
     """Register a run that passed the gate; it becomes latest and champion. The same run gives the same version."""
+    from pirl.evaluate import load_trunk  # here, so that a look into a registry does not load torch
+    from pirl.export import trunk_bytes
+
     storage = open_storage(run)
     result = _evaluation(storage)
     try:
