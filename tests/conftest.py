@@ -1,0 +1,89 @@
+"""Fixtures that several test modules share: a tiny recipe and tiny shards, made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from images import flat_folder, folder_of_classes
+
+from pirl.config import Recipe, parse_recipe
+from pirl.shards import open_source, write_shards
+from pirl.storage import open_storage
+
+torch.set_num_threads(1)
+
+IMAGES = 42  # not a multiple of the batch: every epoch ends with a smaller one
+
+# Everything of PIRL in small: 16-pixel views, 2x2 patches, a trunk of 4 to 32 channels, 5 steps an epoch.
+TINY = """
+format = 1
+name = "tiny"
+
+[views]
+image_size = 16
+patch_crop_size = 12
+grid = 2
+patch_size = 5
+
+[model]
+block = "basic"
+layers = [1, 1, 1, 1]
+width = 0.0625
+stem = "small"
+stem_stride = 1
+head = "mlp"
+embedding_dim = 8
+
+[loss]
+negatives = 16
+
+[optim]
+base_lr = 0.8
+
+[train]
+epochs = 3
+batch_size = 9
+
+[eval]
+resize = 16
+crop = 16
+"""
+
+
+def tiny_recipe(*overrides: str) -> Recipe:
+    return parse_recipe(TINY, overrides)
+
+
+@pytest.fixture
+def tiny() -> Recipe:
+    return tiny_recipe()
+
+
+@pytest.fixture
+def tiny_toml(tmp_path: Path) -> Path:
+    """The tiny recipe as a file, for the command line."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+def shards_of(folder: Path, out: Path) -> str:
+    storage = open_storage(out)
+    write_shards(open_source(str(folder)), storage, shard_bytes=16 << 10)
+    return storage.uri
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URI of 42 labelled images in 3 classes and several shards."""
+    root = tmp_path_factory.mktemp("tiny")
+    return shards_of(folder_of_classes(root / "images", classes=3, images=IMAGES // 3, width=24, height=20), root / "s")
+
+
+@pytest.fixture(scope="session")
+def other_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URI of as many images, unlabelled, in other sizes: another data set."""
+    root = tmp_path_factory.mktemp("other")
+    return shards_of(flat_folder(root / "images", images=IMAGES, width=20, height=28), root / "s")

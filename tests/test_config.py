@@ -1,0 +1,182 @@
+"""Recipes: what a user gets wrong is told at once, and what is right survives every trip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import TINY, tiny_recipe
+
+from pirl.config import Recipe, load_recipe, parse_recipe, recipe_names
+from pirl.errors import ConfigError, UsageError
+
+
+def problems(*overrides: str, text: str = TINY) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_recipe(text, overrides)
+    assert caught.value.exit_code == 2
+    assert caught.value.hint
+    return caught.value.what.splitlines()
+
+
+def test_every_problem_is_told_at_once() -> None:
+    first, *lines = problems(
+        "train.epochs=0",
+        "loss.temperature=-1",
+        "model.head=linaer",
+        "optim.learning_rate=0.1",
+        "views.hue=0.7",
+        "nonsense",
+        "eval.crop=300",
+    )
+    assert first == "recipe: 7 problems"
+    text = "\n".join(lines)
+    for part in ("train.epochs", "temperature", "'linear'", "optim.learning_rate", "hue", "'nonsense'", "crop of 300"):
+        assert part in text
+    assert "(got 0)" in text
+    assert "(got 'linaer')" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("train.epoch", "train.epochs"),
+        ("loss.temprature", "loss.temperature"),
+        ("views.image_sise", "views.image_size"),
+        ("optim.base_learning_rate", "optim.base_lr"),
+        ("batch_size", "train.batch_size"),
+        ("nmae", "name"),
+    ],
+)
+def test_unknown_key_names_the_nearest(key: str, meant: str) -> None:
+    (line,) = problems(f"{key}=1")[1:]
+    assert line.strip() == f"unknown key {key!r}. Did you mean {meant!r}?"
+
+
+def test_unknown_key_without_a_near_one_guesses_nothing() -> None:
+    (line,) = problems("zzz.qqq=1")[1:]
+    assert line.strip() == "unknown key 'zzz'."
+
+
+def test_missing_keys_are_named() -> None:
+    text = "\n".join(problems(text="name = 'x'\n[train]\nepochs = 1\n"))
+    assert "format is missing" in text
+    assert "train.batch_size is missing" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("views.patch_size=7", "larger than a cell"),
+        ("views.image_scale=[0.5, 0.2]", "rising pair"),
+        ("views.patch_scale=[0.5, 1.5]", "cannot exceed 1"),
+        ("views.image_size=4", "views.image_size 4 is too small"),
+        ("views.image_scale=[0.1]", "views.image_scale"),
+        ("loss.temperature=nan", "loss.temperature"),
+        ("train.seed=-1", "train.seed"),
+        ("train=3", "train"),
+        ("name.first=3", "'name' is not a section"),
+        ("=3", "not of the form"),
+        ("format=2", "format"),
+        ("model.layers=[3, 4, 6]", "model.layers"),
+    ],
+)
+def test_impossible_values(override: str, part: str) -> None:
+    assert part in "\n".join(problems(override))
+
+
+def test_not_toml_and_no_such_recipe(tmp_path: Path) -> None:
+    assert "not valid TOML" in problems(text="name = ")[0]
+    with pytest.raises(UsageError, match="Did you mean 'demo'"):
+        load_recipe("dmeo")
+    with pytest.raises(UsageError, match="cannot read recipe"):
+        load_recipe(tmp_path / "absent.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="cannot read recipe"):
+        load_recipe(tmp_path / "binary.toml")
+
+
+def test_overrides() -> None:
+    recipe = tiny_recipe(
+        "train.epochs=7",
+        "views.image_scale=[0.2, 0.9]",
+        "loss.kind=cross_entropy",
+        'model.head = "linear"',
+        "loss.exclude_positive=true",
+        "name=a=b",
+        "train.epochs=8",
+        "data.images=12",
+    )
+    assert recipe.train.epochs == 8  # the last one counts
+    assert recipe.views.image_scale == (0.2, 0.9)
+    assert recipe.loss.kind == "cross_entropy"
+    assert recipe.loss.exclude_positive
+    assert recipe.model.head == "linear"
+    assert recipe.name == "a=b"
+    assert recipe.data.images == 12
+
+
+@pytest.mark.parametrize("name", [*recipe_names(), TINY])
+def test_round_trip(name: str) -> None:
+    recipe = parse_recipe(name) if "\n" in name else load_recipe(name)
+    again = parse_recipe(recipe.to_toml())
+    assert again == recipe
+    assert again.digest() == recipe.digest()
+    assert again.to_toml() == recipe.to_toml()
+
+
+def test_digest_is_over_what_is_learned_and_nothing_else() -> None:
+    digest = tiny_recipe().digest()
+    assert tiny_recipe("name=other", "description=new", "published_top1=50.0").digest() == digest
+    assert tiny_recipe("optim.base_lr=0.80").digest() == digest
+    assert tiny_recipe("model.width=0.06250").digest() == digest
+    changes = [
+        "optim.base_lr=0.81",
+        "train.seed=1",
+        "loss.negatives=15",
+        "views.flip_probability=0.4",
+        "data.images=41",
+        "memory.momentum=0.4",
+        "eval.crop=15",
+        "train.epochs=4",
+        "train.precision=bf16",
+    ]
+    assert len({digest, *(tiny_recipe(change).digest() for change in changes)}) == len(changes) + 1
+
+
+def test_differences_name_each_changed_setting() -> None:
+    there = tiny_recipe("name=other", "optim.base_lr=0.5", "loss.kind=cross_entropy")
+    assert tiny_recipe().differences(there) == [
+        "loss.kind: 'nce' -> 'cross_entropy'",
+        "optim.base_lr: 0.8 -> 0.5",
+    ]
+
+
+def test_linear_scaling_and_steps() -> None:
+    recipe = tiny_recipe("optim.base_lr=0.03", "train.batch_size=1024")
+    assert recipe.learning_rate == pytest.approx(0.12, rel=1e-15)
+    assert recipe.steps_per_epoch(1_281_167) == 1252  # the reference's count for 32 ranks of 32
+    assert tiny_recipe("train.last_batch=drop", "train.batch_size=1024").steps_per_epoch(1_281_167) == 1251
+
+
+def test_recipe_and_data_that_do_not_fit() -> None:
+    recipe = tiny_recipe("train.batch_size=50", "loss.negatives=60", "data.images=30")
+    with pytest.raises(ConfigError) as caught:
+        recipe.check_data(42)
+    for part in ("batch_size is 50, there are 30", "negatives is 60"):
+        assert part in caught.value.what
+    tiny_recipe("train.batch_size=42", "loss.negatives=42").check_data(42)
+    with pytest.raises(ConfigError, match="negatives is 16"):
+        tiny_recipe("data.images=12").check_data(42)
+
+
+def test_what_the_hint_proposes_works() -> None:
+    with pytest.raises(ConfigError) as caught:
+        tiny_recipe("train.batch_size=500", "loss.negatives=600").check_data(42)
+    proposed = [word for word in caught.value.hint.split() if "=" in word]
+    tiny_recipe(*proposed).check_data(42)
+
+
+def test_sections_are_frozen(tiny: Recipe) -> None:
+    with pytest.raises(ValueError):
+        tiny.train.epochs = 5  # type: ignore[misc]

@@ -1,0 +1,78 @@
+"""The order of the library's modules: each imports only what stands before it, and none what stands above them all."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import pirl
+
+ROOT = Path(pirl.__file__).parent
+ORDER = (
+    "errors config storage distributed | shards views data | model memory loss optim | metrics checkpoint train | "
+    "evaluate export report | registry kube | doctor cli"
+)
+POSITION = {name: index for index, name in enumerate(ORDER.replace("|", "").split())}
+FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem not in ("__init__", "__main__"))
+
+
+def imports(tree: ast.AST, package: list[str]) -> list[tuple[str, bool]]:
+    """(absolute dotted name, whether inside a function) of every import; of names too, as they may be modules."""
+    found = []
+
+    def visit(node: ast.AST, lazy: bool) -> None:
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *(node.module.split(".") if node.module else [])]
+            found.extend((".".join([*base, alias.name]), lazy) for alias in node.names)
+        inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside)
+
+    visit(tree, False)
+    return found
+
+
+def violations(text: str, module: str, package: list[str]) -> list[str]:
+    problems = []
+    for name, lazy in imports(ast.parse(text), package):
+        parts = name.split(".")
+        if parts[0] in ("kfp", "components", "pipelines") and not (module == "cli" and lazy):
+            problems.append(f"{module} imports {name}")  # the command line starts them, when a verb asks for it
+        if parts[0] == "pirl" and len(parts) > 1 and parts[1] in POSITION and POSITION[parts[1]] > POSITION[module]:
+            problems.append(f"{module} imports {parts[1]}, which stands after it")
+    return problems
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_order(path: Path) -> None:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    assert parts[0] in POSITION, f"{parts[0]} has no place in the order of modules"
+    package = ["pirl", *parts[:-1]]
+    assert violations(path.read_text(), parts[0], package) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "module", "wrong"),
+    [
+        ("from .train import train", "data", True),
+        ("from . import cli", "train", True),
+        ("import pirl.evaluate", "loss", True),
+        ("from pirl import report", "model", True),
+        ("def f():\n    from .report import x", "model", True),
+        ("from .config import Recipe", "data", False),
+        ("from . import __version__", "train", False),
+        ("import kfp", "kube", True),
+        ("from kfp import local", "cli", True),
+        ("def f():\n    from kfp import local", "cli", False),
+        ("def f():\n    import kfp", "train", True),
+        ("def f():\n    from pipelines.local import run_local", "cli", False),
+        ("from pipelines.local import run_local", "evaluate", True),
+    ],
+)
+def test_the_check_itself(text: str, module: str, wrong: bool) -> None:
+    assert bool(violations(text, module, ["pirl"])) == wrong
