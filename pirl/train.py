@@ -96,10 +96,11 @@ def train(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
     )
     stop = StopSignal(world)
     meter = Meter(recipe, loader.dataset.rows, cursor, world, options, log)
+    result: StepLoss | None = None
 
     def save() -> None:
         """All ranks come here; rank 0 writes."""
-        check_banks(bank, world)
+        check_state(bank, result.loss if result else None, world)
         if world.is_main:
             if error := checkpoints.wait():
                 warnings.warn(f"the last checkpoint was not saved, training goes on: {error}", stacklevel=2)
@@ -137,7 +138,6 @@ def train(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
             if time_to_save:
                 save()
                 saved_at = time.monotonic()
-        meter.check_finite()
         save()
         done: dict[str, Any] = {}
         if world.is_main:
@@ -274,11 +274,21 @@ def check_same_run(out: str, recipe: Recipe, data_digest: str) -> None:
         )
 
 
-def check_banks(bank: MemoryBank, world: World) -> None:
-    """Every rank applies the same updates, so every rank must hold the same bank."""
-    sums = world.gather_objects(bank.memory.double().sum().item() if world.size > 1 else 0.0)
+def check_state(bank: MemoryBank, loss: Tensor | None, world: World) -> None:
+    """Refuse to save what is broken: every rank applies the same updates, so every rank must hold the same bank."""
+    losses = world.gather_objects(0.0 if loss is None else float(loss))
+    sums = world.gather_objects(bank.memory.double().sum().item())
+    if not all(map(math.isfinite, [*losses, *sums])):
+        raise not_finite(losses)
     if len(set(sums)) > 1:
         raise TrainingError(f"the ranks' memory banks differ (sums {sums})", "this is a bug: please report it")
+
+
+def not_finite(losses: list[float]) -> TrainingError:
+    return TrainingError(
+        f"the loss is no longer finite ({', '.join(f'{loss:g}' for loss in losses)})",
+        "the last checkpoint is from before; lower optim.base_lr or use train.precision=fp32",
+    )
 
 
 class StopSignal:
@@ -308,7 +318,7 @@ class StopSignal:
 
 
 class Meter:
-    """Measures steps, and reports the mean of each interval; reads from the device only then."""
+    """Measures steps, and reports the mean of each interval; values are read from the device only then."""
 
     def __init__(self, recipe: Recipe, rows: int, cursor: Cursor, world: World, options: Options, log: Log) -> None:
         self.recipe, self.world, self.options, self.log = recipe, world, options, log
@@ -349,8 +359,8 @@ class Meter:
         means = (self.world.sum(self.sums.double()) / (self._steps * self.world.size)).tolist()
         self.sums.zero_()
         elapsed = time.perf_counter() - self._interval
-        self._loss = means[0]
-        self.check_finite()
+        if not math.isfinite(means[0]):
+            raise not_finite([means[0]])
         if self.world.is_main:
             position = cursor.epoch + cursor.samples / self.rows
             speed = self._images / elapsed
@@ -376,13 +386,6 @@ class Meter:
                 f"waited {(1 - self._compute_s / elapsed) * 100:.0f}%  left {duration(left)}"
             )
         self._reset()
-
-    def check_finite(self) -> None:
-        if not math.isfinite(getattr(self, "_loss", 0.0)):
-            raise TrainingError(
-                f"the loss is {self._loss}",
-                "the last checkpoint is from before; lower optim.base_lr or use train.precision=fp32",
-            )
 
     def saved(self, commit: Commit, seconds: float) -> None:
         self.log.event("checkpoint", step=commit.cursor.step, bytes=commit.bytes, seconds=round(seconds, 3))
