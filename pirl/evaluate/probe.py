@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoints, Commit
-from .config import Recipe, parse_recipe
-from .errors import CheckpointError, DataError, UsageError
-from .model import Trunk, build_model
-from .shards import Manifest, ShardReader, decode_image
-from .storage import open_storage
+from pirl.checkpoint import Checkpoints, Commit
+from pirl.config import Recipe, parse_recipe
+from pirl.errors import CheckpointError, DataError, UsageError
+from pirl.model import Trunk, build_model
+from pirl.shards import Manifest, ShardReader, decode_image
+from pirl.storage import open_storage
 
 
 @dataclass(frozen=True)
