@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .config import Recipe
 from .distributed import World
-from .errors import DataError
+from .errors import DataError, PirlError
 from .shards import ShardReader, decode_image
 from .views import crop_batch, uniforms
 
@@ -121,6 +121,19 @@ class CropDataset(Dataset[Batch]):
         return image
 
 
+class ErrorsAsValues(Dataset[Batch | PirlError]):
+    """Hands a `PirlError` over as an item: raised in a worker, it would arrive wrapped in that worker's traceback."""
+
+    def __init__(self, dataset: CropDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: tuple[int, np.ndarray]) -> Batch | PirlError:
+        try:
+            return self.dataset[index]
+        except PirlError as error:
+            return error
+
+
 class Loader:
     """Iterates over one rank's batches, across epochs, with `workers` processes (0: in this one)."""
 
@@ -134,7 +147,7 @@ class Loader:
         """(epoch, samples of it seen before, share, batch) from the cursor to the end of the last epoch."""
         plan = self._plan(epoch, samples)
         loader = DataLoader(
-            self.dataset,
+            ErrorsAsValues(self.dataset),
             batch_size=None,
             sampler=((at, share.rows) for at, _, share in self._plan(epoch, samples)),
             num_workers=self.workers,
@@ -144,11 +157,14 @@ class Loader:
         )
         try:
             for (at, seen, share), batch in zip(plan, loader):
+                if isinstance(batch, PirlError):
+                    raise batch
                 yield at, seen, share, Batch(*batch)
-        except RuntimeError as error:
-            if "DataLoader worker" in str(error):
+        except (RuntimeError, EOFError, OSError) as error:
+            # a worker that dies in the middle of handing over a batch shows as a broken connection
+            if self.workers and (not isinstance(error, RuntimeError) or "DataLoader worker" in str(error)):
                 raise DataError(
-                    f"a data loading process of rank {self.world.rank} died: {error}",
+                    f"a data loading process of rank {self.world.rank} died: {str(error) or type(error).__name__}",
                     "it may have run out of memory or of shared memory (/dev/shm); use fewer workers or more memory",
                 ) from error
             raise
