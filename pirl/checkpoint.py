@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import threading
 import time
 import warnings
@@ -114,10 +115,12 @@ class Checkpoints:
 
     def _retire(self, newest: str) -> None:
         """Delete all but the last `keep` complete checkpoints, commit object first; and the unfinished before them."""
-        names = self.names()
-        for name in names[: -self.keep] if newest in names[-self.keep :] else []:
-            (self.storage / name).delete("COMMIT.json")
-            (self.storage / name).delete("state.pt")
+        kept = self.names()[-self.keep :]
+        folders = {name.partition("/")[0] for name in self.storage.list("step-")}
+        for name in sorted(folders - set(kept)) if newest in kept else []:
+            if name < newest:
+                (self.storage / name).delete("COMMIT.json")
+                (self.storage / name).delete("state.pt")
 
     def names(self) -> list[str]:
         """Names of the complete checkpoints, oldest first."""
@@ -127,9 +130,9 @@ class Checkpoints:
     def newest(self) -> str | None:
         """Name of the newest complete checkpoint, without listing where `LATEST.json` tells it."""
         try:
-            name = str(self.storage.read_json("LATEST.json")["name"])
-        except StorageNotFoundError:
-            pass
+            name = str(json.loads(self.storage.read_bytes("LATEST.json"))["name"])
+        except (StorageNotFoundError, ValueError, TypeError, KeyError):
+            pass  # absent or damaged: it only saves a listing
         else:
             if (self.storage / name).exists("COMMIT.json"):
                 return name
@@ -162,7 +165,7 @@ class Checkpoints:
         """The commit object of the checkpoint `name`."""
         where = f"{self.storage.uri}/{name}"
         try:
-            fields = (self.storage / name).read_json("COMMIT.json")
+            fields = json.loads((self.storage / name).read_bytes("COMMIT.json"))
             version = fields.pop("format")
             commit = Commit(**{**fields, "cursor": Cursor(**fields["cursor"])})
         except StorageNotFoundError:
@@ -186,7 +189,13 @@ class Checkpoints:
                 f"{where} is damaged: {len(data)} of {commit.bytes} bytes, or another SHA-256 than was committed",
                 "delete this checkpoint to go on from an older one",
             )
-        return commit, torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        try:
+            return commit, torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:  # a bad pickle can end in anything
+            raise CheckpointError(
+                f"{where} holds more than tensors and plain values, or is no checkpoint: it was refused",
+                "it was not written by this program: delete it, and find out who wrote it",
+            ) from error
 
 
 def _to_host(value: Any) -> Any:
