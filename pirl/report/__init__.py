@@ -1,0 +1,131 @@
+"""`report.html`: all of a run on one page that needs nothing else, and the sheet of views for `pirl preview`.
+
+    facts       what the run directory holds, and the verdict, the table and the curves that follow from it
+    charts      line charts as inline SVG
+    sheet       the views of real images, with the places that they come from
+    neighbours  nearest training images of a few test images
+
+What is not there yet is said on the page. Everything that comes from outside is escaped by the templates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pirl.data import CropDataset, epoch_order
+from pirl.errors import CheckpointError
+from pirl.report.charts import MOST_POINTS
+from pirl.report.facts import RunFacts, curves, header, rates, read_run, scale, verdict
+from pirl.report.neighbours import Neighbours, find_neighbours
+from pirl.report.page import render
+from pirl.report.sheet import Example, draw_views, views_sheet, write_preview
+from pirl.shards import Manifest, ShardReader, decode_image
+from pirl.storage import open_storage
+
+__all__ = ["render_report", "views_sheet", "write_preview", "write_report"]
+
+EXAMPLES = 8
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What the page says of one sharded data set."""
+
+    uri: str
+    manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        """The source as the user named it: the manifest's line without the settings behind it."""
+        return self.manifest.source.rpartition(", shards of ")[0] or self.manifest.source
+
+
+def write_report(run: str, train_data: str, test_data: str | None = None) -> str:
+    """Write `report.html` into the run; returns its URI. `train_data` and `test_data` are URIs of shards.
+
+    Neighbours need `test_data`. Raises `StorageNotFoundError` where there is no run, `DataError` where no shards are.
+    """
+    page = render_report(run, train_data, test_data)
+    storage = open_storage(run)
+    storage.write_bytes("report.html", page.encode())
+    return f"{storage.uri}/report.html"
+
+
+def render_report(run: str, train_data: str, test_data: str | None = None) -> str:
+    """The text of the page."""
+    facts = read_run(open_storage(run))
+    dataset = CropDataset(train_data, facts.recipe)
+    train = dataset.reader
+    found: Neighbours | None = None
+    why_not = ""
+    if test_data is None:
+        why_not = "No test images were given to this report: name their shards with --test."
+    elif not facts.checkpoints:
+        why_not = "The run has no checkpoint yet."
+    else:
+        try:
+            found = find_neighbours(run, train, ShardReader(test_data))
+        except CheckpointError as error:
+            why_not = f"No checkpoint can be read: {error.what}."
+    rows = rates(facts.evaluation) if facts.evaluation else []
+    return render(
+        "report.html.j2",
+        run=facts,
+        recipe=facts.recipe,
+        verdict=verdict(facts),
+        header=header(facts),
+        train=DataSet(train.storage.uri, train.manifest),
+        rates=rows,
+        scale=scale(rows) if rows else None,
+        newest=facts.newest,
+        most_points=MOST_POINTS,
+        curves=curves(facts),
+        examples=first_examples(dataset),
+        neighbours=found,
+        why_no_neighbours=why_not,
+        usage=usage(facts),
+    )
+
+
+def first_examples(dataset: CropDataset) -> list[Example]:
+    """The views of the first images of the first epoch, as training drew them (on the same data)."""
+    recipe, reader = dataset.recipe, dataset.reader
+    rows = epoch_order(recipe.train.seed, 0, dataset.rows)[:EXAMPLES]
+    ids = [int(id) for id in dataset.image_ids(rows)]
+    images = [decode_image(reader.read(id), f"image {id}") for id in ids]
+    return draw_views(recipe, images, ids, names=[reader.name(id) for id in ids])
+
+
+def usage(run: RunFacts) -> str | None:
+    """Python that loads the registered trunk and turns an image into features; None without a registered version."""
+    if not run.registered:
+        return None
+    views = run.recipe.views
+    size = run.recipe.eval
+    model = run.recipe.model.model_dump(include={"block", "layers", "width", "stem", "stem_stride"})
+    trunk = ", ".join(f"{key}={value!r}" for key, value in model.items())
+    return f"""\
+import torch
+from PIL import Image
+from safetensors.torch import load
+from torchvision import transforms
+
+from pirl.config import ModelConfig
+from pirl.model import Trunk
+from pirl.storage import open_storage
+
+version = open_storage({run.registered["uri"]!r})
+trunk = Trunk(ModelConfig({trunk}))
+trunk.load_state_dict(load(version.read_bytes("trunk.safetensors")))
+trunk.eval()
+
+prepare = transforms.Compose([
+    transforms.Resize({size.resize}),
+    transforms.CenterCrop({size.crop}),
+    transforms.ToTensor(),
+    transforms.Normalize({list(views.mean)}, {list(views.std)}),
+])
+image = Image.open("image.png").convert("RGB")
+with torch.no_grad():
+    features = trunk(prepare(image)[None])  # (1, D)
+"""

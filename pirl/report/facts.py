@@ -1,0 +1,301 @@
+"""What a run directory tells about a run: read once, missing parts as None or empty, and what follows from them."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from pirl.checkpoint import Checkpoints, Commit
+from pirl.config import Recipe, parse_recipe
+from pirl.errors import CheckpointError, StorageNotFoundError
+from pirl.metrics import duration, read_lines
+from pirl.report.charts import Chart, Line, line_chart, number, ticks
+from pirl.storage import Storage
+
+PROBES = {"linear": "Linear classifier", "linear_1pct": "Linear, few labels", "knn": "Nearest neighbours"}
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """The content of a run directory. What is not there (yet) is None or empty."""
+
+    uri: str
+    recipe: Recipe
+    config: str
+    """The text of config.toml, short arrays on one line."""
+    metrics: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    done: dict[str, Any] | None
+    evaluation: dict[str, Any] | None
+    gate: dict[str, Any] | None
+    registered: dict[str, Any] | None
+    steps: list[dict[str, Any]]
+    checkpoints: list[Commit | str]
+    """The complete ones, oldest first; for a damaged one, what is wrong with it."""
+
+    @property
+    def newest(self) -> str:
+        """Name of the newest checkpoint that is not damaged, empty where there is none."""
+        return next((entry.name for entry in reversed(self.checkpoints) if isinstance(entry, Commit)), "")
+
+    @property
+    def data_digest(self) -> str | None:
+        """Of the images that it was trained on."""
+        if self.done:
+            return self.done["data_digest"]
+        return next((entry.data_digest for entry in self.checkpoints if isinstance(entry, Commit)), None)
+
+
+def read_run(run: Storage) -> RunFacts:
+    """Everything but the checkpoints' states. `StorageNotFoundError` where there is no run."""
+    try:
+        config = run.read_bytes("config.toml").decode()
+    except StorageNotFoundError:
+        raise StorageNotFoundError(
+            f"there is no run at {run.uri}: it has no config.toml",
+            "give the --out of a `pirl train` that has started; `pirl runs` lists runs",
+        ) from None
+    checkpoints = Checkpoints(run / "checkpoints")
+    steps = [run.read_json(name) for name in run.list("steps/") if name.endswith(".json")]
+    return RunFacts(
+        uri=run.uri,
+        recipe=parse_recipe(config, origin=f"{run.uri}/config.toml"),
+        config=re.sub(r"\[\n([^\[\]\"]*)\n\]", _one_line, config),
+        metrics=read_lines(run, "metrics.jsonl"),
+        events=read_lines(run, "events.jsonl"),
+        done=_maybe(run, "DONE.json"),
+        evaluation=_maybe(run, "eval.json"),
+        gate=_maybe(run, "gate.json"),
+        registered=_maybe(run, "registered.json"),
+        steps=sorted(steps, key=lambda step: step["started"]),
+        checkpoints=[_commit(checkpoints, name) for name in checkpoints.names()],
+    )
+
+
+def _one_line(array: re.Match[str]) -> str:
+    return f"[{' '.join(array[1].split()).rstrip(',')}]"
+
+
+def _maybe(run: Storage, name: str) -> Any:
+    return run.read_json(name) if run.exists(name) else None
+
+
+def _commit(checkpoints: Checkpoints, name: str) -> Commit | str:
+    try:
+        return checkpoints.commit(name)
+    except CheckpointError as error:
+        return error.what
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`tone` is good, bad or open; `helped` says whether pretraining did, in a sentence."""
+
+    tone: str
+    title: str
+    reasons: list[str]
+    helped_tone: str
+    helped: str
+
+
+def verdict(run: RunFacts) -> Verdict:
+    """Whether the trunk was registered and why, and, in the same place, whether pretraining helped at all."""
+    reasons = list(run.gate["reasons"]) if run.gate else []
+    if run.registered:
+        tone, title = "good", f"Registered as {run.registered['model']} {run.registered['version']}"
+    elif run.gate and run.gate["promote"]:
+        tone, title = "open", "Passed the gate, not registered yet"
+    elif run.gate:
+        tone, title = "bad", "Not registered: it did not pass the gate"
+    else:
+        tone, title = "open", "Not registered: the gate has not decided yet"
+    return Verdict(tone, title, reasons, *_helped(run))
+
+
+def _helped(run: RunFacts) -> tuple[str, str]:
+    if not run.evaluation:
+        started = "is finished" if run.done else "is not finished"
+        return "open", f"Not evaluated yet, so nothing is known about its use. Training {started}."
+    rows = [row for row in rates(run.evaluation) if row.rate == "top1"]
+    told = "; ".join(f"{row.title[0].lower()}{row.title[1:]} ({row.detail}) {row.gain_text}" for row in rows)
+    better, worse = ([row for row in rows if row.tone == tone] for tone in ("good", "bad"))
+    if len(better) == len(rows):
+        return "good", f"Pretraining helped, in points over random weights: {told}."
+    if better:
+        return ("bad" if worse else "open"), f"Pretraining helped in part, in points over random weights: {told}."
+    return "bad", f"Pretraining did not help, in points over random weights: {told}."
+
+
+@dataclass(frozen=True)
+class Rate:
+    """One line of the results: top-1 or top-5 of one probe, as shares of 1."""
+
+    probe: str
+    rate: str
+    title: str
+    detail: str
+    pretrained: dict[str, Any]
+    random: dict[str, Any]
+
+    @property
+    def gain(self) -> float:
+        return self.pretrained["mean"] - self.random["mean"]
+
+    @property
+    def tone(self) -> str:
+        """good or bad where the difference exceeds both spreads together (the gate's rule), else open."""
+        if abs(self.gain) <= self.pretrained["std"] + self.random["std"]:
+            return "open"
+        return "good" if self.gain > 0 else "bad"
+
+    @property
+    def gain_text(self) -> str:
+        return points(self.gain) + (", within the spread" if self.tone == "open" else "")
+
+
+def rates(evaluation: dict[str, Any]) -> list[Rate]:
+    """The lines of the table. Top-5 of five classes or fewer is always 100 % and left out."""
+    protocol = evaluation["protocol"]
+    details = {
+        "linear": f"all {evaluation['train_images']:,} labels",
+        "linear_1pct": f"{protocol['label_share'] * 100:g}\N{NO-BREAK SPACE}% of the labels",
+        "knn": f"{protocol['neighbours']} neighbours vote",
+    }
+    few = len(evaluation["classes"]) <= 5
+    return [
+        Rate(probe, rate, PROBES.get(probe, probe), details.get(probe, ""), value, evaluation["random"][probe][rate])
+        for probe, found in evaluation["pretrained"].items()
+        for rate, value in found.items()
+        if not (few and rate == "top5")
+    ]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The axis beside the table: percentages low..high as places 0..100 of its width."""
+
+    low: float
+    high: float
+    labels: list[tuple[float, str]]
+
+    def at(self, share: float) -> float:
+        return round(100 * (100 * share - self.low) / (self.high - self.low), 3)
+
+    def width(self, share: float) -> float:
+        return round(100 * 100 * abs(share) / (self.high - self.low), 3)
+
+
+def scale(rows: list[Rate]) -> Scale:
+    """An axis that holds all rates with their spreads. It need not start at 0: it carries dots, not bars."""
+    ends = [
+        100 * (side["mean"] + sign * side["std"]) for r in rows for side in (r.pretrained, r.random) for sign in (-1, 1)
+    ]
+    marks = ticks(min(ends), max(ends), 4)
+    low, high = marks[0], marks[-1]
+    return Scale(low, high, [(100 * (mark - low) / (high - low), number(mark, marks)) for mark in marks])
+
+
+def points(gain: float) -> str:
+    """A difference of shares as signed percentage points."""
+    return f"{100 * gain:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.2f}"
+
+
+def when(seconds: float) -> str:
+    """Seconds since 1970 as a UTC time."""
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def header(run: RunFacts) -> list[tuple[str, str]]:
+    """The facts under the title: (name, value)."""
+    recipe, model = run.recipe, run.recipe.model
+    starts = [event for event in run.events if event["event"] in ("start", "resume")]
+    last = run.metrics[-1] if run.metrics else None
+    facts = []
+    if starts:
+        facts.append(("Started", when(starts[0]["time"])))
+    if run.done:
+        facts.append(
+            (
+                "Training",
+                f"{_count(run.done['epochs'], 'epoch')}, {_count(run.done['steps'], 'step')}, "
+                f"{_count(run.done['images_seen'], 'image')} seen in {duration(run.done['seconds'])}",
+            )
+        )
+    elif last:
+        facts.append(("Training", f"not finished: epoch {last['epoch']:.2f} of {recipe.train.epochs}"))
+    else:
+        facts.append(("Training", "no step was logged yet"))
+    if starts:
+        resumes = len(starts) - 1
+        again = f", resumed {'once' if resumes == 1 else f'{resumes} times'}" if resumes else ""
+        facts.append(("Ranks", f"{starts[-1]['ranks']}{again}"))
+        facts.append(("Version", f"pirl-pipeline {starts[-1]['version']}"))
+    layers = "-".join(str(count) for count in model.layers)
+    facts.append(("Trunk", f"ResNet of {model.block} blocks {layers}, width {model.width:g}"))
+    facts.append(("Recipe digest", recipe.digest()[:12]))
+    return facts
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def curves(run: RunFacts) -> list[Chart]:
+    """The charts of a training. Empty where no step was logged."""
+    lines = run.metrics
+    if not lines:
+        return []
+    marks = [
+        (event["step"] * lines[-1]["epoch"] / lines[-1]["step"], "resumed")
+        for event in run.events
+        if event["event"] == "resume"
+    ]
+
+    def line(name: str, key: str, style: int = 0, scale: float = 1.0) -> Line:
+        return Line(name, [(row["epoch"], row[key] * scale) for row in lines if key in row], style)
+
+    loss = run.recipe.loss
+    chance = math.log(loss.negatives + 1)
+    levels = [(chance, f"chance: ln(K+1) = {chance:.2f}")] if loss.kind == "cross_entropy" else []
+    return [
+        line_chart(
+            "Loss",
+            "nats",
+            [line("total", "loss"), line("patches", "loss_patches", 1), line("images", "loss_images", 2)],
+            marks=marks,
+            levels=levels,
+            note=f"{loss.kind} against {loss.negatives:,} negatives; the total weighs patches {loss.patch_weight:g}.",
+        ),
+        line_chart("Learning rate", "rate", [line("learning rate", "lr")], marks=marks, zero=True),
+        line_chart(
+            "Similarity to the memory bank",
+            "cosine",
+            [line("own row", "pos_similarity"), line("drawn rows", "neg_similarity", 1)],
+            marks=marks,
+            note="Learning pulls the two apart: an image resembles its own row, and no other.",
+        ),
+        line_chart(
+            "Spread of the embeddings",
+            "standard deviation",
+            [line("spread", "embedding_std")],
+            marks=marks,
+            zero=True,
+            levels=[(1.0, "even over the sphere")],
+            note="Near 0 the embeddings have collapsed into one point.",
+        ),
+        line_chart("Throughput", "images per second", [line("all ranks", "images_per_s")], marks=marks, zero=True),
+        line_chart(
+            "Time of a step",
+            "milliseconds",
+            [line("step", "step_s", 0, 1000), line("of it waiting for data", "data_wait_s", 1, 1000)],
+            marks=marks,
+            zero=True,
+        ),
+    ]

@@ -1,0 +1,108 @@
+"""What a trunk finds alike: the nearest training images of a few test images, beside those of random weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pirl.data import epoch_order
+from pirl.evaluate import centre_crop, extract, load_trunk, neighbours
+from pirl.model import build_model
+from pirl.report.pictures import Picture, picture
+from pirl.shards import ShardReader, decode_image
+
+QUERIES, SHOWN = 10, 6
+GALLERY = 10_000  # training images that are searched
+BATCH = 256
+BUDGET_S = 8.0
+"""Of extracting features: a large trunk on a slow machine searches fewer images, and the page tells how many."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An image with its class name; `wrong` where that differs from the test image's."""
+
+    id: int
+    picture: Picture
+    label: str | None
+    similarity: float = 1.0
+    wrong: bool = False
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Test images, each with its nearest by either trunk."""
+
+    checkpoint: str
+    searched: int
+    images: int
+    queries: list[Shown]
+    pretrained: list[list[Shown]]
+    random: list[list[Shown]]
+
+    @property
+    def labelled(self) -> bool:
+        return all(query.label is not None for query in self.queries)
+
+    def right(self, trunk: str) -> int:
+        """How many of all neighbours shown have the test image's class."""
+        return sum(not shown.wrong for row in getattr(self, trunk) for shown in row)
+
+
+def find_neighbours(run: str, train: ShardReader, test: ShardReader) -> Neighbours:
+    """Search with the newest checkpoint of a run. Which images take part depends on the recipe's seed alone."""
+    recipe, commit, trained = load_trunk(run)
+    trunks = (trained, build_model(recipe).trunk.eval())
+
+    def features(reader: ShardReader, ids: Sequence[int]) -> list[torch.Tensor]:
+        images = [decode_image(reader.read(id), f"image {id}") for id in ids]
+        pixels = torch.from_numpy(np.stack([centre_crop(image, recipe) for image in images]))
+        return [extract(trunk, lambda: iter([pixels]), recipe) for trunk in trunks]
+
+    queries = choose_queries(test, recipe.train.seed)
+    wanted = features(test, queries)
+    ids = epoch_order(recipe.train.seed, 0, len(train))[:GALLERY].tolist()
+    found: list[list[torch.Tensor]] = [[], []]
+    started = time.perf_counter()
+    searched = 0
+    while searched < len(ids) and (searched == 0 or time.perf_counter() - started < BUDGET_S):
+        part = ids[searched : searched + BATCH]
+        for parts, new in zip(found, features(train, part)):
+            parts.append(new)
+        searched += len(part)
+
+    def show(reader: ShardReader, id: int, similarity: float = 1.0, like: str | None = None) -> Shown:
+        classes = reader.manifest.classes
+        label = classes[reader.label(id)] if classes else None
+        wrong = None not in (label, like) and label != like
+        return Shown(id, picture(decode_image(reader.read(id), f"image {id}"), 160), label, similarity, wrong)
+
+    shown = [show(test, id) for id in queries]
+    nearest: list[list[list[Shown]]] = []
+    for parts, query in zip(found, wanted):
+        index, similarity = next(neighbours(torch.cat(parts), query, min(SHOWN, searched)))
+        nearest.append(
+            [
+                [show(train, ids[i], s, like=asked.label) for i, s in zip(row, similarities)]
+                for row, similarities, asked in zip(index.tolist(), similarity.tolist(), shown)
+            ]
+        )
+    return Neighbours(commit.name, searched, len(train), shown, *nearest)
+
+
+def choose_queries(test: ShardReader, seed: int) -> list[int]:
+    """The first test image of each class in an order that nobody chose, for up to 10 classes; any 10 without labels."""
+    order = epoch_order(seed, 0, len(test))
+    labels = test.labels()[order]
+    if test.manifest.classes is None:
+        return order[:QUERIES].tolist()
+    _, first = np.unique(labels, return_index=True)  # sorted by label
+    chosen = np.sort(first)[:QUERIES]
+    if len(chosen) < QUERIES:  # few classes: some come twice
+        rest = np.setdiff1d(np.arange(len(order)), chosen)
+        chosen = np.concatenate([chosen, rest[: QUERIES - len(chosen)]])
+    return order[chosen[np.argsort(labels[chosen], kind="stable")]].tolist()

@@ -1,0 +1,29 @@
+"""Templates to text. Everything that a template prints is escaped, unless it was made as markup here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from pirl.metrics import duration
+from pirl.report.facts import percent, points, when
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from `pirl/templates`."""
+    environment = Environment(
+        loader=PackageLoader("pirl"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"duration": duration, "percent": percent, "points": points, "when": when, "size": size}
+    return environment.get_template(template).render(**values)
+
+
+def size(count: int) -> str:
+    """Bytes for reading, e.g. 12.5 MB."""
+    power = min(len(str(abs(count))) - 1, 14) // 3
+    return f"{count} B" if power == 0 else f"{count / 1000**power:.3g} {('kB', 'MB', 'GB', 'TB')[power - 1]}"

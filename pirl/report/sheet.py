@@ -1,0 +1,221 @@
+"""The sheet of views: what the network is shown of an image, and where in the image it comes from."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from pirl.config import Recipe, load_recipe
+from pirl.errors import DataError, UsageError
+from pirl.report.page import render
+from pirl.report.pictures import Picture, picture
+from pirl.shards import decode_image, open_source
+from pirl.storage import LocalStorage
+from pirl.views import apply_photometrics, crop_batch, denormalise, draw_geometry, draw_photometrics
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Box = tuple[float, float, float, float]
+"""Left, top, width, height in pixels of the original image."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One patch as the network gets it; `cell` is its number in the grid, counted down the columns from 0."""
+
+    cell: int
+    colour: str
+    pixels: np.ndarray
+    box: Box
+
+    @property
+    def picture(self) -> Picture:
+        return picture(self.pixels)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image with its two views in one epoch."""
+
+    id: int
+    name: str
+    image: Image.Image
+    view: np.ndarray
+    view_box: Box
+    crop_box: Box
+    """The second crop, from which the patches are cut."""
+    patches: list[Patch]
+    """In permuted order."""
+
+    @property
+    def original_picture(self) -> Picture:
+        return picture(self.image)
+
+    @property
+    def view_picture(self) -> Picture:
+        return picture(self.view)
+
+
+def draw_views(
+    recipe: Recipe,
+    images: Sequence[Image.Image],
+    ids: Sequence[int],
+    seed: int | None = None,
+    epoch: int = 0,
+    names: Sequence[str] = (),
+) -> list[Example]:
+    """Both views of RGB images, the very ones that training with `recipe` gives these ids in `epoch`."""
+    cfg = recipe.views
+    seed = recipe.train.seed if seed is None else seed
+    index = np.asarray(ids, np.int64)
+    sizes = np.array([(image.height, image.width) for image in images], np.int64).reshape(-1, 2)
+    geometry = draw_geometry(cfg, seed, epoch, index, sizes)
+    shown = []
+    for pixels, elements in zip(crop_batch(images, index, seed, epoch, cfg), ([0], range(1, 1 + cfg.patches))):
+        params = draw_photometrics(cfg, seed, epoch, index, elements)
+        shown.append(denormalise(apply_photometrics(torch.from_numpy(pixels), params, cfg), cfg).numpy())
+    views, patches = shown
+    examples = []
+    for row, image in enumerate(images):
+        top, left, height, width = geometry.patch_box[row].tolist()
+        across, down = width / cfg.patch_crop_size, height / cfg.patch_crop_size
+        jigsaw = []
+        for k, cell in enumerate(geometry.permutation[row].tolist()):
+            column, line = divmod(cell, cfg.grid)
+            x, y = geometry.patch_jitter[row][:, column, line].tolist()
+            box = (
+                left + (column * cfg.cell + x) * across,
+                top + (line * cfg.cell + y) * down,
+                cfg.patch_size * across,
+                cfg.patch_size * down,
+            )
+            jigsaw.append(Patch(cell, cell_colour(cell, cfg.patches), patches[row * cfg.patches + k], box))
+        y0, x0, h, w = geometry.image_box[row].tolist()
+        name = names[row] if names else f"image {ids[row]}"
+        examples.append(
+            Example(int(ids[row]), name, image, views[row], (x0, y0, w, h), (left, top, width, height), jigsaw)
+        )
+    return examples
+
+
+def cell_colour(cell: int, cells: int) -> str:
+    """The same colour marks a patch and the place that it comes from."""
+    return f"hsl({round(360 * cell / cells)}, 70%, 45%)"
+
+
+def views_sheet(
+    recipe: Recipe,
+    images: Sequence[Image.Image],
+    ids: Sequence[int],
+    seed: int | None = None,
+    epoch: int = 0,
+    names: Sequence[str] = (),
+) -> bytes:
+    """A PNG with one row for each image: the original with the places, the image view, the patches in their order."""
+    return paint(draw_views(recipe, images, ids, seed, epoch, names), recipe)
+
+
+PANEL, GAP, MARGIN, CAPTION = 252, 28, 28, 30  # pixels
+
+
+def paint(examples: Sequence[Example], recipe: Recipe) -> bytes:
+    """The sheet as a PNG file."""
+    font, bold = ImageFont.load_default(13), ImageFont.load_default(15)
+    head = MARGIN + 46
+    row_height = PANEL + CAPTION + GAP
+    sheet = Image.new("RGB", (2 * MARGIN + 3 * PANEL + 2 * GAP, head + row_height * len(examples)), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN - 8), f"Views of recipe {recipe.name}", fill="black", font=bold)
+    columns = [MARGIN + index * (PANEL + GAP) for index in range(3)]
+    for left, title in zip(columns, ("original; blue: the image view", "image view", "patches as shown")):
+        draw.text((left, head - 22), title, fill="#555", font=font)
+    for row, example in enumerate(examples):
+        top = head + row * row_height
+        _paint_original(draw, sheet, example, columns[0], top, font)
+        view = Image.fromarray(example.view).resize((PANEL, PANEL), _filter(max(example.view.shape)))
+        sheet.paste(view, (columns[1], top))
+        grid, gap = recipe.views.grid, 8
+        side = (PANEL - gap * (grid - 1)) // grid
+        for k, patch in enumerate(example.patches):
+            down, across = divmod(k, grid)
+            x, y = columns[2] + across * (side + gap), top + down * (side + gap)
+            sheet.paste(Image.fromarray(patch.pixels).resize((side, side), _filter(max(patch.pixels.shape))), (x, y))
+            draw.rectangle((x, y, x + side - 1, y + side - 1), outline=patch.colour, width=3)
+            _badge(draw, x, y, patch, font)
+        order = " ".join(str(patch.cell) for patch in example.patches)
+        draw.text((columns[0], top + PANEL + 8), _shorten(example.name, 40), fill="black", font=font)
+        draw.text((columns[2], top + PANEL + 8), f"permutation {order}", fill="#555", font=font)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _paint_original(
+    draw: ImageDraw.ImageDraw, sheet: Image.Image, example: Example, left: int, top: int, font: Font
+) -> None:
+    scale = PANEL / max(example.image.size)
+    size = (max(1, round(example.image.width * scale)), max(1, round(example.image.height * scale)))
+    left, top = left + (PANEL - size[0]) // 2, top + (PANEL - size[1]) // 2
+    sheet.paste(example.image.resize(size, _filter(max(example.image.size))), (left, top))
+
+    def corners(box: Box) -> tuple[float, float, float, float]:
+        x, y, width, height = (value * scale for value in box)
+        return left + x, top + y, left + x + width - 1, top + y + height - 1
+
+    draw.rectangle(corners(example.view_box), outline="#1769d2", width=3)
+    for patch in example.patches:
+        box = corners(patch.box)
+        draw.rectangle(box, outline=patch.colour, width=2)
+        _badge(draw, box[0], box[1], patch, font)
+
+
+def _badge(draw: ImageDraw.ImageDraw, x: float, y: float, patch: Patch, font: Font) -> None:
+    text = str(patch.cell)
+    draw.rectangle((x, y, x + 6 + draw.textlength(text, font), y + 16), fill=patch.colour)
+    draw.text((x + 3, y), text, fill="white", font=font)
+
+
+def _filter(side: int) -> Image.Resampling:
+    return Image.Resampling.NEAREST if side <= PANEL // 2 else Image.Resampling.BILINEAR
+
+
+def _shorten(text: str, most: int) -> str:
+    return text if len(text) <= most else "..." + text[-most + 3 :]
+
+
+def write_preview(recipe: Recipe | str, folder: str, out_path: str | Path, count: int = 8) -> Path:
+    """Write the views of `count` images of a folder, evenly spaced, to a `.html` or `.png` file.
+
+    `recipe` is a recipe or the name of one; `folder` may be anything that `pirl shard` takes. Unreadable images are
+    passed over; `DataError` where none can be read.
+    """
+    out = Path(out_path).expanduser().absolute()
+    if out.suffix not in (".html", ".png"):
+        raise UsageError(f"{out_path} is neither a .html nor a .png file", "name it e.g. sheet.html")
+    if count < 1:
+        raise UsageError(f"{count} images make no sheet", "ask for 1 or more")
+    resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    source = open_source(folder)
+    chosen: dict[int, Image.Image] = {}
+    problem: DataError | None = None
+    count = min(count, len(source))
+    for index in (step * len(source) // count for step in range(count)):
+        try:
+            chosen[index] = decode_image(source.load(index), source.names[index])
+        except DataError as error:
+            problem = error
+    if not chosen:
+        raise DataError(f"no image of {folder} could be read: {problem}", "check the files")
+    names = [source.names[index] for index in chosen]
+    examples = draw_views(resolved, list(chosen.values()), list(chosen), names=names)
+    if out.suffix == ".png":
+        data = paint(examples, resolved)
+    else:
+        data = render("preview.html.j2", recipe=resolved, source=folder, examples=examples).encode()
+    LocalStorage(out.parent).write_bytes(out.name, data)
+    return out
