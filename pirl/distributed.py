@@ -133,20 +133,34 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
+LOST_PEER = ("onnection closed by peer", "onnection reset by peer", "roken pipe", "remote process exited")
+
+
 def report_outcome(work: Callable[[], int]) -> int:
-    """Run `work`; a `PirlError` becomes a message and an exit code, on a rank left for the launcher to tell once."""
+    """Run `work`; a `PirlError` becomes a message and an exit code, on a rank left for the launcher to tell once.
+
+    So does a collective that broke because another rank has ended: that is the other's story.
+    """
     folder = os.environ.get(OUTCOME)
     if folder:
         die_with_parent()
+
+    def tell(message: str, exit_code: int, follows: bool = False) -> int:
+        if folder:
+            path = Path(folder) / f"{os.environ['RANK']}.json"
+            path.write_text(json.dumps({"exit_code": exit_code, "message": message, "follows": follows}))
+        else:
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        return exit_code
+
     try:
         return work()
     except PirlError as error:
-        if folder:
-            path = Path(folder) / f"{os.environ['RANK']}.json"
-            path.write_text(json.dumps({"exit_code": error.exit_code, "message": str(error)}))
-        else:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return tell(str(error), error.exit_code)
+    except RuntimeError as error:
+        if not folder or not any(words in str(error) for words in LOST_PEER):
+            raise
+        return tell(f"rank {os.environ['RANK']} lost another rank: {error}", EXIT_FAILURE, follows=True)
 
 
 def run_ranks(module: str, arguments: Sequence[str], processes: int | None) -> int:
@@ -168,17 +182,27 @@ def run_ranks(module: str, arguments: Sequence[str], processes: int | None) -> i
             torchrun.run(settings)
             return EXIT_DONE
         except (ChildFailedError, SignalException) as error:
-            told = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
-            # a rank that was stopped because another failed has nothing to add to it
-            told.sort(key=lambda outcome: outcome["exit_code"] == EXIT_PREEMPTED)
-            for message in dict.fromkeys(outcome["message"] for outcome in told):
-                print(f"error: {message}", file=sys.stderr, flush=True)
-            if told:
-                return told[0]["exit_code"]
-            if isinstance(error, ChildFailedError):
-                rank, failure = error.get_first_failure()
-                how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-                print(f"error: rank {rank} ended with {how}", file=sys.stderr, flush=True)
+            told = {int(path.stem): json.loads(path.read_text()) for path in Path(folder).glob("*.json")}
+            if isinstance(error, SignalException) and not told:
+                print(
+                    f"error: stopped by {error.sigval.name} before there was anything new to save\n"
+                    "  -> run the same command again to go on",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                return EXIT_PREEMPTED
+            failures = error.failures if isinstance(error, ChildFailedError) else {}
+            silent = {rank: failure.exitcode for rank, failure in failures.items() if rank not in told}
+            # what follows from another rank's end, or from the order to stop, has nothing to add to the cause
+            causes = [outcome for outcome in told.values() if not outcome["follows"]]
+            if causes or not silent:
+                causes = sorted(causes or told.values(), key=lambda outcome: outcome["exit_code"] == EXIT_PREEMPTED)
+                for message in dict.fromkeys(outcome["message"] for outcome in causes):
+                    print(f"error: {message}", file=sys.stderr, flush=True)
+                return causes[0]["exit_code"]
+            rank, code = min(silent.items(), key=lambda item: (item[1] == -signal.SIGTERM, item[0]))
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            print(f"error: rank {rank} ended with {how}", file=sys.stderr, flush=True)
             return EXIT_FAILURE
         finally:
             del os.environ[OUTCOME]
