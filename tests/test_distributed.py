@@ -107,9 +107,9 @@ def test_a_killed_rank_is_named_with_its_signal(tmp_path: Path) -> None:
     assert "Traceback" not in text
 
 
-def waiting(folder: Path) -> tuple[Any, list[int]]:
-    """A launcher whose ranks wait for a signal, and their pids."""
-    (launcher,) = ranks.start(launched, 1, folder, "wait")
+def waiting(folder: Path, case: str = "wait") -> tuple[Any, list[int]]:
+    """A launcher, and the pids of its ranks, which wait for a signal."""
+    (launcher,) = ranks.start(launched, 1, folder, case)
     deadline = time.monotonic() + 60
     while ranks.output(folder).count("ready") < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -135,6 +135,14 @@ def test_a_signal_is_passed_on_and_the_ranks_may_save(tmp_path: Path) -> None:
     assert text.count("error: stopped by a signal") == 1
     assert "Traceback" not in text
     assert not any(alive(pid) for pid in pids)
+
+
+def test_a_signal_before_the_ranks_can_save_is_a_preemption_too(tmp_path: Path) -> None:
+    launcher, _ = waiting(tmp_path, "start")
+    os.kill(launcher.pid, signal.SIGTERM)
+    assert ranks.finish([launcher]) == [0]
+    assert torch.load(tmp_path / "result-0.pt") == 75
+    assert "error: stopped by SIGTERM before there was anything new to save\n  -> run" in ranks.output(tmp_path)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the kernel's help is Linux's")
