@@ -11,7 +11,7 @@ from pirl.report.facts import percent, points, when
 
 
 def render(template: str, **values: Any) -> str:
-    """A page from `pirl/templates`."""
+    """A page from `pirl/templates`. Names that are no UTF-8 are shown with backslashes."""
     environment = Environment(
         loader=PackageLoader("pirl"),
         autoescape=True,
@@ -20,7 +20,12 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"duration": duration, "percent": percent, "points": points, "when": when, "size": size}
-    return environment.get_template(template).render(**values)
+    return writable(environment.get_template(template).render(**values))
+
+
+def writable(text: str) -> str:
+    """Text without the lone surrogates that stand for undecodable bytes of file names."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def size(count: int) -> str:

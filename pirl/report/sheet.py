@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pirl.config import Recipe, load_recipe
 from pirl.errors import DataError, UsageError
-from pirl.report.page import render
+from pirl.report.page import render, writable
 from pirl.report.pictures import Picture, picture
 from pirl.shards import decode_image, open_source
 from pirl.storage import LocalStorage
@@ -96,7 +96,7 @@ def draw_views(
             )
             jigsaw.append(Patch(cell, cell_colour(cell, cfg.patches), patches[row * cfg.patches + k], box))
         y0, x0, h, w = geometry.image_box[row].tolist()
-        name = names[row] if names else f"image {ids[row]}"
+        name = writable(names[row]) if names else f"image {ids[row]}"
         examples.append(
             Example(int(ids[row]), name, image, views[row], (x0, y0, w, h), (left, top, width, height), jigsaw)
         )
