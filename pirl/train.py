@@ -30,7 +30,7 @@ from .errors import CheckpointError, PreemptedError, StorageNotFoundError, Train
 from .loss import StepLoss, contrast, draw_negatives
 from .memory import MemoryBank
 from .metrics import Log, duration, say
-from .model import PIRL, build_model
+from .model import PIRL, build_model, memory_format
 from .optim import build_optimizer, learning_rate, set_learning_rate
 from .shards import Manifest
 from .storage import open_storage
@@ -72,7 +72,8 @@ def train(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
     torch.manual_seed(recipe.train.seed)
 
     loader = Loader(options.data, recipe, world, options.workers)
-    model = build_model(recipe).to(world.device).to(memory_format=torch.channels_last)
+    model = build_model(recipe).to(world.device)
+    model = model.to(memory_format=memory_format(model.trunk))
     bank = MemoryBank(loader.dataset.rows, recipe.model.embedding_dim, recipe.memory, recipe.train.seed, world.size).to(
         world.device
     )
@@ -180,10 +181,9 @@ def train_step(
         draw_negatives(recipe.loss, len(state.bank.memory), rows, negative_seeds(seed, epoch, ids, view))
         for view in (0, 1)
     )
+    layout = memory_format(state.model.trunk)
     with torch.autocast(device.type, PRECISIONS.get(recipe.train.precision), recipe.train.precision != "fp32"):
-        patch_embeddings, image_embeddings = network(
-            images.to(memory_format=torch.channels_last), patches.to(memory_format=torch.channels_last)
-        )
+        patch_embeddings, image_embeddings = network(images.to(memory_format=layout), patches.to(memory_format=layout))
     weights = torch.full((len(rows),), share.weight, device=device)
     result, embeddings = contrast(
         recipe.loss,
@@ -276,7 +276,7 @@ def check_same_run(out: str, recipe: Recipe, data_digest: str) -> None:
 
 def check_state(bank: MemoryBank, loss: Tensor | None, world: World) -> None:
     """Refuse to save what is broken: every rank applies the same updates, so every rank must hold the same bank."""
-    losses = world.gather_objects(0.0 if loss is None else float(loss))
+    losses = world.gather_objects(0.0 if loss is None else loss.item())
     sums = world.gather_objects(bank.memory.double().sum().item())
     if not all(map(math.isfinite, [*losses, *sums])):
         raise not_finite(losses)
