@@ -8,9 +8,8 @@ from components.step import IMAGE
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def report(run: str, train_data: str, test_data: str, verdict: str) -> str:
     """Write the run's report.html; returns its URI. `verdict` is what came before: a version, or "reject"."""
-    from pirl.report import write_report
-
     from components.step import step
+    from pirl.report import write_report
 
     with step(run, "report"):
         return write_report(run, train_data, test_data)
