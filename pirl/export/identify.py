@@ -1,0 +1,201 @@
+"""Which training a file is of, and whether all of it is there and whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pirl.config import Recipe, load_recipe, parse_recipe, recipe_names
+from pirl.errors import CheckpointError, did_you_mean
+from pirl.export.vissl import Contents, vissl_name
+from pirl.model import PIRL
+from pirl.optim import learning_rate
+
+
+def identify(
+    contents: Contents, path: Path, name: str | None = None, overrides: Sequence[str] = ()
+) -> tuple[Recipe, list[str], list[str]]:
+    """The recipe, the names of all that it may be, and notes. By trunk, heads, learning rate and completed epochs.
+
+    Settings that the file tells (K, T, the bank's momentum, the loss, the batch) are taken from it.
+    """
+    if name is None and "recipe" in contents.ours:
+        recipe = parse_recipe(str(contents.ours["recipe"]), overrides, origin=f"the recipe inside {path}")
+        return recipe, [recipe.name], []
+    names = [name] if name else [name for name in recipe_names() if load_recipe(name).published_top1]
+    plain = {name: load_recipe(name, overrides) for name in names}
+    fitting = {name: recipe for name, recipe in plain.items() if _architecture(contents) == _architecture(recipe)}
+    if not fitting:
+        known = " or ".join(dict.fromkeys(_described(_architecture(recipe)) for recipe in plain.values()))
+        raise CheckpointError(
+            f"{path} is of another architecture: {_described(_architecture(contents))}; expected {known}",
+            "give a recipe of its architecture with --recipe, or settings such as model.width=4",
+        )
+    fewest = min(len(_misfits(contents, recipe)) for recipe in fitting.values())
+    fitting = {name: recipe for name, recipe in fitting.items() if len(_misfits(contents, recipe)) == fewest}
+    found = {name: load_recipe(name, [*_told(contents, recipe), *overrides]) for name, recipe in fitting.items()}
+    by_rate = [name for name, recipe in found.items() if _had_learning_rate(contents, recipe)]
+    by_epochs = [name for name, recipe in found.items() if recipe.train.epochs == contents.epochs]
+    candidates = by_rate or by_epochs or list(found)
+    recipe = found[candidates[0]]
+    notes = [f"set apart from {candidates[0]}: {item}" for item in plain[candidates[0]].differences(recipe)]
+    if len(candidates) > 1:
+        notes.append(f"the file does not tell which of these it is of: taken as {recipe.name} (--recipe NAME chooses)")
+    if contents.heads and recipe.model.head == "mlp" and recipe.model.image_head_relu != "none":
+        notes.append(
+            f"image_head_relu is {recipe.model.image_head_relu!r}, which the file cannot tell: as when the zoo was "
+            'trained; VISSL has "hidden" since April 2021'
+        )
+    return recipe, candidates, notes
+
+
+def _told(contents: Contents, recipe: Recipe) -> list[str]:
+    """Overrides for what the file knows better than the recipe."""
+    items = []
+    if contents.batch_size and contents.batch_size != recipe.train.batch_size:
+        items.append(f"train.batch_size={contents.batch_size}")
+    if contents.epochs > recipe.train.epochs:
+        items.append(f"train.epochs={contents.epochs}")
+    if len(contents.params) != 4 or not all(map(math.isfinite, contents.params)):
+        return items
+    negatives, temperature, z, momentum = contents.params
+    if negatives != recipe.loss.negatives:
+        items.append(f"loss.negatives={round(negatives)}")
+    if np.float32(temperature) != np.float32(recipe.loss.temperature):
+        items.append(f"loss.temperature={np.float32(temperature)}")
+    if np.float32(momentum) != np.float32(recipe.memory.momentum):
+        items.append(f"memory.momentum={np.float32(momentum)}")
+    kind = "nce" if z > 0 else "cross_entropy"  # only NCE has a Z, from its first step on
+    if contents.iteration and kind != recipe.loss.kind:
+        items.append(f"loss.kind={kind}")
+    return items
+
+
+def _had_learning_rate(contents: Contents, recipe: Recipe) -> bool:
+    """Whether the optimiser's last learning rate is this recipe's, in the last epoch or one that was under way."""
+    epochs = (max(contents.epochs - 1, 0), contents.epochs)
+    rate = contents.learning_rate
+    return rate is not None and any(math.isclose(rate, learning_rate(recipe, e), rel_tol=1e-4) for e in epochs)
+
+
+def _architecture(what: Contents | Recipe) -> tuple[str, tuple[int, ...], float]:
+    """(block, blocks in each stage, width) of a recipe's trunk, or as the names and shapes of a file show it."""
+    if isinstance(what, Recipe):
+        return what.model.block, what.model.layers, what.model.width
+    blocks = [{name.split(".")[1] for name in what.trunk if name.startswith(f"layer{n}.")} for n in (1, 2, 3, 4)]
+    kind = "bottleneck" if any(".conv3." in name for name in what.trunk) else "basic"
+    stem = what.trunk.get("conv1.weight", what.trunk.get("bn1.weight"))
+    return kind, tuple(map(len, blocks)), len(stem) / 64 if isinstance(stem, Tensor) and stem.ndim else 0.0
+
+
+def _described(architecture: tuple[str, tuple[int, ...], float]) -> str:
+    kind, blocks, width = architecture
+    return f"{kind} blocks {'+'.join(map(str, blocks))}, width {width:g}" if sum(blocks) else "no ResNet"
+
+
+# --- whether all is there and whole --------------------------------------------------------------
+
+
+def _misfits(contents: Contents, recipe: Recipe) -> list[str]:
+    with torch.device("meta"):
+        return misfits(contents, PIRL(recipe.model, recipe.views.patches))
+
+
+def misfits(contents: Contents, model: PIRL) -> list[str]:
+    """Every name that is missing or unknown, and every shape that is another than the model's."""
+    expected = {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if contents.heads or name.startswith("trunk.")
+    }
+    given = contents.model
+    missing = {_shown(name) for name in expected if name not in given and not name.endswith(".num_batches_tracked")}
+    unknown = [_shown(name) for name in given if name not in expected]
+    problems = [f"missing {name}.{did_you_mean(name, unknown)}" for name in sorted(missing)]
+    problems += [f"unknown {name}.{did_you_mean(name, missing)}" for name in unknown]
+    for name, tensor in given.items():
+        if name not in expected:
+            continue
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_complex():
+            problems.append(f"{_shown(name)} is no tensor of real numbers")
+        elif tuple(tensor.shape) != expected[name]:
+            problems.append(f"{_shown(name)} has the shape {tuple(tensor.shape)}, expected {expected[name]}")
+    return problems
+
+
+def check(contents: Contents, model: PIRL, recipe: Recipe, path: Path) -> list[str]:
+    """Raise `CheckpointError` with every problem of trunk, heads and bank; mend types, and return notes of that."""
+    problems = misfits(contents, model)
+    if contents.loss:
+        memory, params = (contents.loss.get(name) for name in ("memory", "params"))
+        for name, value in (("memory", memory), ("params", params)):
+            if not isinstance(value, Tensor):
+                problems.append(f"missing nce_average.{name}")
+        dim = recipe.model.embedding_dim
+        if isinstance(memory, Tensor) and (memory.ndim != 2 or memory.shape[1] != dim or not len(memory)):
+            problems.append(f"nce_average.memory has the shape {tuple(memory.shape)}, expected (images, {dim})")
+        if isinstance(params, Tensor) and tuple(params.shape) != (4,):
+            problems.append(f"nce_average.params has the shape {tuple(params.shape)}, expected (4,)")
+    problems += [line for name, tensor in _tensors(contents) if (line := _not_finite(name, tensor))]
+    if problems:
+        lines = "\n  ".join(problems)
+        raise CheckpointError(
+            f"{path} does not fit {recipe.name}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n  {lines}",
+            "it may be of a changed model, or was renamed or damaged; --recipe NAME compares with another",
+        )
+    return _mend(contents, model)
+
+
+def _mend(contents: Contents, model: PIRL) -> list[str]:
+    notes = [f"not read: {name}" for name in contents.ignored]
+    prob = contents.loss.get("multinomial.prob")
+    if isinstance(prob, Tensor) and not bool((prob == 1).all()):
+        notes.append("not read: its negatives were not drawn uniformly")
+    if "memory" in contents.loss:
+        contents.loss["memory"] = contents.loss["memory"].float()
+    converted, counters = set(), 0
+    for name, like in model.state_dict().items():
+        if not name.startswith("trunk."):
+            place, key = contents.heads, name
+        else:
+            place, key = contents.trunk, name.removeprefix("trunk.")
+        if key in place and place[key].dtype != like.dtype:
+            converted.add(f"{place[key].dtype} to {like.dtype}".replace("torch.", ""))
+            place[key] = place[key].to(like.dtype)
+        elif key not in place and name.startswith("trunk."):
+            place[key] = torch.zeros(like.shape, dtype=like.dtype)
+            counters += 1
+    if counters:
+        notes.append(f"{counters} counters of batches (num_batches_tracked) were missing: 0, which nothing depends on")
+    return notes + [f"tensors were converted from {item}" for item in sorted(converted)]
+
+
+def _tensors(contents: Contents) -> list[tuple[str, Any]]:
+    """Every tensor of a file by the name to show."""
+    momenta = [(f"momentum {n}", tensor) for n, tensor in enumerate(chain.from_iterable(contents.momenta))]
+    losses = [(f"nce_average.{name}", tensor) for name, tensor in contents.loss.items()]
+    return [*((_shown(name), tensor) for name, tensor in contents.model.items()), *losses, *momenta]
+
+
+def _not_finite(name: str, tensor: Any) -> str:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        return ""
+    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+    return f"{name} has {bad:,} of {tensor.numel():,} values that are not finite" if bad else ""
+
+
+def _shown(name: str) -> str:
+    """A tensor's name for people: torchvision's for the trunk, VISSL's for the heads."""
+    if name.startswith("trunk."):
+        return name.removeprefix("trunk.")
+    try:
+        return f"heads {vissl_name(name)}"
+    except ValueError:
+        return f"heads {name}"

@@ -1,0 +1,201 @@
+"""Checkpoints of VISSL's into runs of ours: which training it is of, whether all is there and whole, and the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pirl import __version__
+from pirl.checkpoint import Checkpoints, Cursor
+from pirl.config import Recipe
+from pirl.errors import CheckpointError, UsageError
+from pirl.export.identify import check, identify
+from pirl.export.vissl import Contents, completed_epochs, read_contents
+from pirl.memory import MemoryBank
+from pirl.metrics import Log
+from pirl.model import PIRL, build_model
+from pirl.optim import build_optimizer, parameter_groups
+from pirl.shards import Manifest
+from pirl.storage import open_storage, sha256_file
+
+UNKNOWN_DATA = "unknown"
+
+
+@dataclass
+class Import:
+    """A file that was found good, and what it becomes."""
+
+    contents: Contents
+    recipe: Recipe
+    candidates: list[str]
+    """Names of the recipes that it may be of: one, unless the file does not tell."""
+    state: dict[str, Any]
+    cursor: Cursor
+    data_digest: str
+    lacks: list[str] = field(default_factory=list)
+    """Of "heads", "bank" and "optimizer", what was not in the file: a run that lacks any is never resumed."""
+    notes: list[str] = field(default_factory=list)
+    uri: str = ""
+
+    @property
+    def epochs(self) -> int:
+        return completed_epochs(self.cursor, self.recipe, len(self.state["bank"]["memory"]))
+
+    def summary(self) -> str:
+        """One line: what it is of, and what it contains."""
+        parts = [f"trunk ({len(self.contents.trunk)} tensors)"]
+        if "heads" not in self.lacks:
+            parts.append(f"heads ({len(self.contents.heads)} tensors)")
+        if "bank" not in self.lacks:
+            z = self.state["bank"]["z"].item()
+            parts.append(f"memory bank of {len(self.state['bank']['memory']):,} rows")
+            parts.append(f"Z {z:.4g}" if z > 0 else "no Z")
+        if "optimizer" not in self.lacks:
+            parts.append("optimiser")
+            parts.append(f"after epoch {self.epochs} of {self.recipe.train.epochs}")
+        return f"{' or '.join(self.candidates)}: {', '.join(parts)}"
+
+
+def import_file(
+    path: Path, out: str, data: str | None = None, recipe: str | None = None, overrides: Sequence[str] = ()
+) -> Import:
+    """Make a run of a checkpoint file. Nothing is written unless all of the file is good."""
+    run = open_storage(out)
+    if run.exists("config.toml"):
+        raise UsageError(f"{out} holds a run already", "give another --out: an import never writes over a run")
+    found = examine(path, data, recipe, overrides)
+    found.state["imported"] = {"file": path.name, "sha256": sha256_file(path), "lacks": found.lacks}
+    checkpoints = Checkpoints(run / "checkpoints")
+    checkpoints.save(found.state, found.cursor, found.recipe.digest(), found.data_digest)
+    if error := checkpoints.wait():
+        raise error
+    log = Log(run)
+    log.event("import", **found.state["imported"], recipe=found.recipe.name, version=__version__)
+    log.flush()
+    if not found.lacks and found.epochs >= found.recipe.train.epochs:
+        run.write_json("DONE.json", _done(found, f"{checkpoints.storage.uri}/{checkpoints.newest()}"))
+    run.write_bytes("config.toml", found.recipe.to_toml().encode())  # last: before it, there is no run
+    found.uri = run.uri
+    return found
+
+
+def _done(found: Import, checkpoint: str) -> dict[str, Any]:
+    return {
+        "steps": found.cursor.step,
+        "epochs": found.recipe.train.epochs,
+        "images_seen": found.epochs * len(found.state["bank"]["memory"]),
+        "seconds": found.cursor.seconds,
+        "checkpoint": checkpoint,
+        "recipe": found.recipe.name,
+        "recipe_digest": found.recipe.digest(),
+        "data_digest": found.data_digest,
+        "ranks": 0,  # not told
+        "version": __version__,
+        "imported": found.state["imported"]["file"],
+    }
+
+
+def examine(path: Path, data: str | None = None, recipe: str | None = None, overrides: Sequence[str] = ()) -> Import:
+    """Read a file, find out what it is of, and check all of it. Raises `CheckpointError` with every problem."""
+    manifest = Manifest.load(open_storage(data)) if data else None
+    contents = read_contents(path)
+    chosen, candidates, notes = identify(contents, path, recipe, overrides)
+    with torch.device("meta"):
+        model = PIRL(chosen.model, chosen.views.patches)
+    notes += check(contents, model, chosen, path)
+
+    lacks = [] if contents.heads else ["heads"]
+    fresh = build_model(chosen).state_dict() if lacks else {}
+    names = model.state_dict()
+    state: dict[str, Any] = {"model": {name: contents.model.get(name, fresh.get(name)) for name in names}}
+
+    rows = len(contents.loss["memory"]) if contents.loss else 0
+    if manifest and contents.loss and rows != chosen.rows(manifest.images):
+        raise CheckpointError(
+            f"{path} has a memory bank of {rows:,} rows, and {data} has {manifest.images:,} images",
+            "give the shards of the images that it was trained on: all of them, in the same order",
+        )
+    if contents.loss:
+        z = contents.ours.get("z", contents.params[2])  # ours is exact, VISSL's is rounded to float32
+        state["bank"] = {"memory": contents.loss["memory"], "z": torch.tensor(z, dtype=torch.float64)}
+    else:
+        lacks.append("bank")
+        rows = chosen.rows(manifest.images) if manifest else 0
+        state["bank"] = MemoryBank(rows, chosen.model.embedding_dim, chosen.memory, chosen.train.seed).state_dict()
+
+    optimizer, why = optimizer_state(contents, model, chosen)
+    if why or "bank" in lacks:
+        lacks.append("optimizer")
+        notes += [why] if why and contents.momenta else []
+    state["optimizer"] = optimizer
+    state["scaler"] = contents.scaler if chosen.train.precision == "fp16" else {}
+    state["recipe"] = chosen.to_toml()
+    cursor, told = _cursor(contents, chosen, rows)
+    state["data_digest"] = digest = _digest(contents, manifest, lacks)
+    if lacks:
+        told.append(f"no {', '.join(lacks)} in the file: the run can be evaluated and exported, not resumed")
+    elif digest == UNKNOWN_DATA:
+        told.append("to continue this training, import with --data: the shards that it was trained on")
+    return Import(contents, chosen, candidates, state, cursor, digest, lacks, [*notes, *told])
+
+
+def _digest(contents: Contents, manifest: Manifest | None, lacks: list[str]) -> str:
+    """The data that the run can be resumed on. The other answers are no data's digest: a training refuses them."""
+    if lacks:
+        return "trunk only" if "heads" in lacks else f"no {lacks[0]}"
+    if manifest:
+        return manifest.digest
+    return str(contents.ours.get("data_digest", UNKNOWN_DATA))
+
+
+def _cursor(contents: Contents, recipe: Recipe, rows: int) -> tuple[Cursor, list[str]]:
+    """Where training goes on. The reference's order within an epoch is not ours: a broken one begins again."""
+    if "cursor" in contents.ours:
+        return contents.ours["cursor"], []
+    steps = contents.epochs * recipe.steps_per_epoch(rows)
+    notes = []
+    if contents.loss and contents.iteration > steps:
+        notes.append(f"written within epoch {contents.epochs + 1}, which would begin again")
+    elif contents.loss and contents.iteration < steps:
+        notes.append(
+            f"the file counts {contents.iteration:,} steps, {contents.epochs} epochs of {rows:,} images in batches of "
+            f"{recipe.train.batch_size} make {steps:,}"
+        )
+    return Cursor(epoch=contents.epochs, samples=0, step=steps), notes
+
+
+def optimizer_state(contents: Contents, model: PIRL, recipe: Recipe) -> tuple[dict[str, Any], str]:
+    """The state for our optimiser, and why the file's was not taken, if it was not.
+
+    Both keep convolutions, batch norms, linear weights and linear biases in four groups, each in module order: the
+    n-th of theirs is the n-th of ours, whatever number it goes by.
+    """
+    ours = parameter_groups(model, recipe.optim)
+    groups = build_optimizer(nn.Linear(1, 1), recipe).state_dict()["param_groups"]  # for the settings beside "params"
+    first = 0
+    for group, parameters in zip(groups, ours):
+        group["params"] = list(range(first, first := first + len(parameters["params"])))
+    result: dict[str, Any] = {"state": {}, "param_groups": groups}
+    if not contents.momenta:
+        return result, "the file has no optimiser"
+    sizes = [len(group) for group in contents.momenta], [len(group["params"]) for group in ours]
+    if sizes[0] != sizes[1]:
+        return result, f"the optimiser was not read: it has groups of {sizes[0]} tensors, ours of {sizes[1]}"
+    for group in groups:
+        group["lr"] = contents.learning_rate
+    momenta = list(chain.from_iterable(contents.momenta))
+    if not contents.iteration and all(momentum is None for momentum in momenta):
+        return result, ""  # before the first step
+    shapes = [parameter.shape for group in ours for parameter in group["params"]]
+    for index, (momentum, shape) in enumerate(zip(momenta, shapes)):
+        if not isinstance(momentum, Tensor) or momentum.shape != shape:
+            found = tuple(momentum.shape) if isinstance(momentum, Tensor) else "none"
+            return result, f"the optimiser was not read: momentum {index} is {found}, expected {tuple(shape)}"
+    result["state"] = {index: {"momentum_buffer": momentum} for index, momentum in enumerate(momenta)}
+    return result, ""
