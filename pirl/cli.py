@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -36,6 +36,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Processes = Annotated[int, typer.Option(help="Processes on this machine; 0: as many as GPUs, else two.")]
 DRY_RUN_HELP = "Check everything, say what would be done, and stop."
 DEFAULT_ROOT = "runs"
+IMAGENET = 1_281_167  # training images of ImageNet-1k
+IMAGES_PER_RANK = 32  # in all of the reference's settings: its batch grows with the GPUs, and the rate with the batch
 
 
 def main() -> None:
@@ -270,43 +272,95 @@ def register(
     console.print(f"{version.model} {version.version}: {version.uri}", soft_wrap=True)
 
 
+@app.command("import")
+def import_checkpoint(
+    file: Annotated[Path, typer.Argument(help="Checkpoint of VISSL's, a converted trunk, or a ResNet's state dict.")],
+    out: Annotated[str, typer.Option(help="URI of the run to make.")],
+    data: Annotated[str | None, typer.Option(help="URI of the shards that it was trained on, to continue.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe that it is of, if the file does not tell.")] = None,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP)] = False,
+) -> None:
+    """Make a run of a checkpoint of VISSL's model zoo: to evaluate, to export, or to train on.
+
+    Example: pirl import model_final_checkpoint_phase199.torch --out runs/zoo
+    """
+    from .export import examine, import_file
+
+    if dry_run:
+        found = examine(file, data, recipe, overrides or [])
+    else:
+        found = import_file(file, out, data, recipe, overrides or [])
+    console.print(found.summary(), soft_wrap=True, highlight=False)
+    for note in found.notes:
+        console.print(f"note: {escape(note)}", soft_wrap=True, highlight=False)
+    if not dry_run:
+        console.print(f"run: {out}", soft_wrap=True)
+
+
 @app.command()
 def export(
     checkpoint: Annotated[str, typer.Argument(help="URI of a run or of one of its checkpoints.")],
-    out: Annotated[Path, typer.Argument(help="File to write, .safetensors.")],
+    out: Annotated[Path, typer.Argument(help="File to write: .safetensors, or .torch for VISSL.")],
+    layout: Annotated[
+        Literal["torchvision", "vissl"], typer.Option(help="A trunk for torchvision, or all of a training for VISSL.")
+    ] = "torchvision",
 ) -> None:
-    """Write a trunk as safetensors in torchvision's key layout.
+    """Write a trunk as safetensors in torchvision's key layout, or a checkpoint that VISSL reads.
 
     Example: pirl export runs/mine trunk.safetensors
     """
     from .export import export as write
 
-    console.print(str(write(checkpoint, out)), soft_wrap=True)
+    console.print(str(write(checkpoint, out, layout)), soft_wrap=True)
 
 
 @app.command()
-def recipes(as_json: Json = False) -> None:
-    """List the recipes.
+def recipes(
+    ranks: Annotated[int | None, typer.Option(help="Rescale to this many GPUs.", min=1, max=65536)] = None,
+    as_json: Json = False,
+) -> None:
+    """List the recipes, with steps and learning rates on ImageNet's 1,281,167 images.
 
-    Example: pirl recipes
+    Example: pirl recipes --ranks 8
     """
     from .config import load_recipe, recipe_names
+    from .optim import learning_rate
 
+    scale = [] if ranks is None else [f"train.batch_size={IMAGES_PER_RANK * ranks}"]
     rows = [
         {
             "recipe": recipe.name,
-            "epochs": recipe.train.epochs,
+            "ranks": recipe.train.batch_size // IMAGES_PER_RANK,
             "batch_size": recipe.train.batch_size,
-            "learning_rate": recipe.learning_rate,
+            "epochs": recipe.train.epochs,
+            "iterations": recipe.train.epochs * recipe.steps_per_epoch(recipe.rows(IMAGENET)),
+            "learning_rate": learning_rate(recipe, recipe.optim.warmup_epochs),
+            "last_learning_rate": learning_rate(recipe, recipe.train.epochs - 1),
             "head": recipe.model.head,
             "loss": recipe.loss.kind,
             "temperature": recipe.loss.temperature,
             "published_top1": recipe.published_top1,
             "description": recipe.description,
         }
-        for recipe in map(load_recipe, recipe_names())
+        for recipe in (load_recipe(name, scale) for name in recipe_names())
     ]
-    show_rows(rows, as_json, hide=("description", "batch_size"))
+    if as_json:
+        show_rows(rows, as_json)
+        return
+    short = {"learning_rate": "lr", "last_learning_rate": "last lr", "temperature": "T", "published_top1": "top-1"}
+    keys = [key for key in rows[0] if key not in ("batch_size", "description")]
+    show_rows(
+        [{short.get(key, key): f"{row[key]:,}" if key == "iterations" else row[key] for key in keys} for row in rows],
+        False,
+    )
+    batch = "each recipe's own global batch" if ranks is None else f"train.batch_size={IMAGES_PER_RANK * ranks}"
+    console.print(
+        f"iterations on ImageNet's {IMAGENET:,} images, {IMAGES_PER_RANK} of them a step on each rank (GPU): {batch}.\n"
+        "lr: of the first and the last epoch; proportional to the global batch, as in the reference: "
+        "--ranks N shows it for N.",
+        highlight=False,
+    )
 
 
 @app.command()
