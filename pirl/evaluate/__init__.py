@@ -1,4 +1,8 @@
-"""What a frozen trunk knows: linear probes and nearest neighbours on its features, beside its own initial weights."""
+"""What a frozen trunk knows, by two protocols.
+
+`probe` is the fast one: features once, a linear probe and nearest neighbours, beside the same trunk's initial weights.
+`zoo` is that of the published models: a linear classifier on every layer, trained on random crops for 28 epochs.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +25,17 @@ from pirl.evaluate.probe import (
     split_checkpoint_uri,
     spread,
 )
+from pirl.evaluate.zoo import ZooProtocol, evaluate_layers
 
 __all__ = [
     "Features",
     "Protocol",
+    "ZooProtocol",
     "as_json",
     "centre_crop",
     "check_labels",
     "evaluate",
+    "evaluate_layers",
     "evaluate_run",
     "extract",
     "few_labels",

@@ -1,7 +1,9 @@
 """What a frozen trunk knows: a linear probe and nearest neighbours on its features, beside its own initial weights.
 
 This is the fast protocol: every image goes through the trunk once, without augmentation, and the probe is trained on
-the stored features. It reads a little differently from the augmented protocol of the paper: compare like with like.
+the stored features of the last layer, averaged over the map. It answers in seconds whether pretraining has helped. Its
+numbers are not those of the model zoo, which come from `layers`: augmented crops, pooled maps of every layer, another
+optimiser. Compare like with like.
 """
 
 from __future__ import annotations
@@ -254,13 +256,10 @@ def load_pixels(reader: ShardReader, recipe: Recipe) -> Callable[[], Iterator[Te
 
 def centre_crop(image: Image.Image, recipe: Recipe) -> np.ndarray:
     """(crop, crop, 3) uint8 of an RGB image: shorter side to `resize`, then the centre."""
-    config = recipe.eval
-    scale = config.resize / min(image.size)
-    if scale != 1:
-        image = image.resize(
-            (max(config.crop, int(image.width * scale)), max(config.crop, int(image.height * scale))),
-            Image.Resampling.BILINEAR,
-        )
+    config, short = recipe.eval, min(image.size)
+    if short != config.resize:
+        width, height = (config.resize * side // short for side in image.size)  # as torchvision's Resize rounds
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((image.width - config.crop) / 2), round((image.height - config.crop) / 2)
     return np.asarray(image.crop((left, top, left + config.crop, top + config.crop)))
 
