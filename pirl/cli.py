@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import __version__
-from .errors import EXIT_FAILURE, PirlError
+from .errors import EXIT_FAILURE, PirlError, UsageError, did_you_mean
 
 app = typer.Typer(
     name="pirl",
@@ -214,21 +214,63 @@ def evaluate(
     run: Annotated[str, typer.Argument(help="URI of a run.")],
     data: Annotated[str, typer.Option(help="URI of labelled shards to train the probe on.")],
     test: Annotated[str, typer.Option(help="URI of labelled shards to test it on.")],
+    protocol: Annotated[str, typer.Option(help="fast: features once; zoo: as the zoo's numbers were made.")] = "fast",
+    epochs: Annotated[int | None, typer.Option(help="Epochs of the protocol zoo, 28 if not given.", min=1)] = None,
+    workers: Annotated[int, typer.Option(help="Data loading processes of the protocol zoo.", min=0)] = 0,
     as_json: Json = False,
 ) -> None:
-    """Probe a run's frozen trunk, beside the same trunk with random weights.
+    """Probe a run's frozen trunk: beside the same trunk with random weights (fast), or layer by layer (zoo).
 
     Example: pirl eval runs/mine --data shards/train --test shards/test
     """
-    from .evaluate import evaluate_run
+    if protocol not in ("fast", "zoo"):
+        guess = did_you_mean(protocol, ("fast", "zoo"))
+        raise UsageError(f"there is no protocol {protocol!r}.{guess}", "give --protocol fast or --protocol zoo")
 
-    result = evaluate_run(run, data, test, progress=(lambda text: None) if as_json else console.print)
+    def tell(text: str) -> None:
+        if not as_json:
+            console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    if protocol == "zoo":
+        from .evaluate import ZooProtocol, evaluate_layers
+
+        settings = ZooProtocol() if epochs is None else ZooProtocol(epochs=epochs)
+        result = evaluate_layers(run, data, test, settings, workers, tell)
+    else:
+        if epochs is not None or workers:
+            raise UsageError("--epochs and --workers are for --protocol zoo", "leave them out, or choose that protocol")
+        from .evaluate import evaluate_run
+
+        result = evaluate_run(run, data, test, progress=tell)
     if as_json:
         print(json.dumps(result))
-        return
-    for trunk in ("pretrained", "random"):
-        scores = ", ".join(f"{name} {100 * value['top1']['mean']:.2f} %" for name, value in result[trunk].items())
-        console.print(f"{trunk}: {scores}")
+    elif protocol == "zoo":
+        show_layers(result)
+    else:
+        for trunk in ("pretrained", "random"):
+            scores = ", ".join(f"{name} {100 * value['top1']['mean']:.2f} %" for name, value in result[trunk].items())
+            console.print(f"{trunk}: {scores}")
+
+
+def show_layers(result: dict[str, Any]) -> None:
+    """The table of `pirl eval --protocol zoo`."""
+    epochs = result["epochs"]
+    table = Table(title=f"the frozen trunk, layer by layer, after {len(epochs)} epochs of the zoo's linear protocol")
+    for column in ("head", "pooling", "features", "top-1, %", "top-5, %", "best top-1, %"):
+        table.add_column(column, justify="left" if column in ("head", "pooling") else "right")
+    for name, head in result["protocol"]["heads"].items():
+        best = max(epochs, key=lambda epoch: epoch["top1"][name])
+        table.add_row(
+            name,
+            head["pooling"],
+            str(head["features"]),
+            f"{100 * result['top1'][name]:.2f}",
+            f"{100 * result['top5'][name]:.2f}",
+            f"{100 * best['top1'][name]:.2f} (epoch {best['epoch']})",
+        )
+    console.print(table)
+    for difference in result["differences"]:
+        console.print(f"not as in the zoo: {difference}", markup=False, highlight=False)
 
 
 @app.command()
