@@ -40,6 +40,8 @@ def identify(
         )
     fewest = min(len(_misfits(contents, recipe)) for recipe in fitting.values())
     fitting = {name: recipe for name, recipe in fitting.items() if len(_misfits(contents, recipe)) == fewest}
+    long_enough = {name: recipe for name, recipe in fitting.items() if recipe.train.epochs >= contents.epochs}
+    fitting = long_enough or fitting
     found = {name: load_recipe(name, [*_told(contents, recipe), *overrides]) for name, recipe in fitting.items()}
     by_rate = [name for name, recipe in found.items() if _had_learning_rate(contents, recipe)]
     by_epochs = [name for name, recipe in found.items() if recipe.train.epochs == contents.epochs]
@@ -58,20 +60,18 @@ def identify(
 
 def _told(contents: Contents, recipe: Recipe) -> list[str]:
     """Overrides for what the file knows better than the recipe."""
-    items = []
+    items = [f"train.epochs={contents.epochs}"] if contents.epochs > recipe.train.epochs else []
     if contents.batch_size and contents.batch_size != recipe.train.batch_size:
         items.append(f"train.batch_size={contents.batch_size}")
-    if contents.epochs > recipe.train.epochs:
-        items.append(f"train.epochs={contents.epochs}")
     if len(contents.params) != 4 or not all(map(math.isfinite, contents.params)):
         return items
-    negatives, temperature, z, momentum = contents.params
+    negatives, temperature, z, momentum = contents.params  # float32: str() of it is the decimal that was meant
     if negatives != recipe.loss.negatives:
         items.append(f"loss.negatives={round(negatives)}")
     if np.float32(temperature) != np.float32(recipe.loss.temperature):
-        items.append(f"loss.temperature={np.float32(temperature)}")
+        items.append(f"loss.temperature={np.float32(temperature)!s}")
     if np.float32(momentum) != np.float32(recipe.memory.momentum):
-        items.append(f"memory.momentum={np.float32(momentum)}")
+        items.append(f"memory.momentum={np.float32(momentum)!s}")
     kind = "nce" if z > 0 else "cross_entropy"  # only NCE has a Z, from its first step on
     if contents.iteration and kind != recipe.loss.kind:
         items.append(f"loss.kind={kind}")
