@@ -255,7 +255,7 @@ def describe(
         drops = [str(drop + 1) for drop in protocol.drops() if drop < protocol.epochs]
         differences.append(
             f"{protocol.epochs} epochs for {ZOO_EPOCHS}; the learning rate drops in proportion, "
-            + (f"to a tenth before epoch {', '.join(drops)}" if drops else "here never")
+            + (f"to a tenth before epochs {', '.join(drops)}" if drops else "here never")
         )
     if batch != ZooProtocol.batch_size:
         differences.append(f"batches of {batch} for {ZooProtocol.batch_size}; the learning rate is scaled with them")
