@@ -7,8 +7,10 @@ stops after any number of samples goes on there on any number of ranks.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from functools import lru_cache
+from multiprocessing import forkserver
 from typing import NamedTuple
 
 import numpy as np
@@ -146,6 +148,8 @@ class Loader:
     def batches(self, epoch: int, samples: int) -> Iterator[tuple[int, int, Share, Batch]]:
         """(epoch, samples of it seen before, share, batch) from the cursor to the end of the last epoch."""
         plan = self._plan(epoch, samples)
+        if self.workers:
+            _start_server()
         loader = DataLoader(
             ErrorsAsValues(self.dataset),
             batch_size=None,
@@ -175,6 +179,18 @@ class Loader:
             for share in epoch_shares(self.recipe, self.dataset.rows, at, self.world, seen):
                 yield at, seen, share
                 seen += share.size
+
+
+def _start_server() -> None:
+    """Start the process that workers are forked from with SIGTERM blocked, which they inherit.
+
+    A launcher signals the whole process group, and a rank that was told to stop still needs a few batches.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _quiet_worker(_: int) -> None:
