@@ -191,6 +191,11 @@ class Recipe(Section):
                 raise ValueError(
                     f"views.{name} {size} is too small for this trunk: its last stage would halve a map of one pixel"
                 )
+        if math.ceil(self.views.image_size / (stem * 8)) < 2:
+            raise ValueError(
+                f"views.image_size {self.views.image_size} is too small for this trunk: its last map is one pixel, and "
+                "batch norm cannot work on a rank that has a single image"
+            )
         return self
 
     @property
@@ -228,9 +233,10 @@ class Recipe(Section):
         problems = []
         if self.train.batch_size > rows:
             problems.append(f"train.batch_size is {self.train.batch_size}, there are {rows} images to train on")
-        if self.loss.negatives > rows:
+        others = rows - self.loss.exclude_positive
+        if self.loss.negatives > others:
             problems.append(
-                f"loss.negatives is {self.loss.negatives}, the memory bank has only {rows} rows: negatives would repeat"
+                f"loss.negatives is {self.loss.negatives}, there are only {others} rows to draw from: they would repeat"
             )
         if problems:
             raise ConfigError(
