@@ -7,8 +7,10 @@ import math
 import resource
 import sys
 import time
+import warnings
 from typing import Any
 
+from .errors import StorageError
 from .storage import Storage, open_storage
 
 
@@ -37,7 +39,10 @@ class Log:
     def flush(self) -> None:
         for name, lines in (("metrics.jsonl", self.metrics), ("events.jsonl", self.events)):
             text = "".join(json.dumps(line) + "\n" for line in lines)
-            self.run.write_bytes(name, text.encode())
+            try:
+                self.run.write_bytes(name, text.encode())
+            except StorageError as error:  # the lines are kept, and written with the next ones
+                warnings.warn(f"{name} was not written, training goes on: {error}", stacklevel=2)
         self._flushed = time.monotonic()
 
 
