@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,6 +57,16 @@ class Options:
     checkpoint_every_s: float = 300.0
     keep: int = 2
 
+    def check(self) -> None:
+        """Refuse numbers that cannot work, all at once."""
+        least = {"processes": 1, "workers": 0, "log_every": 1, "checkpoint_every_s": 0, "keep": 1}
+        values = {name: getattr(self, name) for name in least}
+        wrong = [f"--{name.replace('_', '-')} {value}" for name, value in values.items() if (value or 0) < least[name]]
+        if self.processes is None:
+            wrong = [text for text in wrong if not text.startswith("--processes")]
+        if wrong:
+            raise UsageError(f"these are too small: {', '.join(wrong)}", "`--help` tells what they count")
+
 
 def train(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
     """Train to the end of the recipe, from the newest checkpoint of this run where there is one.
@@ -82,12 +93,13 @@ def train(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
     state = TrainState(model, bank, optimizer, scaler)
 
     checkpoints = Checkpoints(run / "checkpoints", options.keep)
-    cursor = resume(state, checkpoints, recipe, manifest.digest, options, world)
+    resumed = resume(state, checkpoints, recipe, manifest.digest, options, world)
+    cursor = resumed or Cursor()
     log = Log(run)
     log.resume_at(cursor.step)
     if world.is_main:
         run.write_bytes("config.toml", recipe.to_toml().encode())
-        log.event("resume" if cursor.step else "start", step=cursor.step, ranks=world.size, version=__version__)
+        log.event("resume" if resumed else "start", step=cursor.step, ranks=world.size, version=__version__)
     network = (
         model
         if world.size == 1
@@ -95,6 +107,8 @@ def train(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
             model, device_ids=[world.local_rank] if world.device.type == "cuda" else None, gradient_as_bucket_view=True
         )
     )
+    if world.size > 1:
+        settle_buckets(network, recipe, world)
     stop = StopSignal(world)
     meter = Meter(recipe, loader.dataset.rows, cursor, world, options, log)
     result: StepLoss | None = None
@@ -112,7 +126,7 @@ def train(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
             log.flush()
 
     try:
-        if cursor.step == 0:
+        if resumed is None:
             save()
         saved_at = time.monotonic()
         model.train()
@@ -159,11 +173,32 @@ def train(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
             log.event("done", step=cursor.step)
             log.flush()
             run.write_json("DONE.json", done)
-        return world.broadcast_object(done)
+        done = world.broadcast_object(done)
+        stop.release()
+        return done
     finally:
         if world.is_main:
             checkpoints.wait()
             log.flush()
+
+
+def settle_buckets(network: nn.Module, recipe: Recipe, world: World) -> None:
+    """One backward pass on nothing, after which DDP lays out its buckets anew, once and for all.
+
+    The layout decides in which order more than two ranks' gradients are summed. Without this, the first step after a
+    restart would sum in another order than the same step of an uninterrupted run, and their bits would part.
+    """
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    views, device = recipe.views, world.device
+    images = torch.zeros(2, 3, views.image_size, views.image_size, device=device)
+    patches = torch.zeros(2 * views.patches, 3, views.patch_size, views.patch_size, device=device)
+    with torch.autocast(device.type, PRECISIONS.get(recipe.train.precision), recipe.train.precision != "fp32"):
+        embeddings = network(images, patches)
+    sum(embedding.float().sum() for embedding in embeddings).backward()
+    with torch.no_grad():
+        for name, buffer in network.named_buffers():
+            buffer.copy_(before[name])
+    network.zero_grad(set_to_none=True)
 
 
 def train_step(
@@ -235,8 +270,8 @@ class TrainState:
 
 def resume(
     state: TrainState, checkpoints: Checkpoints, recipe: Recipe, data_digest: str, options: Options, world: World
-) -> Cursor:
-    """Load the newest checkpoint of this run into `state`; the start where there is none."""
+) -> Cursor | None:
+    """Load the newest checkpoint of this run into `state`; None where there is none."""
     check_same_run(options.out, recipe, data_digest)
     name = world.broadcast_object(checkpoints.newest() if world.is_main else None)
     found = checkpoints.load() if name else None
@@ -244,8 +279,9 @@ def resume(
     if len(set(commits)) > 1:
         raise CheckpointError(f"ranks found different checkpoints: {commits}", "check the storage of every node")
     if not found:
-        return Cursor()
+        return None
     commit, saved = found
+    check_same_data(options.out, commit, data_digest)
     state.load_dict(saved)
     if world.is_main:
         say(f"resuming from {commit.name}: epoch {commit.cursor.epoch}, {commit.cursor.samples} samples into it")
@@ -266,10 +302,15 @@ def check_same_run(out: str, recipe: Recipe, data_digest: str) -> None:
         )
     checkpoints = Checkpoints(run / "checkpoints")
     name = checkpoints.newest()
-    if name and checkpoints.commit(name).data_digest != data_digest:
+    with suppress(CheckpointError):  # a damaged one is for `resume` to tell, which may find an older one
+        if name:
+            check_same_data(out, checkpoints.commit(name), data_digest)
+
+
+def check_same_data(out: str, commit: Commit, data_digest: str) -> None:
+    if commit.data_digest != data_digest:
         raise UsageError(
-            f"{out} was trained on other data (digest {checkpoints.commit(name).data_digest[:12]}, "
-            f"these shards have {data_digest[:12]})",
+            f"{out} was trained on other data (digest {commit.data_digest[:12]}, these shards have {data_digest[:12]})",
             "use the same data to resume it, or another --out for a new run",
         )
 
@@ -298,8 +339,12 @@ class StopSignal:
         self.world = world
         self.asked = False
         self._pending: tuple[Tensor, Any] | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def release(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, *_: Any) -> None:
         self.asked = True
@@ -393,6 +438,7 @@ class Meter:
 
 def plan(recipe: str, options: Options, overrides: Sequence[str] = ()) -> list[str]:
     """Check recipe, data and run as `launch` does, and say in a few lines what it would do."""
+    options.check()
     resolved = load_recipe(recipe, overrides)
     manifest = Manifest.load(open_storage(options.data))
     resolved.check_data(manifest.images)
