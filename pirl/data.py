@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from functools import lru_cache
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from typing import NamedTuple
 
 import numpy as np
@@ -186,6 +186,7 @@ def _start_server() -> None:
 
     A launcher signals the whole process group, and a rank that was told to stop still needs a few batches.
     """
+    resource_tracker.ensure_running()  # which unblocks these signals when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
     try:
         forkserver.ensure_running()
