@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -240,6 +242,33 @@ def test_a_killed_worker_is_a_data_error_at_once(shards: str, tmp_path: Path) ->
     assert "a data loading process of rank 0 died" in told
     assert "fewer workers" in told
     assert float(told.split("s")[0]) < 20
+
+
+TOLD_TO_STOP = """
+import os, signal, sys, time
+import torch
+from pirl.config import load_recipe
+from pirl.data import Loader
+from pirl.distributed import World
+
+if __name__ == "__main__":
+    told = []
+    signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+    batches = Loader(sys.argv[2], load_recipe(sys.argv[1]), World(), 2).batches(0, 0)
+    next(batches)
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(0.5)
+    print(len(told), 1 + sum(1 for _ in batches))
+"""
+
+
+def test_workers_survive_the_signal_that_tells_their_rank_to_stop(shards: str, tiny_toml: Path, tmp_path: Path) -> None:
+    """A launcher signals the whole process group; the rank decides when it has seen enough."""
+    program = tmp_path / "program.py"
+    program.write_text(TOLD_TO_STOP)
+    command = [sys.executable, str(program), str(tiny_toml), shards]
+    result = subprocess.run(command, start_new_session=True, capture_output=True, text=True, timeout=120)
+    assert result.stdout.split() == ["1", "15"], result.stderr  # all batches of three epochs
 
 
 def broken_image(world: World, shards: str, workers: int) -> str:
