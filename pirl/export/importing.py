@@ -140,7 +140,7 @@ def examine(path: Path, data: str | None = None, recipe: str | None = None, over
     state["data_digest"] = digest = _digest(contents, manifest, lacks)
     if lacks:
         told.append(f"no {', '.join(lacks)} in the file: the run can be evaluated and exported, not resumed")
-    elif digest == UNKNOWN_DATA:
+    elif digest == UNKNOWN_DATA and cursor.epoch < chosen.train.epochs:
         told.append("to continue this training, import with --data: the shards that it was trained on")
     return Import(contents, chosen, candidates, state, cursor, digest, lacks, [*notes, *told])
 
