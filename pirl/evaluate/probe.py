@@ -8,6 +8,7 @@ optimiser. Compare like with like.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -53,8 +54,8 @@ class Features:
 
 def split_checkpoint_uri(uri: str) -> tuple[str, str | None]:
     """The run and the checkpoint's name of `RUN`, `RUN/checkpoints` or `RUN/checkpoints/step-N`."""
-    run, found, name = uri.rstrip("/").partition("/checkpoints")
-    return run, name.strip("/") or None if found else None
+    found = re.fullmatch(r"(.+?)(?:(?<!/)/checkpoints(?:/(step-[^/]+))?)?", uri.rstrip("/"))
+    return (found[1], found[2]) if found else (uri, None)
 
 
 def load_trunk(uri: str) -> tuple[Recipe, Commit, Trunk]:
