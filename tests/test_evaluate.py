@@ -1,0 +1,311 @@
+"""What an evaluation reports: probes with known answers, and the same treatment for both sides."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import IMAGES, shards_of, tiny_recipe
+from images import folder_of_classes, picture
+from torchvision import transforms
+
+from pirl.checkpoint import Checkpoints
+from pirl.distributed import World
+from pirl.errors import CheckpointError, DataError, UsageError
+from pirl.evaluate import (
+    Features,
+    Protocol,
+    as_json,
+    centre_crop,
+    evaluate,
+    evaluate_run,
+    extract,
+    few_labels,
+    linear_probe,
+    load_pixels,
+    load_trunk,
+    nearest_neighbours,
+    neighbours,
+    probe,
+    split_checkpoint_uri,
+    spread,
+)
+from pirl.model import build_model
+from pirl.shards import ShardReader
+from pirl.storage import open_storage
+from pirl.train import Options, train
+
+QUICK = Protocol(seeds=(0, 1), epochs=2, min_steps=60, neighbours=5)
+
+
+def blobs(n: int, classes: int = 6, dim: int = 12, noise: float = 0.1, seed: int = 0, wrong: float = 0.0) -> Features:
+    """Features around one point for each class; a share `wrong` of the labels is that of the next class."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(classes, dim))
+    y = np.arange(n) % classes
+    x = centres[y] + noise * rng.normal(size=(n, dim))
+    flip = np.arange(n) < wrong * n
+    return Features(torch.from_numpy(x).float(), torch.from_numpy(np.where(flip, (y + 1) % classes, y)))
+
+
+# ---- the linear probe
+
+
+def test_separable_features_are_told_apart() -> None:
+    assert linear_probe(blobs(120), blobs(60, seed=1), 6, QUICK, 0) == (1.0, 1.0)
+
+
+def test_top5_counts_the_five_best() -> None:
+    """The centres' own labels moved on by one: top-1 misses the wrong ones; with five classes top-5 has them all."""
+    test = blobs(50, classes=5, seed=1, wrong=0.3)
+    top1, top5 = linear_probe(blobs(100, classes=5), test, 5, QUICK, 0)
+    assert top1 == pytest.approx(0.7)
+    assert top5 == 1.0
+    top1, top5 = linear_probe(blobs(30, classes=3), blobs(30, classes=3, seed=1, wrong=0.5), 3, QUICK, 0)
+    assert (top1, top5) == (0.5, 1.0)  # fewer than five classes
+
+
+def test_features_without_information_are_at_chance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    train, test = (Features(torch.randn(n, 4, generator=generator), torch.arange(n) % 10) for n in (400, 2000))
+    top1, top5 = linear_probe(train, test, 10, QUICK, 0)
+    assert top1 == pytest.approx(0.1, abs=0.04)
+    assert top5 == pytest.approx(0.5, abs=0.06)
+
+
+def test_a_probe_is_a_function_of_its_seed() -> None:
+    train, test = blobs(120, noise=2.0), blobs(600, noise=2.0, seed=1)
+    torch.manual_seed(1)
+    first = linear_probe(train, test, 6, QUICK, 0)
+    torch.manual_seed(2)
+    assert linear_probe(train, test, 6, QUICK, 0) == first
+    others = {linear_probe(train, test, 6, replace(QUICK, min_steps=2, epochs=0), seed) for seed in range(4)}
+    assert len(others) > 1
+
+
+def test_probe_scales_features_by_the_training_set() -> None:
+    """One feature a million times larger than the others, one that is constant: neither may spoil the probe."""
+    train, test = blobs(120), blobs(60, seed=1)
+    for features in (train, test):
+        features.x[:, 0] *= 1e6
+        features.x[:, 1] = 7.0
+    result = probe(train, test, 6, replace(QUICK, label_share=0.2))
+    assert result["linear"]["top1"]["mean"] == 1.0
+    assert result["linear_1pct"]["top1"]["mean"] == 1.0
+    assert len(result["linear"]["top1"]["runs"]) == 2
+
+
+def test_spread() -> None:
+    assert spread([0.5, 0.7]) == {"mean": pytest.approx(0.6), "std": pytest.approx(0.02**0.5), "runs": [0.5, 0.7]}
+    assert spread([0.5])["std"] == 0.0
+
+
+# ---- few labels
+
+
+def test_few_labels_takes_a_share_of_each_class_and_at_least_one() -> None:
+    y = torch.cat([torch.zeros(200), torch.ones(60), torch.full((3,), 2)]).long()
+    train = Features(torch.arange(263.0)[:, None], y)
+    for seed in range(5):
+        few = few_labels(train, 0.05, seed)
+        assert torch.bincount(few.y).tolist() == [10, 3, 1]
+        chosen = few.x[:, 0].long()
+        assert len(set(chosen.tolist())) == 14
+        assert torch.equal(y[chosen], few.y)
+    drawn = [tuple(few_labels(train, 0.05, seed).x[:, 0].tolist()) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+# ---- nearest neighbours
+
+
+def brute_force(train: Features, test: Features, classes: int, k: int, temperature: float) -> float:
+    def unit(x: torch.Tensor) -> np.ndarray:
+        values = x.double().numpy()
+        return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+    hits = 0
+    for query, label in zip(unit(test.x), test.y.tolist()):
+        similarity = unit(train.x) @ query
+        votes = np.zeros(classes)
+        for index in np.argsort(-similarity)[:k]:
+            votes[train.y[index]] += np.exp(similarity[index] / temperature)
+        hits += int(votes.argmax()) == label
+    return hits / len(test.y)
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (5, 0.07), (20, 0.5), (200, 0.07)])
+def test_nearest_neighbours_by_brute_force(k: int, temperature: float) -> None:
+    train, test = blobs(130, noise=1.5), blobs(75, noise=1.5, seed=1)
+    protocol = replace(QUICK, neighbours=k, knn_temperature=temperature)
+    found = nearest_neighbours(train, test, 6, protocol)
+    assert found == pytest.approx(brute_force(train, test, 6, k, temperature))
+    assert 0.3 < found < 1
+
+
+def test_neighbours_come_nearest_first_and_in_chunks() -> None:
+    train, test = blobs(50, noise=1.0), blobs(23, noise=1.0, seed=1)
+    whole = list(neighbours(train.x, test.x, 4))
+    parts = list(neighbours(train.x, test.x, 4, chunk=5))
+    assert len(whole) == 1
+    assert len(parts) == 5
+    assert torch.equal(torch.cat([index for index, _ in parts]), whole[0][0])
+    assert (whole[0][1].diff(dim=1) <= 0).all()
+    own = next(iter(neighbours(train.x, train.x, 1)))[0][:, 0]
+    assert own.tolist() == list(range(50))
+
+
+# ---- pixels and features
+
+
+@pytest.mark.parametrize("size", [(24, 20), (20, 28), (49, 49), (98, 300), (500, 375), (16, 16), (7, 5)])
+def test_images_are_shown_as_torchvision_shows_them(size: tuple[int, int]) -> None:
+    recipe = tiny_recipe("eval.resize=64", "eval.crop=56")
+    image = picture(3, *size)
+    expected = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(56)])(image)
+    assert np.array_equal(centre_crop(image, recipe), np.asarray(expected))
+
+
+def test_an_image_that_fits_is_not_resampled() -> None:
+    image = picture(1, 24, 16)
+    assert np.array_equal(centre_crop(image, tiny_recipe()), np.asarray(image)[:, 4:20])
+
+
+def test_pixels_come_in_order_and_features_of_a_batch_are_those_of_one(shards: str) -> None:
+    recipe = tiny_recipe()
+    reader = ShardReader(shards)
+    pixels = load_pixels(reader, recipe)
+    first, again = (torch.cat(list(pixels())) for _ in range(2))
+    assert first.shape == (IMAGES, 16, 16, 3)
+    assert torch.equal(first, again)
+    trunk = build_model(recipe).trunk.eval()
+    together = extract(trunk, pixels, recipe)
+    assert together.shape == (IMAGES, 32)
+    mean, std = (torch.tensor(each) for each in (recipe.views.mean, recipe.views.std))
+    with torch.no_grad():
+        one = trunk(((first[7:8] / 255.0 - mean) / std).permute(0, 3, 1, 2))
+    torch.testing.assert_close(together[7:8], one, rtol=1e-4, atol=1e-5)
+
+
+# ---- a run
+
+
+@pytest.fixture(scope="module")
+def run(shards: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = tmp_path_factory.mktemp("evaluated") / "run"
+    train(tiny_recipe("train.epochs=2"), Options(shards, str(out), log_every=5), World())
+    return open_storage(out).uri
+
+
+@pytest.fixture(scope="module")
+def test_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = tmp_path_factory.mktemp("test")
+    return shards_of(folder_of_classes(root / "images", classes=3, images=5, width=20, height=24), root / "s")
+
+
+def without_seconds(result: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in result.items() if key != "seconds"}
+
+
+def test_an_evaluation_names_what_it_saw(run: str, shards: str, test_shards: str) -> None:
+    result = evaluate(run, shards, test_shards, QUICK)
+    assert result["checkpoint"] == f"{run}/checkpoints/step-00000010"
+    assert result["train_data"] == ShardReader(shards).manifest.digest
+    assert result["test_data"] == ShardReader(test_shards).manifest.digest
+    assert (result["train_images"], result["test_images"]) == (IMAGES, 15)
+    assert result["classes"] == ["class0", "class1", "class2"]
+    assert result["protocol"]["resize"] == 16
+    for side in ("pretrained", "random"):
+        for name in ("linear", "linear_1pct", "knn"):
+            assert 0 <= result[side][name]["top1"]["mean"] <= 1
+        assert len(result[side]["linear"]["top1"]["runs"]) == 2
+        assert result[side]["linear"]["top5"]["mean"] == 1.0  # of three classes
+    json.dumps(result)
+    assert without_seconds(evaluate(run, shards, test_shards, QUICK)) == without_seconds(result)
+
+
+def test_random_is_the_trunk_before_its_first_step(run: str, shards: str, test_shards: str) -> None:
+    """The checkpoint of step 0 must score as its own baseline does, in every number."""
+    result = evaluate(f"{run}/checkpoints/step-00000000", shards, test_shards, QUICK)
+    assert result["pretrained"] == result["random"]
+    _, commit, trunk = load_trunk(f"{run}/checkpoints/step-00000000")
+    assert commit.cursor.step == 0
+    initial = build_model(tiny_recipe()).trunk.state_dict()
+    assert all(torch.equal(value, initial[name]) for name, value in trunk.state_dict().items())
+    trained = load_trunk(run)[2].state_dict()
+    assert not torch.equal(trained["conv1.weight"], initial["conv1.weight"])
+
+
+def test_loading_a_trunk(run: str) -> None:
+    recipe, commit, trunk = load_trunk(run)
+    assert recipe.digest() == tiny_recipe("train.epochs=2").digest()
+    assert commit.name == "step-00000010"
+    assert not trunk.training
+    found = Checkpoints(open_storage(run) / "checkpoints").load()
+    assert found is not None
+    assert all(torch.equal(value, found[1]["model"][f"trunk.{name}"]) for name, value in trunk.state_dict().items())
+
+
+def test_a_missing_checkpoint(run: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        load_trunk(str(tmp_path / "empty"))
+    with pytest.raises(CheckpointError) as caught:
+        load_trunk(f"{run}/checkpoints/step-00000003")
+    assert "step-00000000, step-00000010" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("uri", "run", "name"),
+    [
+        ("s3://b/runs/a", "s3://b/runs/a", None),
+        ("s3://b/runs/a/", "s3://b/runs/a", None),
+        ("s3://b/runs/a/checkpoints", "s3://b/runs/a", None),
+        ("s3://b/runs/a/checkpoints/", "s3://b/runs/a", None),
+        ("s3://b/runs/a/checkpoints/step-00000120", "s3://b/runs/a", "step-00000120"),
+        ("/mnt/checkpoints/runs/a", "/mnt/checkpoints/runs/a", None),
+        ("/mnt/checkpoints/a/checkpoints/step-00000120/", "/mnt/checkpoints/a", "step-00000120"),
+        ("/mnt/checkpoints-old/a", "/mnt/checkpoints-old/a", None),
+        ("s3://checkpoints", "s3://checkpoints", None),
+        ("s3://checkpoints/a", "s3://checkpoints/a", None),
+        ("/runs/a/checkpoints/step-7", "/runs/a", "step-7"),
+    ],
+)
+def test_the_uri_of_a_checkpoint(uri: str, run: str, name: str | None) -> None:
+    assert split_checkpoint_uri(uri) == (run, name)
+
+
+def test_data_that_cannot_be_evaluated(
+    run: str, shards: str, other_shards: str, test_shards: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="has no labels"):
+        evaluate(run, other_shards, test_shards, QUICK)
+    with pytest.raises(UsageError, match="has no labels"):
+        evaluate(run, shards, other_shards, QUICK)
+    two = shards_of(folder_of_classes(tmp_path / "images", classes=2, images=3), tmp_path / "s")
+    with pytest.raises(DataError, match="different classes"):
+        evaluate(run, shards, two, QUICK)
+
+
+def test_a_run_is_evaluated_once(run: str, shards: str, test_shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second time its `eval.json` is the answer, unless the data are others."""
+    calls: list[tuple[Any, ...]] = []
+
+    def counted(*arguments: Any, progress: Any) -> dict[str, Any]:
+        calls.append(arguments)
+        result = evaluate(*arguments, QUICK)
+        return {**result, "protocol": result["protocol"] | as_json(Protocol())}
+
+    monkeypatch.setattr(sys.modules["pirl.evaluate.probe"], "evaluate", counted)
+    first = evaluate_run(run, shards, test_shards)
+    assert open_storage(run).read_json("eval.json") == first
+    assert evaluate_run(run, shards, test_shards) == first
+    assert len(calls) == 1
+    evaluate_run(run, shards, shards)
+    assert len(calls) == 2
+    assert open_storage(run).read_json("eval.json")["test_data"] == ShardReader(shards).manifest.digest
