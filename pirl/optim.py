@@ -36,7 +36,8 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
         lr=recipe.learning_rate,
         momentum=config.momentum,
         nesterov=config.nesterov,
-        fused=True,
+        fused=recipe.train.precision
+        != "fp16",  # fused momentum starts uninitialised if the scaler skips the first step
     )
 
 

@@ -37,6 +37,7 @@ from .shards import Manifest
 from .storage import open_storage
 from .views import apply_photometrics, draw_photometrics
 
+INCOMPLETE = ("trunk only", "no bank", "no optimizer")  # in place of the data's digest in an import that lacks the rest
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -308,6 +309,11 @@ def check_same_run(out: str, recipe: Recipe, data_digest: str) -> None:
 
 
 def check_same_data(out: str, commit: Commit, data_digest: str) -> None:
+    if commit.data_digest in INCOMPLETE:
+        raise UsageError(
+            f"{out} was imported with {commit.data_digest}: training cannot go on from it",
+            "evaluate or export it; to train, start a new run",
+        )
     if commit.data_digest != data_digest:
         raise UsageError(
             f"{out} was trained on other data (digest {commit.data_digest[:12]}, these shards have {data_digest[:12]})",

@@ -165,10 +165,6 @@ def nan_in_new_memory() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("nan_in_new_memory")
-@pytest.mark.xfail(
-    strict=True,
-    reason="torch's fused SGD begins momentum in uninitialised memory if the loss scaler skips the first step",
-)
 def test_a_skipped_first_step_leaves_no_trace() -> None:
     """The first steps of float16 overflow until the loss scale has come down."""
     recipe = tiny_recipe("train.precision=fp16")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import vissl_files
 from images import folder_of_classes
 
 README = Path(__file__).parent.parent / "README.md"
@@ -25,6 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     folder_of_classes(folder / "photos" / "train", classes=4, images=320, width=40, height=30)
     folder_of_classes(folder / "photos" / "test", classes=4, images=10, width=40, height=30)
+    vissl_files.write(folder / "model_final_checkpoint_phase199.torch", vissl_files.checkpoint("r50-200ep-linear"))
     return folder
 
 
