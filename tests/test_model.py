@@ -129,15 +129,15 @@ def test_running_statistics_mix_patches_and_images() -> None:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(3, 3, 16, 16, generator=generator) * 2 + 1
     patches = torch.randn(12, 3, 5, 5, generator=generator) - 1
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: dict[int, tuple[Tensor, Tensor]] = {}  # by the number of elements in the pass
     model.trunk.conv1.register_forward_hook(
-        lambda module, inputs, out: seen.append((out.mean((0, 2, 3)), out.var((0, 2, 3), unbiased=True)))
+        lambda _, inputs, out: seen.update({len(out): (out.mean((0, 2, 3)), out.var((0, 2, 3), unbiased=True))})
     )
     with torch.no_grad():
         model.trunk.bn1.running_mean.fill_(0.7)
         model.trunk.bn1.running_var.fill_(3.0)
         model(images, patches)
-    (patch_mean, patch_var), (image_mean, image_var) = seen
+    (patch_mean, patch_var), (image_mean, image_var) = seen[12], seen[3]
     # patches first, images second, momentum 0.1 each: r <- 0.9 (0.9 r + 0.1 patch) + 0.1 image
     bn = model.trunk.bn1
     torch.testing.assert_close(bn.running_mean, 0.81 * 0.7 + 0.09 * patch_mean + 0.10 * image_mean)

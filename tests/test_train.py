@@ -32,7 +32,7 @@ from pirl.errors import CheckpointError, ConfigError, UsageError
 from pirl.memory import MemoryBank
 from pirl.metrics import read_lines
 from pirl.model import build_model
-from pirl.storage import open_storage
+from pirl.storage import LocalStorage, open_storage
 from pirl.train import Options, StopSignal, main, train
 
 STEPS_AN_EPOCH = 5  # 42 images in batches of 9
@@ -270,6 +270,30 @@ def test_sigterm_saves_and_the_next_start_goes_on(
         before = saved_step(out)
     assert ranks.finish(start(size, out, shards)) == [0] * size
     assert_same_bits(final(out), final(uninterrupted[size]))
+
+
+def train_on_slow_storage(world: World, recipe: Recipe, options: Options) -> dict[str, Any]:
+    write = LocalStorage.write_bytes
+
+    def slow(self: LocalStorage, name: str, data: bytes) -> None:
+        time.sleep(0.7 if name == "state.pt" else 0)
+        write(self, name, data)
+
+    LocalStorage.write_bytes = slow  # type: ignore[method-assign]
+    return train(recipe, options, world)
+
+
+def test_no_rank_leaves_before_the_state_is_safe(shards: str, tmp_path: Path) -> None:
+    """When one rank ends the launcher ends all of them, soon by force."""
+    out = tmp_path / "run"
+    options = Options(shards, str(out), log_every=1, checkpoint_every_s=1000)
+    processes = ranks.start(train_on_slow_storage, 2, out.with_suffix(".ranks"), RECIPE, options)
+    wait_for(reached(out, 3))
+    assert processes[1].pid is not None
+    os.kill(processes[1].pid, signal.SIGTERM)
+    processes[1].join(60)
+    assert saved_step(out) >= 3
+    assert ranks.finish(processes) == [75, 75]
 
 
 def launched(world: World, argv: list[str]) -> int:
