@@ -7,11 +7,14 @@ stops after any number of samples goes on there on any number of ranks.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from functools import lru_cache
 from multiprocessing import forkserver, resource_tracker
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -123,13 +126,13 @@ class CropDataset(Dataset[Batch]):
         return image
 
 
-class ErrorsAsValues(Dataset[Batch | PirlError]):
+class ErrorsAsValues(Dataset[Any]):
     """Hands a `PirlError` over as an item: raised in a worker, it would arrive wrapped in that worker's traceback."""
 
-    def __init__(self, dataset: CropDataset) -> None:
+    def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, index: tuple[int, np.ndarray]) -> Batch | PirlError:
+    def __getitem__(self, index: Any) -> Any:
         try:
             return self.dataset[index]
         except PirlError as error:
@@ -157,7 +160,7 @@ class Loader:
             num_workers=self.workers,
             pin_memory=self.world.device.type == "cuda",
             multiprocessing_context="forkserver" if self.workers else None,
-            worker_init_fn=_quiet_worker if self.workers else None,
+            worker_init_fn=start_worker if self.workers else None,
         )
         try:
             for (at, seen, share), batch in zip(plan, loader):
@@ -194,5 +197,17 @@ def _start_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _quiet_worker(_: int) -> None:
+def start_worker(_: int) -> None:
+    """Have a loader's worker use one thread, and end when the process that it works for ends, however that ends.
+
+    Nobody else would see to it: the server that it was forked from lives as long as a worker does.
+    """
     torch.set_num_threads(1)
+    employer = multiprocessing.parent_process()
+    assert employer is not None
+
+    def follow() -> None:
+        employer.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

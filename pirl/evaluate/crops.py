@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pirl.config import Recipe
+from pirl.data import ErrorsAsValues, start_worker
+from pirl.errors import PirlError
 from pirl.evaluate.probe import centre_crop
 from pirl.shards import ShardReader, decode_image
 from pirl.views import CROP_DRAWS, random_box, uniforms
@@ -65,13 +67,16 @@ class LabelledCrops(Dataset[tuple[Tensor, Tensor]]):
 
     def load(self, chunks: Iterable[Chunk], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The chunks in order, made by `workers` processes (0: in this one)."""
-        return iter(
-            DataLoader(
-                self,
-                batch_size=None,
-                sampler=chunks,
-                num_workers=workers,
-                pin_memory=torch.cuda.is_available(),
-                multiprocessing_context="forkserver" if workers else None,
-            )
+        loader = DataLoader(
+            ErrorsAsValues(self),
+            batch_size=None,
+            sampler=chunks,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            multiprocessing_context="forkserver" if workers else None,
+            worker_init_fn=start_worker if workers else None,
         )
+        for item in loader:
+            if isinstance(item, PirlError):
+                raise item
+            yield item
