@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +245,7 @@ def test_a_killed_worker_is_a_data_error_at_once(shards: str, tmp_path: Path) ->
     assert float(told.split("s")[0]) < 20
 
 
-TOLD_TO_STOP = """
+PROGRAM = """
 import os, signal, sys, time
 import torch
 from pirl.config import load_recipe
@@ -256,19 +257,51 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: told.append(1))
     batches = Loader(sys.argv[2], load_recipe(sys.argv[1]), World(), 2).batches(0, 0)
     next(batches)
+    if sys.argv[3] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
     os.killpg(0, signal.SIGTERM)
     time.sleep(0.5)
     print(len(told), 1 + sum(1 for _ in batches))
 """
 
 
+def run_program(case: str, shards: str, recipe: Path, folder: Path) -> tuple[str, set[int]]:
+    """What a rank with two workers, alone in a session, prints; and who of its session lives 10 seconds later."""
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, str(program), str(recipe), shards, case]
+    with open(folder / "output.txt", "w+") as output:
+        process = subprocess.Popen(command, start_new_session=True, stdout=output, stderr=subprocess.STDOUT)
+        process.wait(120)
+    deadline = time.monotonic() + 10
+    while (left := in_session(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    return (folder / "output.txt").read_text(), left
+
+
+def in_session(session: int) -> set[int]:
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, its_session, *_ = path.read_text().rpartition(")")[2].split()
+            if int(its_session) == session and state != "Z":
+                found.add(int(path.parent.name))
+    return found
+
+
 def test_workers_survive_the_signal_that_tells_their_rank_to_stop(shards: str, tiny_toml: Path, tmp_path: Path) -> None:
     """A launcher signals the whole process group; the rank decides when it has seen enough."""
-    program = tmp_path / "program.py"
-    program.write_text(TOLD_TO_STOP)
-    command = [sys.executable, str(program), str(tiny_toml), shards]
-    result = subprocess.run(command, start_new_session=True, capture_output=True, text=True, timeout=120)
-    assert result.stdout.split() == ["1", "15"], result.stderr  # all batches of three epochs
+    text, left = run_program("told to stop", shards, tiny_toml, tmp_path)
+    assert text.split() == ["1", "15"]  # all batches of three epochs
+    assert not left
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's list of processes")
+def test_workers_end_with_a_killed_rank(shards: str, tiny_toml: Path, tmp_path: Path) -> None:
+    _, left = run_program("killed", shards, tiny_toml, tmp_path)
+    assert not left
 
 
 def broken_image(world: World, shards: str, workers: int) -> str:
