@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -297,3 +299,13 @@ def test_a_trunk_of_another_kind_goes_to_vissl_and_back(tmp_path: Path, trained:
     recipe, _, trunk = load_trunk(str(trained))
     assert all(equal(found.state["model"][f"trunk.{name}"], tensor) for name, tensor in trunk.state_dict().items())
     assert recipe == found.recipe
+
+
+def test_an_exported_trunk_is_the_same_bytes_in_every_process() -> None:
+    code = (
+        "import hashlib; from pirl.config import load_recipe; from pirl.model import build_model;"
+        "from pirl.export import trunk_bytes; r = load_recipe('demo');"
+        "print(hashlib.sha256(trunk_bytes(build_model(r).trunk, r)).hexdigest())"
+    )
+    digests = {subprocess.check_output([sys.executable, "-c", code], text=True) for _ in range(3)}
+    assert len(digests) == 1, "the registry would take the same run for another one"

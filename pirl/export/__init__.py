@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +29,17 @@ def trunk_bytes(trunk: Trunk, recipe: Recipe) -> bytes:
     """
     metadata = {"format": "pt", "recipe": recipe.name, **{k: str(v) for k, v in recipe.model.model_dump().items()}}
     tensors = {name: tensor.contiguous() for name, tensor in trunk.state_dict().items()}
-    return save(tensors, metadata=metadata)
+    return _settled(save(tensors, metadata=metadata))
+
+
+def _settled(data: bytes) -> bytes:
+    """The same safetensors file with its metadata in a fixed order: as it comes, the order changes between processes."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    metadata = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))}
+    text = json.dumps({**metadata, **header}, separators=(",", ":"), ensure_ascii=False).encode()
+    assert len(text) <= end - 8
+    return data[:8] + text.ljust(end - 8) + data[end:]
 
 
 def export(checkpoint: str, out: Path, layout: Literal["torchvision", "vissl"] = "torchvision") -> Path:
