@@ -33,7 +33,7 @@ def trunk_bytes(trunk: Trunk, recipe: Recipe) -> bytes:
 
 
 def _settled(data: bytes) -> bytes:
-    """The same safetensors file with its metadata in a fixed order: as it comes, the order changes between processes."""
+    """The same safetensors file with its metadata in a fixed order: it comes in another order in every process."""
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
     metadata = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))}
