@@ -58,6 +58,9 @@ class Workers:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     yield running.pop(future), future.result()
         except BrokenProcessPool:
+            # a process that was being started when another died is nobody's: the pool would wait for it for ever
+            for process in list((pool._processes or {}).values()):
+                process.kill()
             raise DataError(
                 "a worker process died (killed, or out of memory)",
                 "run the same command again with fewer processes; it continues where it was",
@@ -67,6 +70,8 @@ class Workers:
     def _submit(pool: ProcessPoolExecutor, method: str, task: Any) -> Future[Any]:
         try:
             return pool.submit(_call, method, task)  # the first ones start the processes, pickling what they hold
+        except OSError:  # its pipes, closed by the thread that saw the death first
+            raise BrokenProcessPool("a process died while it was started") from None
         except (PicklingError, AttributeError, TypeError) as error:
             raise UsageError(
                 f"the data set cannot be handed to worker processes: {error}", "use 1 process, or one that pickles"
