@@ -11,7 +11,7 @@ import pirl
 
 ROOT = Path(pirl.__file__).parent
 ORDER = (
-    "errors config storage distributed | shards views data | model memory loss optim | metrics checkpoint train | "
+    "errors config storage distributed | shards views data | model memory loss optim | metrics checkpoint train plan | "
     "evaluate export report | registry kube | doctor cli"
 )
 POSITION = {name: index for index, name in enumerate(ORDER.replace("|", "").split())}

@@ -1,0 +1,125 @@
+"""`pirl recipes`, `show`, `preview`, `runs`, `doctor`: look before you pay."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from ..errors import EXIT_FAILURE
+from .app import DEFAULT_ROOT, Json, Overrides, RecipeName, app, console, show_rows
+
+IMAGENET = 1_281_167  # training images of ImageNet-1k
+IMAGES_PER_RANK = 32  # in all of the reference's settings: its batch grows with the GPUs, and the rate with the batch
+
+
+@app.command()
+def recipes(
+    ranks: Annotated[int | None, typer.Option(help="Rescale to this many GPUs.", min=1, max=65536)] = None,
+    as_json: Json = False,
+) -> None:
+    """List the recipes, with steps and learning rates on ImageNet's 1,281,167 images.
+
+    Example: pirl recipes --ranks 8
+    """
+    from ..config import load_recipe, recipe_names
+    from ..optim import learning_rate
+
+    scale = [] if ranks is None else [f"train.batch_size={IMAGES_PER_RANK * ranks}"]
+    rows = [
+        {
+            "recipe": recipe.name,
+            "ranks": recipe.train.batch_size // IMAGES_PER_RANK,
+            "batch_size": recipe.train.batch_size,
+            "epochs": recipe.train.epochs,
+            "iterations": recipe.train.epochs * recipe.steps_per_epoch(recipe.rows(IMAGENET)),
+            "learning_rate": learning_rate(recipe, recipe.optim.warmup_epochs),
+            "last_learning_rate": learning_rate(recipe, recipe.train.epochs - 1),
+            "head": recipe.model.head,
+            "loss": recipe.loss.kind,
+            "temperature": recipe.loss.temperature,
+            "published_top1": recipe.published_top1,
+            "description": recipe.description,
+        }
+        for recipe in (load_recipe(name, scale) for name in recipe_names())
+    ]
+    if as_json:
+        show_rows(rows, as_json)
+        return
+    short = {"learning_rate": "lr", "last_learning_rate": "last lr", "temperature": "T", "published_top1": "top-1"}
+    keys = [key for key in rows[0] if key not in ("batch_size", "description")]
+    show_rows(
+        [{short.get(key, key): f"{row[key]:,}" if key == "iterations" else row[key] for key in keys} for row in rows],
+        False,
+    )
+    batch = "each recipe's own global batch" if ranks is None else f"train.batch_size={IMAGES_PER_RANK * ranks}"
+    console.print(
+        f"iterations on ImageNet's {IMAGENET:,} images, {IMAGES_PER_RANK} of them a step on each rank (GPU): {batch}.\n"
+        "lr: of the first and the last epoch; proportional to the global batch, as in the reference: "
+        "--ranks N shows it for N.",
+        highlight=False,
+    )
+
+
+@app.command()
+def show(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Print a recipe as it would run, every key.
+
+    Example: pirl show demo train.epochs=3
+    """
+    from ..config import load_recipe
+
+    print(load_recipe(recipe, overrides or []).to_toml(), end="")
+
+
+@app.command()
+def preview(
+    recipe: RecipeName,
+    images: Annotated[str, typer.Argument(help="Folder of images, or any source that `pirl shard` takes.")],
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("preview.html"),
+    count: Annotated[int, typer.Option(help="Images.", min=1)] = 8,
+) -> None:
+    """Write a sheet of the views that a recipe makes of images.
+
+    Example: pirl preview demo photos/train --out preview.html
+    """
+    from ..report import write_preview
+
+    write_preview(recipe, images, out, count=count)
+    console.print(str(out), soft_wrap=True)
+
+
+@app.command()
+def runs(
+    root: Annotated[str, typer.Argument(help="Folder or s3:// prefix.")] = DEFAULT_ROOT, as_json: Json = False
+) -> None:
+    """List the runs below a folder.
+
+    Example: pirl runs runs
+    """
+    from ..metrics import list_runs
+
+    show_rows(list_runs(root), as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Look at what this machine can do, and how to mend what it cannot.
+
+    Example: pirl doctor
+    """
+    from ..doctor import checks
+
+    rows = [vars(check) for check in checks()]
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        for row in rows:
+            mark = {"ok": "[green]ok  [/]", "note": "[yellow]note[/]", "bad": "[red]bad [/]"}[row["state"]]
+            console.print(f"{mark} {row['name']}: {escape(row['found'])}", highlight=False)
+            if row["fix"]:
+                console.print(f"       -> {escape(row['fix'])}", highlight=False)
+    raise typer.Exit(EXIT_FAILURE if any(row["state"] == "bad" for row in rows) else 0)

@@ -1,0 +1,111 @@
+"""`pirl register`, `models`, `import`, `export`: what becomes of a run, and what can become one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.markup import escape
+
+from ..errors import EXIT_FAILURE
+from .app import DEFAULT_ROOT, DRY_RUN_HELP, Json, Overrides, app, console, show_rows
+
+
+@app.command()
+def register(
+    run: Annotated[str, typer.Argument(help="URI of an evaluated run.")],
+    registry: Annotated[str, typer.Option(help="URI of the registry.")] = f"{DEFAULT_ROOT}/registry",
+    model: Annotated[str, typer.Option(help="Name in the registry.")] = "pirl",
+    metric: Annotated[str, typer.Option(help="What the gate looks at.")] = "linear_1pct",
+    min_gain: Annotated[float, typer.Option(help="Least gain over random weights; 0.01 is a point.")] = 0.01,
+    dry_run: Annotated[bool, typer.Option(help="Only ask the gate.")] = False,
+) -> None:
+    """Register a run's trunk, if it passes the gate.
+
+    Example: pirl register runs/mine --registry runs/registry
+    """
+    from ..registry import decide, register_run
+
+    if dry_run or not decide(run, registry, model, metric, min_gain):
+        from ..storage import open_storage
+
+        promote = decide(run, registry, model, metric, min_gain)
+        reasons = "; ".join(open_storage(run).read_json("gate.json")["reasons"])
+        console.print(f"{'would be registered' if promote else 'not registered'}: {reasons}")
+        raise typer.Exit(0 if promote else EXIT_FAILURE)
+    version = register_run(run, registry, model)
+    console.print(f"{version.model} {version.version}: {version.uri}", soft_wrap=True)
+
+
+@app.command()
+def models(
+    registry: Annotated[str, typer.Argument(help="URI of a registry.")] = f"{DEFAULT_ROOT}/registry",
+    as_json: Json = False,
+) -> None:
+    """List the registered models.
+
+    Example: pirl models runs/demo/registry
+    """
+    from ..registry import Registry
+
+    known = Registry(registry)
+    rows = []
+    for name in known.models():
+        pointers = {pointer: known.pointer(name, pointer) for pointer in ("champion", "latest")}
+        for version in known.versions(name):
+            scores = version.record.get("metrics", {}).get("pretrained", {})
+            rows.append(
+                {
+                    "model": name,
+                    "version": version.version,
+                    "is": " ".join(pointer for pointer, at in pointers.items() if at == version.version),
+                    **{f"{key}_top1": round(value["top1"]["mean"], 4) for key, value in scores.items()},
+                    "created": version.record["created"],
+                    "uri": version.uri,
+                }
+            )
+    show_rows(rows, as_json)
+
+
+@app.command("import")
+def import_checkpoint(
+    file: Annotated[Path, typer.Argument(help="Checkpoint of VISSL's, a converted trunk, or a ResNet's state dict.")],
+    out: Annotated[str, typer.Option(help="URI of the run to make.")],
+    data: Annotated[str | None, typer.Option(help="URI of the shards that it was trained on, to continue.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe that it is of, if the file does not tell.")] = None,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP)] = False,
+) -> None:
+    """Make a run of a checkpoint of VISSL's model zoo: to evaluate, to export, or to train on.
+
+    Example: pirl import model_final_checkpoint_phase199.torch --out runs/zoo
+    """
+    from ..export import examine, import_file
+
+    if dry_run:
+        found = examine(file, data, recipe, overrides or [])
+    else:
+        found = import_file(file, out, data, recipe, overrides or [])
+    console.print(found.summary(), soft_wrap=True, highlight=False)
+    for note in found.notes:
+        console.print(f"note: {escape(note)}", soft_wrap=True, highlight=False)
+    if not dry_run:
+        console.print(f"run: {out}", soft_wrap=True)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="URI of a run or of one of its checkpoints.")],
+    out: Annotated[Path, typer.Argument(help="File to write: .safetensors, or .torch for VISSL.")],
+    layout: Annotated[
+        Literal["torchvision", "vissl"], typer.Option(help="A trunk for torchvision, or all of a training for VISSL.")
+    ] = "torchvision",
+) -> None:
+    """Write a trunk as safetensors in torchvision's key layout, or a checkpoint that VISSL reads.
+
+    Example: pirl export runs/mine trunk.safetensors
+    """
+    from ..export import export as write
+
+    console.print(str(write(checkpoint, out, layout)), soft_wrap=True)

@@ -1,0 +1,39 @@
+"""`pirl shard`: images -> shards."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from .app import DRY_RUN_HELP, app, console, progress
+
+
+@app.command()
+def shard(
+    source: Annotated[str, typer.Argument(help="Folder, list of files (.txt), or fashion-mnist:train|test.")],
+    out: Annotated[str, typer.Argument(help="Folder or s3:// prefix.")],
+    processes: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
+    max_bad_share: Annotated[float, typer.Option(help="Stop if a larger share of images is unreadable.")] = 0.01,
+    dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP)] = False,
+) -> None:
+    """Pack images into WebDataset shards with a manifest.
+
+    Example: pirl shard photos/train shards/train
+    """
+    from ..shards import open_source, write_shards
+    from ..storage import open_storage
+
+    images = open_source(source)
+    if dry_run:
+        console.print(f"{len(images):,} images would go to {out}")
+        return
+    with progress("sharding") as advance:
+        manifest = write_shards(
+            images, open_storage(out), processes=processes, max_bad_share=max_bad_share, progress=advance
+        )
+    console.print(
+        f"{manifest.images:,} images in {len(manifest.shards)} shards, {manifest.quarantined} quarantined, "
+        f"digest {manifest.digest[:12]}: {out}"
+    )
