@@ -12,6 +12,7 @@ see the bank as it was before the step.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from .distributed import World
 from .memory import MemoryBank
 
 EPSILON = 1.1920929e-07  # float32's, as the reference adds it, in either precision
-CHUNK_BYTES = 4 << 20  # of gathered rows at a time: they stay in the cache between the scores and the gradient
+CHUNK_BYTES = 2 << 20  # of gathered rows at a time: they are still in the cache when their scores are taken
 
 
 @dataclass
@@ -43,17 +44,32 @@ class StepLoss:
 def draw_negatives(config: LossConfig, rows: int, ids: Tensor, seeds: Tensor) -> Tensor:
     """(B, K) int64 rows to contrast with, uniform with replacement, each sample from its own seed.
 
-    A draw is a function of (run, epoch, image, view) alone, whatever ranks and batches it meets. Seeds are on the CPU.
+    A draw is a function of (run, epoch, image, view) alone, whatever ranks, batches and devices it meets. Every 64-bit
+    word of a sample's sequence gives two draws, its low half first: r -> floor(r * rows / 2^32), so that a row's
+    probability is 1/rows to within rows/2^32 of it. `seeds` (B,) int64 may be on the CPU: nothing waits for a device.
     """
-    generator = torch.Generator()
     high = rows - 1 if config.exclude_positive else rows
-    drawn = torch.empty((len(ids), config.negatives), dtype=torch.int64)
-    for sample, seed in enumerate(seeds.tolist()):
-        generator.manual_seed(seed)
-        torch.randint(high, (config.negatives,), generator=generator, out=drawn[sample])
+    words = splitmix64(seeds.to(ids.device, non_blocking=True), -(-config.negatives // 2))
+    halves = torch.stack([words & 0xFFFFFFFF, (words >> 32) & 0xFFFFFFFF], dim=2).flatten(1)
+    drawn = halves.mul_(high).bitwise_right_shift_(32)[:, : config.negatives]
     if config.exclude_positive:
-        drawn += drawn >= ids.cpu()[:, None]
-    return drawn.to(ids.device)
+        drawn += drawn >= ids[:, None]
+    return drawn
+
+
+def splitmix64(seeds: Tensor, n: int) -> Tensor:
+    """The first `n` words of the generator SplitMix64 from each seed: (B, n) int64, the bits of unsigned numbers.
+
+    Word k is a mix of seed + k * constant, so that all come at once: Steele et al., "Fast splittable pseudorandom
+    number generators", OOPSLA 2014. Integers wrap around.
+    """
+    words = torch.arange(1, n + 1, device=seeds.device) * (0x9E3779B97F4A7C15 - (1 << 64)) + seeds[:, None]
+    words ^= (words >> 30) & ((1 << 34) - 1)  # the masks take the sign's copies away
+    words *= 0xBF58476D1CE4E5B9 - (1 << 64)
+    words ^= (words >> 27) & ((1 << 37) - 1)
+    words *= 0x94D049BB133111EB - (1 << 64)
+    words ^= (words >> 31) & ((1 << 33) - 1)
+    return words
 
 
 def scores(memory: Tensor, indices: Tensor, embeddings: Tensor, temperature: float) -> Tensor:
@@ -73,51 +89,63 @@ def plain_term(config: LossConfig, scores: Tensor, rows: int, z: Tensor) -> Tens
 
 
 class ContrastTerm(torch.autograd.Function):
-    """The sum over a batch of one view's losses, with the gradient found in the same pass over the rows.
+    """The losses of a batch by one view, with their gradients found at once.
 
-    The rows of the bank are gathered a few samples at a time, used for the scores and for the gradient, and dropped:
-    nothing of size (B, K, D) outlives a chunk. The numbers are those of `plain_term`.
+    Rows of the bank are read twice, for the scores and for the gradient, and never held: nothing of size (B, K, D)
+    exists. The numbers are those of `plain_term`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, embeddings: Tensor, memory: Tensor, indices: Tensor, config: LossConfig, z: Tensor
+        ctx: Any, embeddings: Tensor, memory: Tensor, ids: Tensor, negatives: Tensor, config: LossConfig, z: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(B, D) unit embeddings -> the (B,) losses and the (B, 2) mean scores of positive and negatives."""
-        embeddings = embeddings.detach()
-        losses = embeddings.new_empty(len(embeddings))
-        similarity = embeddings.new_empty(len(embeddings), 2)
-        gradient = torch.empty_like(embeddings)
-        columns = indices.shape[1]
-        samples = max(1, CHUNK_BYTES // (columns * memory.shape[1] * memory.element_size()))
-        for start in range(0, len(embeddings), samples):
-            part = slice(start, start + samples)
-            rows = memory.index_select(0, indices[part].reshape(-1)).view(-1, columns, memory.shape[1])
-            score = torch.bmm(rows, embeddings[part, :, None]).squeeze(2).div_(config.temperature)
-            similarity[part, 0] = score[:, 0]
-            similarity[part, 1] = score[:, 1:].mean(1)
-            if config.kind == "cross_entropy":
-                score -= score[:, :1].clone()  # a sure positive has a small loss: keep its digits
-                total = torch.logsumexp(score, dim=1)
-                losses[part] = total
-                slope = torch.exp(score - total[:, None])
-                slope[:, 0] = -slope[:, 1:].sum(1)
-            else:
-                noise = (columns - 1) / len(memory)
-                p = torch.exp(score).div_(z)
-                mass = p + (noise + EPSILON)
-                slope = p / mass
-                losses[part] = -torch.log(noise / mass[:, 1:]).sum(1) - torch.log(slope[:, 0])
-                slope[:, 0] -= 1
-            gradient[part] = torch.bmm(slope[:, None, :], rows).squeeze(1).div_(config.temperature)
+        """(B, D) unit embeddings, own rows (B,), drawn rows (B, K) -> the (B,) losses, and the (B, 2) mean scores of
+        positive and negatives times T, which are cosines."""
+        embeddings, own, temperature = embeddings.detach(), memory[ids], config.temperature
+        positive = (own * embeddings).sum(1).div_(temperature)
+        negative = negative_scores(memory, negatives, embeddings).div_(temperature)
+        similarity = torch.stack([positive, negative.mean(1)], dim=1).mul_(temperature)
+        if config.kind == "cross_entropy":
+            negative -= positive[:, None]
+            losses = torch.logsumexp(negative, dim=1)
+            losses = torch.logaddexp(losses, torch.zeros_like(losses))  # keeps the digits of a sure positive
+            slopes = negative.sub_(losses[:, None]).exp_()
+            own_slope = -slopes.sum(1)
+        else:
+            noise = negatives.shape[1] / len(memory)
+            shift = torch.log(z * (noise + EPSILON))  # p / (p + c) = sigmoid(ln p - ln c)
+            positive -= shift
+            negative -= shift
+            constant = negatives.shape[1] * math.log1p(EPSILON / noise)
+            losses = softplus(negative).sum(1) + softplus(-positive) + constant
+            slopes = negative.sigmoid_()
+            own_slope = -torch.sigmoid(-positive)
+        gradient = F.embedding_bag(negatives, memory, mode="sum", per_sample_weights=slopes)
+        gradient.addcmul_(own, own_slope[:, None]).div_(temperature)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(similarity)
-        return losses, similarity.mul_(config.temperature)
+        return losses, similarity
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return grads[0][:, None] * gradient, None, None, None, None
+        return grads[0][:, None] * gradient, None, None, None, None, None
+
+
+def negative_scores(memory: Tensor, negatives: Tensor, embeddings: Tensor) -> Tensor:
+    """(B, K) products of the rows `negatives` (B, K) and the embeddings (B, D), a few thousand rows at a time."""
+    products = embeddings.new_empty(negatives.shape)
+    columns = max(1, CHUNK_BYTES // (memory.shape[1] * memory.element_size()))
+    for sample, embedding in enumerate(embeddings):
+        for chosen, out in zip(negatives[sample].split(columns), products[sample].split(columns)):
+            # bags of one row: a gather that fetches ahead, faster than index_select
+            torch.mv(F.embedding_bag(chosen[:, None], memory, mode="sum"), embedding, out=out)
+    return products
+
+
+def softplus(x: Tensor) -> Tensor:
+    """ln(1 + exp(x)), exact in float64 too."""
+    return F.softplus(x, threshold=40)
 
 
 def contrast(
@@ -138,13 +166,11 @@ def contrast(
     """
     patches = F.normalize(patch_embeddings.to(bank.memory.dtype))
     images = F.normalize(image_embeddings.to(bank.memory.dtype))
-    patch_rows = torch.cat([ids[:, None], patch_negatives], dim=1)
-    image_rows = torch.cat([ids[:, None], image_negatives], dim=1)
     if config.kind == "nce":
-        estimate_z(config, bank, world, patch_rows, patches.detach())
+        estimate_z(config, bank, world, torch.cat([ids[:, None], patch_negatives], dim=1), patches.detach())
     z = bank.z.to(bank.memory.dtype)
-    patch_losses, _ = ContrastTerm.apply(patches, bank.memory, patch_rows, config, z)
-    image_losses, similarity = ContrastTerm.apply(images, bank.memory, image_rows, config, z)
+    patch_losses, _ = ContrastTerm.apply(patches, bank.memory, ids, patch_negatives, config, z)
+    image_losses, similarity = ContrastTerm.apply(images, bank.memory, ids, image_negatives, config, z)
     patch_term = (weights * patch_losses).sum()
     image_term = (weights * image_losses).sum()
     loss = config.patch_weight * patch_term + (1 - config.patch_weight) * image_term

@@ -17,7 +17,7 @@ from pirl import loss as loss_module
 from pirl.config import LossConfig, MemoryConfig
 from pirl.data import negative_seeds
 from pirl.distributed import World
-from pirl.loss import ContrastTerm, StepLoss, contrast, draw_negatives, plain_term, scores
+from pirl.loss import ContrastTerm, StepLoss, contrast, draw_negatives, plain_term, scores, splitmix64
 from pirl.memory import MemoryBank
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "contrast.npz")
@@ -98,8 +98,10 @@ def projected(unit_gradient: np.ndarray, raw: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_steps_of_the_reference(kind: str, temperature: str, precision: str) -> None:
-    """1e-12 relative in float64, 1e-6 in float32.
+    """1e-12 relative in float64, 1e-6 in float32; a float32 loss below 1: 1e-6 of the exact value of the same inputs.
 
+    The recorded float32 losses are rounded at the size of the scores they are a difference of: where they are small,
+    they are up to 1.4e-6 off the exact value, and agree to 2e-6.
     A gradient in float32 is compared relative to its largest single contribution, that of a slope of 1: |row| / (B T)
     over the raw embedding's length. The reference takes softmax - 1 and then projects out what lies along the
     embedding; with a sure positive all but 1e-4 of the terms cancels, and the rounding error of the terms remains.
@@ -112,7 +114,16 @@ def test_two_steps_of_the_reference(kind: str, temperature: str, precision: str)
         result, patch_gradient, image_gradient, _ = golden_step(kind, temperature, precision, bank, step)
         values = {"loss": result.loss, "term_patches": result.patches, "term_images": result.images}
         for name, value in values.items():
-            assert value.item() == pytest.approx(golden(f"{path}/{name}_{step}").item(), rel=tolerance), name
+            recorded = golden(f"{path}/{name}_{step}").item()
+            rounding = 2 if precision == "f32" and recorded < 1 else 1
+            assert value.item() == pytest.approx(recorded, rel=rounding * tolerance), name
+        for view, value in (("patches", result.patches), ("images", result.images)):
+            raw = golden(f"{precision}/embeddings_{view}_{step}").double().numpy()
+            index = torch.cat([golden(f"ids_{step}")[:, None], golden(f"negatives_{view}_{step}")], 1).numpy()
+            exact, _ = closed_form(
+                kind, TEMPERATURES[temperature], before.double().numpy(), index, raw, bank.z.double().item()
+            )
+            assert value.item() == pytest.approx(exact, rel=tolerance), view
         if kind == "nce":
             assert bank.z.item() == pytest.approx(golden(f"{path}/z_{step}").item(), rel=tolerance)
         for view, gradient in (("patches", patch_gradient), ("images", image_gradient)):
@@ -164,7 +175,7 @@ def test_contrast_term_is_the_plain_form_by_autograd(kind: str) -> None:
     weights = torch.tensor([0.1, 0.0, 2.0, -1.0, 0.5], dtype=torch.float64)
     plain, fast = embeddings.clone().requires_grad_(), embeddings.clone().requires_grad_()
     plain_losses = plain_term(config, scores(memory, indices, plain, config.temperature), len(memory), z)
-    losses, similarity = ContrastTerm.apply(fast, memory, indices, config, z)
+    losses, similarity = ContrastTerm.apply(fast, memory, indices[:, 0], indices[:, 1:], config, z)
     torch.testing.assert_close(losses, plain_losses, rtol=1e-12, atol=0)
     (weights * plain_losses).sum().backward()
     (weights * losses).sum().backward()
@@ -178,24 +189,26 @@ def test_gradcheck(kind: str) -> None:
     config, embeddings, memory, indices, z = example(kind, seed=1)
     raw = (embeddings * torch.arange(1, 6, dtype=torch.float64)[:, None]).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x: ContrastTerm.apply(F.normalize(x), memory, indices, config, z)[0], (raw,), rtol=1e-6
+        lambda x: ContrastTerm.apply(F.normalize(x), memory, indices[:, 0], indices[:, 1:], config, z)[0],
+        (raw,),
+        rtol=1e-6,
     )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("samples", [1, 2, 3, 5, 1000])
-def test_chunks_change_nothing(kind: str, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("columns", [1, 2, 5, 1000])
+def test_chunks_change_nothing(kind: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config, embeddings, memory, indices, z = example(kind)
 
     def results() -> list[Tensor]:
         x = embeddings.clone().requires_grad_()
-        losses, similarity = ContrastTerm.apply(x, memory, indices, config, z)
+        losses, similarity = ContrastTerm.apply(x, memory, indices[:, 0], indices[:, 1:], config, z)
         losses.sum().backward()
         assert x.grad is not None
         return [losses.detach(), similarity, x.grad]
 
     whole = results()
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", samples * 12 * 8 * 8)
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", columns * 8 * 8)
     for value, expected in zip(results(), whole):
         torch.testing.assert_close(value, expected, rtol=1e-14, atol=1e-16)
 
@@ -207,7 +220,9 @@ def test_cross_entropy_of_a_sure_positive_keeps_its_digits() -> None:
 
     def evaluated(indices: list[int]) -> tuple[float, Tensor]:
         x = torch.tensor([[1.0, 0]], requires_grad=True)
-        losses, _ = ContrastTerm.apply(x, memory, torch.tensor([indices]), config, torch.tensor(1.0))
+        losses, _ = ContrastTerm.apply(
+            x, memory, torch.tensor(indices[:1]), torch.tensor([indices[1:]]), config, torch.tensor(1.0)
+        )
         losses.sum().backward()
         assert x.grad is not None
         return losses.item(), x.grad
@@ -295,6 +310,35 @@ def test_negatives_depend_on_seed_epoch_image_and_view_alone() -> None:
     for other in (drawn([5], seed=4), drawn([5], epoch=3), drawn([5], view=1), {5: together[6]}):
         assert other[5] != together[5]
     assert len({len(set(row)) for row in together.values()} - {50}) > 0  # with replacement: some row repeats one
+
+
+def test_splitmix64_gives_the_published_words() -> None:
+    """Of seed 1234567, as listed for the generator's reference implementation (Vigna, splitmix64.c)."""
+    expected = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    words = splitmix64(torch.tensor([0, 1234567]), 5)
+    assert [word % 2**64 for word in words[1].tolist()] == expected
+    assert torch.equal(splitmix64(torch.tensor([1234567]), 3)[0], words[1, :3])  # whatever comes after
+
+
+def test_negatives_by_an_independent_generator() -> None:
+    """A run's draws must never change between versions: two for each word, its low half first."""
+
+    def word(seed: int, k: int) -> int:
+        z = (seed + (k + 1) * 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        return z ^ z >> 31
+
+    rows, seeds = 1_281_167, [0, 2**53 - 1, 987654321]
+    expected = [[(word(seed, k // 2) >> 32 * (k % 2) & 0xFFFFFFFF) * rows >> 32 for k in range(7)] for seed in seeds]
+    ids = torch.arange(3)
+    assert draw_negatives(LossConfig(negatives=7), rows, ids, torch.tensor(seeds)).tolist() == expected
 
 
 def test_negatives_are_uniform() -> None:
