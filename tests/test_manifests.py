@@ -1,0 +1,188 @@
+"""The manifests as they stand: what they hold, how they are labelled, and that every overlay can be built."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pirl import __version__
+
+MANIFESTS = Path(__file__).parent.parent / "manifests"
+OVERLAYS = sorted(path.name for path in (MANIFESTS / "overlays").iterdir())
+VERSION = __version__.replace("+", "-")
+BUILT_IN = {"Namespace", "ServiceAccount", "Role", "RoleBinding", "ConfigMap", "NetworkPolicy"}
+NEED_CRDS = {"monitoring": {"PodMonitor", "PrometheusRule"}, "kueue": {"ResourceFlavor", "ClusterQueue", "LocalQueue"}}
+
+needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+
+
+def documents(text: str) -> list[dict[str, Any]]:
+    return [document for document in yaml.safe_load_all(text) if document]
+
+
+def kubectl(*arguments: str) -> str:
+    done = subprocess.run(["kubectl", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def built(overlay: str) -> list[dict[str, Any]]:
+    folder = MANIFESTS if overlay == "base" else MANIFESTS / "overlays" / overlay
+    return documents(kubectl("kustomize", str(folder)))
+
+
+def base() -> list[dict[str, Any]]:
+    return [document for path in sorted(MANIFESTS.glob("*.yaml")) for document in documents(path.read_text())]
+
+
+def of_kind(kind: str) -> dict[str, dict[str, Any]]:
+    return {document["metadata"]["name"]: document for document in base() if document["kind"] == kind}
+
+
+def pod_templates(value: Any) -> list[dict[str, Any]]:
+    """Every pod template anywhere in an object."""
+    if isinstance(value, list):
+        return [found for item in value for found in pod_templates(item)]
+    if not isinstance(value, dict):
+        return []
+    here = [value["template"]] if "containers" in value.get("template", {}).get("spec", {}) else []
+    return here + [found for item in value.values() for found in pod_templates(item)]
+
+
+class TestBase:
+    def test_what_apply_f_reads_is_what_apply_k_builds(self) -> None:
+        """A file that only one of the two ways installs would be missed."""
+        listed = yaml.safe_load((MANIFESTS / "base" / "kustomization.yaml").read_text())["resources"]
+        files = sorted(path.name for path in MANIFESTS.iterdir() if path.suffix in (".yaml", ".yml", ".json"))
+        assert files == sorted(listed)
+        for name in files:
+            assert (MANIFESTS / name).resolve() == (MANIFESTS / "base" / name).resolve()
+        assert yaml.safe_load((MANIFESTS / "Kustomization").read_text())["resources"] == ["base"]
+
+    def test_it_needs_nothing_that_may_be_missing_and_starts_nothing(self) -> None:
+        assert {document["kind"] for document in base()} == BUILT_IN
+        assert all("generateName" not in document["metadata"] for document in base())
+
+    def test_the_namespace_enforces_restricted(self) -> None:
+        labels = of_kind("Namespace")["pirl"]["metadata"]["labels"]
+        assert {labels[f"pod-security.kubernetes.io/{mode}"] for mode in ("enforce", "audit", "warn")} == {"restricted"}
+
+    def test_the_trainer_has_no_token_and_no_role(self) -> None:
+        assert of_kind("ServiceAccount")["pirl-trainer"]["automountServiceAccountToken"] is False
+        subjects = [s["name"] for binding in of_kind("RoleBinding").values() for s in binding["subjects"]]
+        assert subjects == ["pirl-launcher"]
+
+    def test_the_launcher_has_no_wildcard_no_secret_and_makes_no_pod(self) -> None:
+        for rule in of_kind("Role")["pirl-launcher"]["rules"]:
+            words = [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
+            assert "*" not in words
+            assert "secrets" not in words
+            assert not {"pods", "pods/exec"} & set(rule["resources"]) or not {"create", "delete"} & set(rule["verbs"])
+
+    def test_the_secret_is_not_installed_by_accident(self) -> None:
+        example = documents((MANIFESTS / "secret.yaml.example").read_text())[0]
+        assert (example["kind"], example["metadata"]["name"]) == ("Secret", "pirl-s3")
+        assert set(example["stringData"].values()) == {""}
+
+
+class TestNetwork:
+    def test_all_is_refused_unless_allowed(self) -> None:
+        spec = of_kind("NetworkPolicy")["default-deny"]["spec"]
+        assert spec == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+
+    def test_openings(self) -> None:
+        policies = {name: policy["spec"] for name, policy in of_kind("NetworkPolicy").items() if name != "default-deny"}
+        ports = {
+            name: [(port["protocol"], port.get("port")) for rule in spec.get("egress", []) for port in rule["ports"]]
+            for name, spec in policies.items()
+        }
+        assert ports["allow-dns"] == [("UDP", 53), ("TCP", 53)]
+        assert ports["allow-object-storage"] == [("TCP", 443)]
+        assert ports["allow-api-server"] == [("TCP", 443), ("TCP", 6443)]
+        assert ports["allow-rendezvous"] == [("TCP", None)]  # gloo and NCCL take any port
+        assert policies["allow-metrics"]["ingress"][0]["ports"] == [{"protocol": "TCP", "port": 9400}]
+        # credentials of the node are to be had at a link-local address
+        assert policies["allow-object-storage"]["egress"][0]["to"][0]["ipBlock"]["except"] == ["169.254.0.0/16"]
+
+    def test_only_the_launcher_reaches_the_api_server_and_only_workers_each_other(self) -> None:
+        policies = of_kind("NetworkPolicy")
+        selected = policies["allow-api-server"]["spec"]["podSelector"]["matchLabels"]
+        assert selected["app.kubernetes.io/component"] == "launcher"
+        rendezvous = policies["allow-rendezvous"]["spec"]
+        workers = rendezvous["podSelector"]
+        assert rendezvous["ingress"][0]["from"] == [{"podSelector": workers}]
+        assert rendezvous["egress"][0]["to"] == [{"podSelector": workers}]
+
+
+@needs_kubectl
+class TestBuilt:
+    @pytest.mark.parametrize("flag", ["-f", "-k"])
+    def test_both_ways_find_the_same_objects(self, flag: str) -> None:
+        found = kubectl("annotate", "--local", flag, f"{MANIFESTS}/", "a=b", "-o", "name").split()
+        assert len(found) == len(base())
+
+    @pytest.mark.parametrize("overlay", ["base", *OVERLAYS])
+    def test_labels_and_names(self, overlay: str) -> None:
+        objects = built(overlay)
+        assert objects
+        assert len({(o["kind"], o["metadata"]["name"]) for o in objects}) == len(objects)
+        for document in objects:
+            labels = document["metadata"]["labels"]
+            assert labels["app.kubernetes.io/name"] == labels["app.kubernetes.io/part-of"] == "pirl-pipeline"
+            assert labels["app.kubernetes.io/version"] == VERSION
+            assert {"app.kubernetes.io/component", "app.kubernetes.io/managed-by"} <= labels.keys()
+            assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", document["metadata"]["name"])
+
+    @pytest.mark.parametrize("overlay", ["base", *OVERLAYS])
+    def test_no_secret_no_training_and_images_of_this_version(self, overlay: str) -> None:
+        objects = built(overlay)
+        assert not {"Secret", "PyTorchJob", "Pod", "Job", "ClusterRole", "ClusterRoleBinding"} & {
+            document["kind"] for document in objects
+        }
+        for image in re.findall(r'"(\S*pirl-(?:trainer|python-steps):[^"]*)"', json.dumps(objects)):
+            assert image.endswith(f":{VERSION}"), image
+
+    @pytest.mark.parametrize("overlay", OVERLAYS)
+    def test_only_some_overlays_need_other_kinds(self, overlay: str) -> None:
+        foreign = {
+            document["kind"]
+            for document in built(overlay)
+            if re.match(r"(kueue\.x-k8s\.io|monitoring\.coreos\.com)/", document["apiVersion"])
+        }
+        assert foreign == NEED_CRDS.get(overlay, set())
+
+    @pytest.mark.parametrize("overlay", OVERLAYS)
+    def test_pods_are_restricted(self, overlay: str) -> None:
+        templates = pod_templates(built(overlay))
+        assert bool(templates) == (overlay == "cron")
+        for template in templates:
+            spec = template["spec"]
+            assert spec["securityContext"]["runAsNonRoot"] is True
+            assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+            for container in spec["containers"]:
+                security = container["securityContext"]
+                assert security["allowPrivilegeEscalation"] is False
+                assert security["readOnlyRootFilesystem"] is True
+                assert security["capabilities"] == {"drop": ["ALL"]}
+                assert "requests" in container["resources"]
+            # the namespace denies all traffic but that of known labels: this pod needs the launcher's
+            assert template["metadata"]["labels"]["app.kubernetes.io/component"] == "launcher"
+            assert template["metadata"]["labels"]["app.kubernetes.io/name"] == "pirl-pipeline"
+
+    def test_a_schedule_does_not_overlap_itself(self) -> None:
+        spec = next(document for document in built("cron") if document["kind"] == "CronJob")["spec"]
+        assert spec["concurrencyPolicy"] == "Forbid"
+
+    def test_prod_has_room_for_its_training_and_dev_for_no_gpu(self) -> None:
+        for overlay, gpus in (("prod", 32), ("dev", 0)):
+            objects = {document["kind"]: document for document in built(overlay)}
+            config = objects["ConfigMap"]["data"]
+            assert int(config["PIRL_NODES"]) * int(config["PIRL_GPUS"]) == gpus
+            assert objects["ResourceQuota"]["spec"]["hard"]["requests.nvidia.com/gpu"] == str(gpus)
