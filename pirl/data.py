@@ -11,27 +11,28 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from multiprocessing import forkserver, resource_tracker
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .config import Recipe
+from .config import Recipe, ViewsConfig
 from .distributed import World
 from .errors import DataError, PirlError
-from .shards import ShardReader, decode_image
-from .views import crop_batch, uniforms
+from .shards import ShardReader, decode_pixels, image_size
+from .views import crop, draw_geometry, uniforms
 
 ORDER_STREAM = 250  # of the counter-based random numbers; the views use small stream numbers
 NEGATIVES_STREAM = 251
 CACHED_SIDE = 64  # decoded images up to this size are kept: decoding them costs more than holding them
 CACHED_BYTES = 256 << 20  # for each process
+BUFFER_BYTES = 12 << 20  # larger images are decoded into memory of their own
+PREFETCH = 2  # batches that each worker is asked for ahead of time
 
 
 class Batch(NamedTuple):
@@ -92,11 +93,13 @@ def negative_seeds(seed: int, epoch: int, ids: np.ndarray, view: int) -> Tensor:
 class CropDataset(Dataset[Batch]):
     """Batches by (epoch, rows): what a loader's worker does. It decodes and crops, and hands over uint8 pixels."""
 
-    def __init__(self, data: str, recipe: Recipe) -> None:
+    def __init__(self, data: str, recipe: Recipe, exact: bool = True) -> None:
         self.recipe = recipe
         self.reader = ShardReader(data)
         self.rows = recipe.rows(len(self.reader))
-        self._decoded: dict[int, Image.Image] = {}
+        self.exact = exact
+        self._buffer = bytearray()
+        self._decoded: dict[int, np.ndarray] = {}
         self._decoded_bytes = 0
 
     def image_ids(self, rows: np.ndarray) -> np.ndarray:
@@ -105,25 +108,75 @@ class CropDataset(Dataset[Batch]):
 
     def __getitem__(self, index: tuple[int, np.ndarray]) -> Batch:
         epoch, rows = index
-        ids = self.image_ids(rows)
-        images, patches = crop_batch(
-            [self._decode(int(id)) for id in ids], ids, self.recipe.train.seed, epoch, self.recipe.views
-        )
-        return Batch(
-            torch.from_numpy(rows.copy()),
-            torch.from_numpy(ids.copy()),
-            torch.from_numpy(images),
-            torch.from_numpy(patches),
-        )
+        cfg = self.recipe.views
+        images = torch.empty(len(rows), *image_shape(cfg), dtype=torch.uint8)
+        patches = torch.empty(len(rows), *patch_shape(cfg), dtype=torch.uint8)
+        self.fill(epoch, rows, images, patches)
+        return self.batch(rows, images, patches)
 
-    def _decode(self, id: int) -> Image.Image:
-        image = self._decoded.get(id)
-        if image is None:
-            image = decode_image(self.reader.read(id), f"image {id} ({self.reader.name(id)})")
-            if max(image.size) <= CACHED_SIDE and self._decoded_bytes < CACHED_BYTES:
-                self._decoded[id] = image
-                self._decoded_bytes += 4 * image.width * image.height
-        return image
+    def fill(self, epoch: int, rows: np.ndarray, images: Tensor, patches: Tensor) -> None:
+        """Write the crops of `rows` into (B, S, S, 3) and (B, patches, P, P, 3) uint8."""
+        ids, cfg = self.image_ids(rows).tolist(), self.recipe.views
+        sources = [self._decoded[id] if id in self._decoded else self.reader.read(id) for id in ids]
+        sizes = [
+            source.shape[:2] if isinstance(source, np.ndarray) else image_size(source, self._name(id))
+            for id, source in zip(ids, sources)
+        ]
+        geometry = draw_geometry(cfg, self.recipe.train.seed, epoch, np.array(ids), np.array(sizes, np.int64))
+        for row, out in enumerate(zip(images.numpy(), patches.numpy())):
+            crop(self._pixels(ids[row], sources[row]), geometry, row, cfg, out, self.exact)
+
+    def batch(self, rows: np.ndarray, images: Tensor, patches: Tensor) -> Batch:
+        """Crops that `fill` has written, beside the rows and ids that they are of."""
+        ids = self.image_ids(rows)
+        return Batch(torch.from_numpy(rows.copy()), torch.from_numpy(ids.copy()), images, patches.flatten(0, 1))
+
+    def _pixels(self, id: int, source: bytes | np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8, valid until the next call."""
+        if isinstance(source, np.ndarray):
+            return source
+        if not self._buffer:
+            self._buffer = bytearray(BUFFER_BYTES)
+        pixels = decode_pixels(source, self._name(id), self._buffer)
+        if max(pixels.shape) <= CACHED_SIDE and self._decoded_bytes < CACHED_BYTES:
+            self._decoded[id] = pixels = pixels.copy()
+            self._decoded_bytes += pixels.nbytes
+        return pixels
+
+    def _name(self, id: int) -> str:
+        return f"image {id} ({self.reader.name(id)})"
+
+
+def image_shape(cfg: ViewsConfig) -> tuple[int, ...]:
+    return cfg.image_size, cfg.image_size, 3
+
+
+def patch_shape(cfg: ViewsConfig) -> tuple[int, ...]:
+    return cfg.patches, cfg.patch_size, cfg.patch_size, 3
+
+
+class Slots(Dataset[None]):
+    """Crops by (epoch, rows, slot), written into shared memory that is made once: what a loading process does.
+
+    Handing over new tensors would cost three times as much: to allocate them, to map them, and to copy.
+    """
+
+    def __init__(self, crops: CropDataset, slots: int, most: int) -> None:
+        """`slots` batches of up to `most` images."""
+        cfg = crops.recipe.views
+        self.crops = crops
+        self.images = torch.empty((slots, most, *image_shape(cfg)), dtype=torch.uint8).share_memory_()
+        self.patches = torch.empty((slots, most, *patch_shape(cfg)), dtype=torch.uint8).share_memory_()
+
+    def __getitem__(self, index: tuple[int, np.ndarray, int]) -> None:
+        epoch, rows, slot = index
+        self.crops.fill(epoch, rows, *self._views(rows, slot))
+
+    def batch(self, rows: np.ndarray, slot: int) -> Batch:
+        return self.crops.batch(rows, *self._views(rows, slot))
+
+    def _views(self, rows: np.ndarray, slot: int) -> tuple[Tensor, Tensor]:
+        return self.images[slot, : len(rows)], self.patches[slot, : len(rows)]
 
 
 class ErrorsAsValues(Dataset[Any]):
@@ -142,39 +195,60 @@ class ErrorsAsValues(Dataset[Any]):
 class Loader:
     """Iterates over one rank's batches, across epochs, with `workers` processes (0: in this one)."""
 
-    def __init__(self, data: str, recipe: Recipe, world: World, workers: int) -> None:
-        self.dataset = CropDataset(data, recipe)
+    def __init__(self, data: str, recipe: Recipe, world: World, workers: int, exact: bool = True) -> None:
+        self.dataset = CropDataset(data, recipe, exact)
         self.recipe = recipe
         self.world = world
         self.workers = workers
 
     def batches(self, epoch: int, samples: int) -> Iterator[tuple[int, int, Share, Batch]]:
-        """(epoch, samples of it seen before, share, batch) from the cursor to the end of the last epoch."""
-        plan = self._plan(epoch, samples)
-        if self.workers:
-            _start_server()
+        """(epoch, samples of it seen before, share, batch) from the cursor to the end of the last epoch.
+
+        The pixels of a batch are there until the next one is asked for.
+        """
+        if not self.workers:
+            for at, seen, share in self._plan(epoch, samples):
+                yield at, seen, share, self.dataset[at, share.rows]
+            return
+        slots = self.workers * PREFETCH + 1  # batches that are under way, and the one that is in use
+        most = -(-self.recipe.train.batch_size // self.world.size)
+        shared = Slots(self.dataset, slots, most)
+        pins = Pins([shared.images, shared.patches], slots) if self.world.device.type == "cuda" else None
+
+        def tasks() -> Iterator[tuple[int, np.ndarray, int]]:
+            for number, (at, _, share) in enumerate(self._plan(epoch, samples)):
+                if pins:
+                    pins.wait(number % slots)
+                yield at, share.rows, number % slots
+
+        _start_server()
         loader = DataLoader(
-            ErrorsAsValues(self.dataset),
+            ErrorsAsValues(shared),
             batch_size=None,
-            sampler=((at, share.rows) for at, _, share in self._plan(epoch, samples)),
+            sampler=tasks(),
             num_workers=self.workers,
-            pin_memory=self.world.device.type == "cuda",
-            multiprocessing_context="forkserver" if self.workers else None,
-            worker_init_fn=start_worker if self.workers else None,
+            prefetch_factor=PREFETCH,
+            multiprocessing_context="forkserver",
+            worker_init_fn=start_worker,
         )
         try:
-            for (at, seen, share), batch in zip(plan, loader):
-                if isinstance(batch, PirlError):
-                    raise batch
-                yield at, seen, share, Batch(*batch)
+            for number, ((at, seen, share), error) in enumerate(zip(self._plan(epoch, samples), loader)):
+                if error is not None:
+                    raise error
+                yield at, seen, share, shared.batch(share.rows, number % slots)
+                if pins:
+                    pins.used(number % slots)
         except (RuntimeError, EOFError, OSError) as error:
             # a worker that dies in the middle of handing over a batch shows as a broken connection
-            if self.workers and (not isinstance(error, RuntimeError) or "DataLoader worker" in str(error)):
+            if not isinstance(error, RuntimeError) or "DataLoader worker" in str(error):
                 raise DataError(
                     f"a data loading process of rank {self.world.rank} died: {str(error) or type(error).__name__}",
                     "it may have run out of memory or of shared memory (/dev/shm); use fewer workers or more memory",
                 ) from error
             raise
+        finally:
+            if pins:
+                pins.release()
 
     def _plan(self, epoch: int, samples: int) -> Iterator[tuple[int, int, Share]]:
         for at in range(epoch, self.recipe.train.epochs):
@@ -182,6 +256,28 @@ class Loader:
             for share in epoch_shares(self.recipe, self.dataset.rows, at, self.world, seen):
                 yield at, seen, share
                 seen += share.size
+
+
+class Pins:
+    """Slots in page-locked memory, from which a GPU copies while this process goes on; so a slot must not be written
+    again before what was asked of the GPU while it was in use is done."""
+
+    def __init__(self, tensors: Sequence[Tensor], slots: int) -> None:
+        self.tensors = tensors
+        self.events = [torch.cuda.Event() for _ in range(slots)]
+        for tensor in tensors:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
+
+    def used(self, slot: int) -> None:
+        self.events[slot].record()
+
+    def wait(self, slot: int) -> None:
+        self.events[slot].synchronize()  # at once where nothing was recorded
+
+    def release(self) -> None:
+        torch.cuda.synchronize()
+        for tensor in self.tensors:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr()))
 
 
 def _start_server() -> None:

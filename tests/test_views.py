@@ -205,7 +205,7 @@ def test_crops_are_bit_exact_with_torchvision_on_pil(size: tuple[int, int]) -> N
     picture = Image.fromarray(sample_image(*size, "smooth"))
     geometry = draw_geometry(cfg, 0, 0, np.arange(4), np.tile(size, (4, 1)))
     for row in range(4):
-        image, patches = crop(picture, geometry, row, cfg)
+        image, patches = crop(np.asarray(picture), geometry, row, cfg)
         box, patch_box = geometry.image_box[row].tolist(), geometry.patch_box[row].tolist()
         expected = F.resized_crop(picture, *box, [96, 96], F.InterpolationMode.BILINEAR)
         assert (image == np.asarray(expected)).all()
@@ -218,9 +218,21 @@ def test_crops_are_bit_exact_with_torchvision_on_pil(size: tuple[int, int]) -> N
         assert (patches == np.stack([grid[number] for number in geometry.permutation[row]])).all()
 
 
+@pytest.mark.parametrize("kind", ["smooth", "noise"])
+def test_crops_that_are_not_exact_are_near(kind: str) -> None:
+    cfg = ViewsConfig()
+    pictures = [sample_image(375, 500, kind, seed) for seed in range(4)]
+    geometry = draw_geometry(cfg, 0, 0, np.arange(4), np.tile((375, 500), (4, 1)))
+    for row, pixels in enumerate(pictures):
+        for exact, near in zip(crop(pixels, geometry, row, cfg), crop(pixels, geometry, row, cfg, exact=False)):
+            off = np.abs(exact.astype(int) - near)
+            assert off.max() <= 1
+            assert off.mean() < 0.02
+
+
 def test_crop_batch_depends_on_seed_epoch_and_id_only() -> None:
     cfg = ViewsConfig(image_size=24, patch_crop_size=36, patch_size=8)
-    pictures = [Image.fromarray(sample_image(40 + 3 * i, 50 - i, "noise", i)) for i in range(6)]
+    pictures = [sample_image(40 + 3 * i, 50 - i, "noise", i) for i in range(6)]
     ids = np.array([5, 900, 2, 1 << 40, 7, 8])
     images, patches = crop_batch(pictures, ids, 11, 3, cfg)
     assert images.shape == (6, 24, 24, 3)
@@ -236,7 +248,7 @@ def test_crop_batch_depends_on_seed_epoch_and_id_only() -> None:
 
 def test_a_single_pixel_is_an_image() -> None:
     cfg = ViewsConfig(image_size=32, patch_crop_size=48, patch_size=12, **RAW)
-    images, patches = crop_batch([Image.new("RGB", (1, 1), (9, 80, 200))], np.array([0]), 0, 0, cfg)
+    images, patches = crop_batch([np.array([[[9, 80, 200]]], np.uint8)], np.array([0]), 0, 0, cfg)
     assert (images == (9, 80, 200)).all()
     assert (patches == (9, 80, 200)).all()
     views = apply_photometrics(torch.from_numpy(patches), draw_photometrics(cfg, 0, 0, [0], range(1, 10)), cfg)

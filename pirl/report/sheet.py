@@ -76,7 +76,8 @@ def draw_views(
     sizes = np.array([(image.height, image.width) for image in images], np.int64).reshape(-1, 2)
     geometry = draw_geometry(cfg, seed, epoch, index, sizes)
     shown = []
-    for pixels, elements in zip(crop_batch(images, index, seed, epoch, cfg), ([0], range(1, 1 + cfg.patches))):
+    crops = crop_batch([np.asarray(image) for image in images], index, seed, epoch, cfg)
+    for pixels, elements in zip(crops, ([0], range(1, 1 + cfg.patches))):
         params = draw_photometrics(cfg, seed, epoch, index, elements)
         shown.append(denormalise(apply_photometrics(torch.from_numpy(pixels), params, cfg), cfg).numpy())
     views, patches = shown

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pirl.errors import UsageError, did_you_mean
 from pirl.shards.fashion import cache_root, fashion_mnist, find_fashion_mnist
-from pirl.shards.images import check_image, decode_image
+from pirl.shards.images import check_image, decode_image, decode_pixels, image_size
 from pirl.shards.manifest import MANIFEST, QUARANTINE, Manifest, Shard
 from pirl.shards.read import ShardReader
 from pirl.shards.sources import ArraySource, DatasetSource, FileSource, Source, folder_source, list_source
@@ -32,8 +32,10 @@ __all__ = [
     "cache_root",
     "check_image",
     "decode_image",
+    "decode_pixels",
     "fashion_mnist",
     "find_fashion_mnist",
+    "image_size",
     "open_source",
     "write_shards",
 ]
