@@ -200,7 +200,7 @@ class TestCrash:
             assert pointers(whole) == ("v0002", "v0002")
             assert [version.version for version in whole.versions("pirl-demo")] == ["v0001", "v0002"]
             deaths += 1
-        assert deaths == 7  # model.json, trunk, card, COMMIT, GATE, champion, latest
+        assert deaths == 8  # model.json, claims, trunk, card, COMMIT, GATE, champion, latest
 
     def test_a_half_version_is_passed_by(self, root: str) -> None:
         registry = Registry(root)
@@ -280,6 +280,23 @@ class TestConcurrency:
             assert pointers(whole) == ("v0002", "v0002")
 
 
+class TestClaims:
+    def test_earlier_versions_are_not_read_one_by_one(self, registry: Registry) -> None:
+        for number in range(3):
+            register(registry, f"run-{number}")
+        for number in range(1, 4):
+            (registry.storage / f"pirl-demo/versions/v000{number}").write_bytes("model.json", b"not read")
+        assert register(registry, "run-3").version == "v0004"
+
+    def test_what_is_forgotten_or_damaged_is_read_again(self, registry: Registry) -> None:
+        first = register(registry, "run-1")
+        for content in (None, b"{", b"[]", b'{"v0001": "run-1"}'):
+            place = registry.storage / "pirl-demo"
+            place.write_bytes("claims.json", content) if content else place.delete("claims.json")
+            assert register(registry, "run-1") == first
+        assert register(registry, "run-2").version == "v0002"
+
+
 class TestPointers:
     def test_only_the_gate_moves_them(self, registry: Registry) -> None:
         register(registry, "run-1")
@@ -344,7 +361,8 @@ class TestWrongNamesAndDamage:
         place.write_bytes("model.json", place.read_bytes("model.json").replace(b"0.8512", b"0.9512"))
         assert "model.json was changed" in message(lambda: registry.get("pirl-demo", "v0001"), RegistryError)
         place.write_bytes("model.json", b"{")
-        assert "model.json is damaged" in message(lambda: register(registry, "run-2"), RegistryError)
+        assert "model.json is damaged" in message(lambda: register(registry, "run-1"), RegistryError)
+        assert register(registry, "run-2").version == "v0002"  # another run does not need it
 
     def test_a_disk_that_refuses(self, tmp_path: Path) -> None:
         (tmp_path / "registry").write_bytes(b"a file")

@@ -16,10 +16,11 @@ from . import shard  # isort: skip
 from . import train  # isort: skip
 from . import evaluate  # isort: skip
 from . import models  # isort: skip
+from . import retrain  # isort: skip
 from . import look  # isort: skip
 from . import compile  # isort: skip
 
-__all__ = ["app", "compile", "dag", "evaluate", "look", "main", "models", "shard", "train"]
+__all__ = ["app", "compile", "dag", "evaluate", "look", "main", "models", "retrain", "shard", "train"]
 
 
 def main() -> None:

@@ -47,9 +47,9 @@ def models(
 
     Example: pirl models runs/demo/registry
     """
-    from ..registry import Registry
+    from ..registry import open_registry
 
-    known = Registry(registry)
+    known = open_registry(registry)
     rows = []
     for name in known.models():
         pointers = {pointer: known.pointer(name, pointer) for pointer in ("champion", "latest")}

@@ -2,6 +2,20 @@
 
 from pirl.registry.card import model_card
 from pirl.registry.embedded import CHAMPION, LATEST, Registry, Version
+from pirl.registry.locate import open_registry
+from pirl.registry.retrain import Decision, data_uri, decide_retrain
 from pirl.registry.runs import decide, register_run
 
-__all__ = ["CHAMPION", "LATEST", "Registry", "Version", "decide", "model_card", "register_run"]
+__all__ = [
+    "CHAMPION",
+    "LATEST",
+    "Decision",
+    "Registry",
+    "Version",
+    "data_uri",
+    "decide",
+    "decide_retrain",
+    "model_card",
+    "open_registry",
+    "register_run",
+]

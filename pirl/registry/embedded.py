@@ -6,6 +6,7 @@
                                   COMMIT.json        written last: from here on the version is visible
                                   GATE.json          there when the version came through the gate
     <root>/<model>/champion.json, latest.json        {"version", "updated"}
+    <root>/<model>/claims.json                       which run has which number: only spares reading every model.json
 
 A version that a crash left without COMMIT.json is invisible and is completed by registering the same run again.
 """
@@ -32,6 +33,7 @@ LATEST = "latest"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _NUMBER = re.compile(r"v(\d{4,})")
 _RECORD, _CARD, _COMMIT, _GATE = "model.json", "README.md", "COMMIT.json", "GATE.json"
+_CLAIMS = "claims.json"
 _CHUNK_BYTES = 16 << 20
 _OWN_FILES = (_RECORD, _CARD, _COMMIT, _GATE)
 _OWN_FIELDS = ("name", "version", "run_id", "created", "files")
@@ -53,6 +55,7 @@ class Registry:
 
     def __init__(self, root: Storage | str) -> None:
         self.storage = open_storage(root) if isinstance(root, str) else root
+        self.uri = self.storage.uri
 
     def register(
         self,
@@ -80,7 +83,7 @@ class Registry:
         stamps = {name: _stamp(content) for name, content in files.items()}
         version, claim = self._claim(model, run_id, stamps, dict(record))
         place = self._place(model, version)
-        if not place.exists(_COMMIT):
+        if version not in self._with(model, _COMMIT):
             for name, content in files.items():
                 if isinstance(content, bytes):
                     place.write_bytes(name, content)
@@ -89,9 +92,9 @@ class Registry:
             for name in files:  # the source may have changed while it was copied
                 _verify(place, name, stamps[name], "Register the run again, while nothing else writes its files.")
             place.write_bytes(_CARD, model_card(json.loads(claim)).encode())
-            place.write_json(_COMMIT, {"version": version, "record_sha256": _sha256(claim)})
+            self._commit(model, version, _sha256(claim))
         if promote:
-            place.create(_GATE, encode_json({"passed": _now()}))
+            self._pass_gate(model, version)
             self._advance(model)
         return self._load(model, version)
 
@@ -99,29 +102,43 @@ class Registry:
         """The version that belongs to this run, and its model.json.
 
         Every contender walks the numbers upwards from 1 and stops at the first that is free or its own; creating
-        model.json has one winner. So no number is given twice, and no run, even when racing itself, gets two.
+        model.json has one winner. So no number is given twice, and no run, even when racing itself, gets two. What
+        claims.json knows of taken numbers stays true; what a race makes it forget is read again.
         """
+        claims = self._claims(model)
         for number in itertools.count(1):
             version = f"v{number:04d}"
+            if claims.get(version, run_id) != run_id:
+                continue
             place = self._place(model, version)
-            own = {"name": model, "version": version, "run_id": run_id, "created": _now(), "files": stamps}
-            claim = encode_json({**own, **record})
+            claim = new_record(model, version, run_id, stamps, record)
             try:  # reading first, since on the way nearly all numbers are taken
                 found = place.read_bytes(_RECORD)
             except StorageNotFoundError:
                 if place.create(_RECORD, claim):
+                    (self.storage / model).write_json(_CLAIMS, {**claims, version: run_id})
                     return version, claim
                 found = place.read_bytes(_RECORD)
-            theirs = _parse(found, place)
+            theirs = parse(found, place)
+            claims[version] = theirs["run_id"]
             if theirs["run_id"] == run_id:
-                if theirs["files"] != stamps:
-                    raise RegistryError(
-                        f"Run {run_id!r} is registered as {model} {version} with other files: "
-                        f"{', '.join(_differing(theirs['files'], stamps))}.",
-                        "A version never changes. Give the new training its own run id.",
-                    )
+                require_same_files(theirs, stamps, version)
                 return version, found
         raise AssertionError  # the numbers have no end
+
+    def _claims(self, model: str) -> dict[str, str]:
+        try:
+            found = json.loads((self.storage / model).read_bytes(_CLAIMS))
+        except (StorageNotFoundError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _commit(self, model: str, version: str, record_sha256: str) -> None:
+        """Make the version visible: all its files are there."""
+        self._place(model, version).write_json(_COMMIT, {"version": version, "record_sha256": record_sha256})
+
+    def _pass_gate(self, model: str, version: str) -> None:
+        self._place(model, version).create(_GATE, encode_json({"passed": _now()}))
 
     def models(self) -> list[str]:
         """Names of all models that have a visible version, sorted."""
@@ -129,6 +146,10 @@ class Registry:
         return sorted(
             {parts[0] for parts in names if len(parts) == 4 and parts[1] == "versions" and parts[3] == _COMMIT}
         )
+
+    def has(self, model: str) -> bool:
+        """Whether the model has a visible version."""
+        return bool(self._with(model, _COMMIT))
 
     def versions(self, model: str) -> list[Version]:
         """All visible versions, oldest first. `UsageError` for a model that is not there."""
@@ -152,7 +173,7 @@ class Registry:
         if number not in committed:
             if version in (CHAMPION, LATEST):
                 raise RegistryError(
-                    f"{version} of {model!r} points to {number}, which is not in {self.storage.uri}.",
+                    f"{version} of {model!r} points to {number}, which is not in {self.uri}.",
                     f"Restore that version, or promote another one ({', '.join(committed[-3:])}).",
                 )
             raise UsageError(
@@ -163,7 +184,7 @@ class Registry:
         if verify:
             place = self._place(model, number)
             for name, stamp in found.record["files"].items():
-                _verify(place, name, stamp, _RESTORE)
+                _verify(place, name, stamp, RESTORE)
         return found
 
     def promote(self, model: str, version: str) -> Version:
@@ -184,7 +205,7 @@ class Registry:
             if written == newest:
                 return
             latest = self.pointer(model, LATEST)
-            if written is None and latest is not None and _order(latest) >= _order(newest):
+            if written is None and latest is not None and order(latest) >= order(newest):
                 return
             self._point(model, CHAMPION, newest)
             self._point(model, LATEST, newest)
@@ -216,7 +237,7 @@ class Registry:
             parts = name.split("/")
             if len(parts) == 3 and _NUMBER.fullmatch(parts[1]):
                 found.setdefault(parts[1], set()).add(parts[2])
-        return sorted((version for version, names in found.items() if names.issuperset(wanted)), key=_order)
+        return sorted((version for version, names in found.items() if names.issuperset(wanted)), key=order)
 
     def _require(self, model: str) -> list[str]:
         """The visible versions of a model that must have one, oldest first."""
@@ -225,7 +246,7 @@ class Registry:
         if not committed:
             known = self.models()
             raise UsageError(
-                f"There is no model {model!r} in {self.storage.uri}.{did_you_mean(model, known)}",
+                f"There is no model {model!r} in {self.uri}.{did_you_mean(model, known)}",
                 f"It holds {', '.join(known)}." if known else "It holds no model yet: register a run first.",
             )
         return committed
@@ -233,15 +254,37 @@ class Registry:
     def _load(self, model: str, version: str) -> Version:
         place = self._place(model, version)
         record = place.read_bytes(_RECORD)
-        if _sha256(record) != place.read_json(_COMMIT)["record_sha256"]:
-            raise RegistryError(f"{place.uri}/{_RECORD} was changed after it was registered.", _RESTORE)
-        return Version(model, version, place.uri, _parse(record, place), place.exists(_GATE))
+        require_digest(record, place.read_json(_COMMIT)["record_sha256"], place)
+        return Version(model, version, place.uri, parse(record, place), place.exists(_GATE))
 
 
-_RESTORE = "Restore the version from a backup, or register the run again under a new run id."
+RESTORE = "Restore the version from a backup, or register the run again under a new run id."
 
 
-def _order(version: str) -> int:
+def new_record(model: str, version: str, run_id: str, stamps: dict[str, Any], record: Mapping[str, Any]) -> bytes:
+    """The content of a version's model.json."""
+    own = {"name": model, "version": version, "run_id": run_id, "created": _now(), "files": stamps}
+    return encode_json({**own, **record})
+
+
+def require_same_files(record: Mapping[str, Any], stamps: dict[str, Any], version: str) -> None:
+    """`RegistryError` unless a record that is there is of the same files as those to be registered now."""
+    if record["files"] != stamps:
+        raise RegistryError(
+            f"Run {record['run_id']!r} is registered as {record.get('name')} {version} with other files: "
+            f"{', '.join(_differing(record['files'], stamps))}.",
+            "A version never changes. Give the new training its own run id.",
+        )
+
+
+def require_digest(record: bytes, sha256: str, place: Storage) -> None:
+    """`RegistryError` unless a model.json is the one that was registered."""
+    if _sha256(record) != sha256:
+        raise RegistryError(f"{place.uri}/{_RECORD} was changed after it was registered.", RESTORE)
+
+
+def order(version: str) -> int:
+    """The number in a version's name, 0 for another name."""
     match = _NUMBER.fullmatch(version)
     return int(match[1]) if match else 0
 
@@ -286,14 +329,15 @@ def _verify(place: Storage, name: str, stamp: dict[str, Any], hint: str) -> None
         raise RegistryError(f"{place.uri}/{name} is not what was registered: its SHA-256 differs.", hint)
 
 
-def _parse(data: bytes, place: Storage) -> dict[str, Any]:
+def parse(data: bytes, place: Storage) -> dict[str, Any]:
+    """A model.json; `RegistryError` when it is none."""
     try:
         record = json.loads(data)
         if isinstance(record, dict) and {"run_id", "files"} <= record.keys():
             return record
     except ValueError:
         pass
-    raise RegistryError(f"{place.uri}/{_RECORD} is damaged, or no record of this registry.", _RESTORE)
+    raise RegistryError(f"{place.uri}/{_RECORD} is damaged, or no record of this registry.", RESTORE)
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

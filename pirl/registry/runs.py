@@ -7,7 +7,8 @@ from typing import Any
 from pirl import __version__
 from pirl.config import parse_recipe
 from pirl.errors import RegistryError, StorageNotFoundError, UsageError, did_you_mean
-from pirl.registry.embedded import CHAMPION, Registry, Version
+from pirl.registry.embedded import CHAMPION, Version
+from pirl.registry.locate import open_registry
 from pirl.storage import Storage, open_storage
 
 
@@ -81,7 +82,7 @@ def register_run(run: str, registry: str, model: str) -> Version:
         "gate": gate,
     }
     files = {"trunk.safetensors": trunk_bytes(trunk, recipe)}
-    version = Registry(registry).register(model, run_id=storage.uri, files=files, record=record, promote=True)
+    version = open_registry(registry).register(model, run_id=storage.uri, files=files, record=record, promote=True)
     storage.write_json("registered.json", {"model": model, "version": version.version, "uri": version.uri})
     return version
 
@@ -94,8 +95,8 @@ def _evaluation(run: Storage) -> dict[str, Any]:
 
 
 def _champion(registry: str, model: str) -> Version | None:
-    known = Registry(registry)
-    return known.get(model, CHAMPION) if model in known.models() else None
+    known = open_registry(registry)
+    return known.get(model, CHAMPION) if known.has(model) else None
 
 
 def _percent(value: dict[str, Any]) -> str:

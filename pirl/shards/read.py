@@ -70,6 +70,10 @@ class ShardReader:
         """All class indices, int64 (N,), -1 when unlabelled."""
         return self._labels.copy()
 
+    def sizes(self) -> np.ndarray:
+        """Bytes of all encoded images, int64 (N,), from the indexes."""
+        return self._sizes.copy()
+
     def name(self, id: int) -> str:
         """The file name that the image had, relative to its folder. Never to be used as a path to write to."""
         number = self._shard_of(id)

@@ -1,0 +1,98 @@
+"""A warm start: a new run that begins with what an older one has learned, on the same images and more.
+
+The trunk, the heads and the constant Z are taken over. The memory bank is laid out anew, since ids are dense and in
+the order of the source: an image added in the middle moves the ids behind it. An image is known again by its name and
+its size in bytes, both from the shards' indexes (no image is read); its row moves with it. The row of an image that is
+new is a random unit vector, as in a fresh bank. The optimiser and the schedule begin anew.
+
+The result is a checkpoint of step 0 in the new run: training resumes from it like from any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .checkpoint import Checkpoints, Cursor
+from .config import Recipe
+from .data import CropDataset
+from .errors import CheckpointError
+from .memory import MemoryBank
+from .model import build_model
+from .optim import build_optimizer
+from .shards import ShardReader
+from .storage import open_storage
+
+
+def same_images(old: ShardReader, new: ShardReader) -> np.ndarray:
+    """(len(new),) int64: the id in `old` of every image of `new`, -1 for one that was not there."""
+    known = {key: id for id, key in enumerate(_keys(old))}
+    return np.array([known.get(key, -1) for key in _keys(new)], np.int64)
+
+
+def only_added(old: ShardReader, new: ShardReader) -> bool:
+    """Whether `new` has every image of `old`, and more."""
+    return int((same_images(old, new) >= 0).sum()) == len(old) < len(new)
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """What a run may begin with: a checkpoint of an older run, and the shards that it was trained on."""
+
+    run: str
+    checkpoint: str
+    data: str
+
+
+def warm_start(start: WarmStart, data: str, out: str, recipe: Recipe) -> tuple[int, int]:
+    """Make the checkpoint of step 0 of the run `out` on `data`. Returns (rows kept, rows begun anew).
+
+    `CheckpointError` when that checkpoint's bank is not one of that data's images.
+    """
+    found = Checkpoints(open_storage(start.run) / "checkpoints").load(start.checkpoint)
+    if found is None:
+        raise CheckpointError(f"{start.run} has no checkpoint", "start without --warm-start, or restore that run")
+    saved: dict[str, Any] = found[1]
+    before, after = CropDataset(start.data, recipe), CropDataset(data, recipe)
+    memory = saved["bank"]["memory"]
+    if len(memory) != before.rows:
+        raise CheckpointError(
+            f"{start.run} has a memory bank of {len(memory):,} rows, {start.data} has {before.rows:,} images",
+            "these are not the shards that it was trained on; start without --warm-start",
+        )
+    old_row = np.full(len(before.reader), -1, np.int64)  # of every old id; -1 where the recipe left the image out
+    old_row[before.image_ids(np.arange(before.rows))] = np.arange(before.rows)
+    old_id = same_images(before.reader, after.reader)[after.image_ids(np.arange(after.rows))]
+    source = np.where(old_id >= 0, old_row[old_id], -1)
+    kept = torch.from_numpy(np.flatnonzero(source >= 0))
+
+    bank = MemoryBank(after.rows, recipe.model.embedding_dim, recipe.memory, recipe.train.seed).state_dict()
+    bank["memory"][kept] = memory[source[kept.numpy()]]
+    bank["z"] = saved["bank"]["z"]
+    model = build_model(recipe)
+    model.load_state_dict(saved["model"])
+    digest = after.reader.manifest.digest
+    state = {
+        "model": model.state_dict(),
+        "bank": bank,
+        "optimizer": build_optimizer(model, recipe).state_dict(),
+        "scaler": torch.amp.GradScaler("cpu", enabled=recipe.train.precision == "fp16").state_dict(),
+        "recipe": recipe.to_toml(),
+        "data_digest": digest,
+    }
+    run = open_storage(out)
+    checkpoints = Checkpoints(run / "checkpoints")
+    checkpoints.save(state, Cursor(), recipe.digest(), digest)
+    if error := checkpoints.wait():
+        raise error
+    run.write_json(
+        "warm.json", {"from": f"{start.run}/checkpoints/{found[0].name}", "rows": after.rows, "kept": len(kept)}
+    )
+    return len(kept), after.rows - len(kept)
+
+
+def _keys(reader: ShardReader) -> list[tuple[str, int]]:
+    return [(reader.name(id), size) for id, size in enumerate(reader.sizes().tolist())]

@@ -1,0 +1,241 @@
+"""Retraining: nothing to do unless something changed, and a warm start that keeps what belongs to an image."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_recipe
+from images import folder_of_classes, jpeg
+
+from pirl.checkpoint import Checkpoints
+from pirl.config import Recipe
+from pirl.memory import MemoryBank
+from pirl.registry import Registry, data_uri, decide_retrain
+from pirl.shards import Manifest, ShardReader, open_source, write_shards
+from pirl.storage import open_storage
+from pirl.train import Options, launch
+from pirl.warm import WarmStart, only_added, same_images, warm_start
+
+
+def shard(source: Path, out: str) -> str:
+    write_shards(open_source(str(source)), open_storage(out), shard_bytes=16 << 10)
+    return out
+
+
+def photos(root: Path, images: int = 10) -> Path:
+    return folder_of_classes(root, classes=2, images=images, width=24, height=20)
+
+
+def add_image(folder: Path) -> None:
+    """A new image that comes first: the id of every other one moves."""
+    (folder / "class0" / "00.jpg").write_bytes(jpeg(1000, 24, 20))
+
+
+def champion(root: Path, data: str, recipe: Recipe, **lineage: str) -> str:
+    """Register a version made of these; returns the registry's URI."""
+    from pirl import __version__
+
+    known = {
+        "data_digest": Manifest.load(open_storage(data)).digest,
+        "recipe_digest": recipe.digest(),
+        "code_version": __version__,
+        "checkpoint": f"{root}/runs/old/checkpoints/step-00000001",
+    }
+    registry = f"{root}/registry"
+    number = len(Registry(registry).versions("pirl")) if Registry(registry).has("pirl") else 0
+    Registry(registry).register(
+        "pirl", run_id=f"run-{number}", files={}, record={"lineage": known | lineage}, promote=True
+    )
+    return registry
+
+
+class TestDecision:
+    @pytest.fixture
+    def data(self, tmp_path: Path) -> str:
+        return shard(photos(tmp_path / "photos"), f"{tmp_path}/data/train-1")
+
+    def test_the_first_of_all(self, tmp_path: Path, data: str, tiny: Recipe) -> None:
+        decision = decide_retrain(str(tmp_path), f"{tmp_path}/registry", "pirl", tiny, data)
+        assert decision.retrain
+        assert decision.reasons == ["pirl has no champion yet"]
+
+    def test_the_same_again(self, tmp_path: Path, data: str, tiny: Recipe) -> None:
+        registry = champion(tmp_path, data, tiny)
+        decision = decide_retrain(str(tmp_path), registry, "pirl", tiny, data)
+        assert not decision.retrain
+        assert "pirl v0001 was made of the same data, recipe and code" in decision.reasons[0]
+
+    @pytest.mark.parametrize("what", ["data", "recipe", "code"])
+    def test_each_change_alone(self, tmp_path: Path, data: str, tiny: Recipe, what: str) -> None:
+        field = {"data": "data_digest", "recipe": "recipe_digest", "code": "code_version"}[what]
+        registry = champion(tmp_path, data, tiny, **{field: "other"})
+        decision = decide_retrain(str(tmp_path), registry, "pirl", tiny, data)
+        assert decision.retrain
+        assert len(decision.reasons) == 1
+        assert decision.reasons[0].startswith(f"champion v0001: {what} changed (other -> ")
+
+    def test_a_rolled_back_champion_stays(self, tmp_path: Path, data: str, tiny: Recipe) -> None:
+        champion(tmp_path, data, tiny, data_digest="before")
+        registry = champion(tmp_path, data, tiny)
+        Registry(registry).promote("pirl", "v0001")
+        decision = decide_retrain(str(tmp_path), registry, "pirl", tiny, data)
+        assert not decision.retrain
+        assert "v0002 was made of the same" in decision.reasons[0]
+        assert "the champion is v0001" in decision.reasons[0]
+
+    def test_a_run_that_did_not_pass_is_not_repeated_until_something_changes(
+        self, tmp_path: Path, data: str, tiny: Recipe
+    ) -> None:
+        registry = f"{tmp_path}/registry"
+        run = decide_retrain(str(tmp_path), registry, "pirl", tiny, data).run
+        open_storage(run).write_json("gate.json", {"promote": False, "reasons": ["no better"]})
+        decision = decide_retrain(str(tmp_path), registry, "pirl", tiny, data)
+        assert not decision.retrain
+        assert "did not pass the gate: no better" in decision.reasons[-1]
+        assert decide_retrain(str(tmp_path), registry, "pirl", tiny_recipe("train.seed=5"), data).retrain
+
+    def test_one_that_broke_off_before_the_registry_goes_on_with_the_same_run(
+        self, tmp_path: Path, data: str, tiny: Recipe
+    ) -> None:
+        registry = f"{tmp_path}/registry"
+        first = decide_retrain(str(tmp_path), registry, "pirl", tiny, data)
+        open_storage(first.run).write_json("gate.json", {"promote": True, "reasons": []})
+        assert decide_retrain(str(tmp_path), registry, "pirl", tiny, data) == first
+
+    def test_another_state_of_a_source_has_another_place(self, tmp_path: Path) -> None:
+        folder = photos(tmp_path / "photos")
+        before = data_uri("r", "train", open_source(str(folder)))
+        assert before == data_uri("r", "train", open_source(str(folder)))
+        add_image(folder)
+        assert before != data_uri("r", "train", open_source(str(folder)))
+
+
+class TestWarmStart:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        return photos(tmp_path / "photos")
+
+    def test_images_are_known_again_wherever_their_ids_went(self, tmp_path: Path, folder: Path) -> None:
+        old = ShardReader(shard(folder, f"{tmp_path}/old"))
+        add_image(folder)
+        new = ShardReader(shard(folder, f"{tmp_path}/new"))
+        mapped = same_images(old, new)
+        assert len(new) == len(old) + 1
+        assert [new.name(id) for id in range(len(new)) if mapped[id] < 0] == [new.name(0)]
+        for id in range(1, len(new)):
+            assert old.read(int(mapped[id])) == new.read(id)
+        assert only_added(old, new)
+        assert not only_added(new, old)
+        assert not only_added(old, old)
+
+    def test_a_changed_image_is_another(self, tmp_path: Path, folder: Path) -> None:
+        old = ShardReader(shard(folder, f"{tmp_path}/old"))
+        add_image(folder)
+        changed = folder / "class1" / "003.jpg"
+        changed.write_bytes(changed.read_bytes() + b"\0\0")
+        new = ShardReader(shard(folder, f"{tmp_path}/new"))
+        assert (same_images(old, new) < 0).sum() == 2
+        assert not only_added(old, new)
+
+    def test_rows_go_with_their_images(self, tmp_path: Path, folder: Path, tiny: Recipe, tiny_toml: Path) -> None:
+        """Kept rows, Z and weights are bit-exact, new rows are unit vectors, and training goes on from there."""
+        old_data = shard(folder, f"{tmp_path}/old")
+        assert launch(str(tiny_toml), Options(old_data, f"{tmp_path}/run", processes=1), ["train.epochs=1"]) == 0
+        add_image(folder)
+        data = shard(folder, f"{tmp_path}/new")
+        recipe = tiny_recipe("train.epochs=2")
+        newest = Checkpoints(open_storage(f"{tmp_path}/run") / "checkpoints").newest()
+        assert newest
+        start = WarmStart(f"{tmp_path}/run", newest, old_data)
+        assert warm_start(start, data, f"{tmp_path}/warm", recipe) == (20, 1)
+
+        (_, before), (commit, after) = (
+            Checkpoints(open_storage(f"{tmp_path}/{run}") / "checkpoints").load() for run in ("run", "warm")
+        )
+        mapped = same_images(ShardReader(old_data), ShardReader(data))
+        kept = np.flatnonzero(mapped >= 0)
+        assert torch.equal(after["bank"]["memory"][kept], before["bank"]["memory"][mapped[kept]])
+        fresh = MemoryBank(21, 8, recipe.memory, recipe.train.seed).memory
+        assert torch.equal(after["bank"]["memory"][mapped < 0], fresh[mapped < 0])
+        assert torch.equal(after["bank"]["z"], before["bank"]["z"])
+        assert all(torch.equal(value, before["model"][name]) for name, value in after["model"].items())
+        assert (commit.cursor.epoch, commit.cursor.samples, commit.cursor.step) == (0, 0, 0)
+
+        assert launch(str(tiny_toml), Options(data, f"{tmp_path}/warm", processes=1), ["train.epochs=2"]) == 0
+        done = open_storage(f"{tmp_path}/warm").read_json("DONE.json")
+        assert done["images_seen"] == 2 * 21
+
+    def test_only_where_images_were_added_and_nothing_else(self, tmp_path: Path, folder: Path, tiny: Recipe) -> None:
+        root = str(tmp_path)
+        data = shard(folder, f"{root}/data/train-1")
+        registry = champion(tmp_path, data, tiny)
+        add_image(folder)
+        more = shard(folder, f"{root}/data/train-2")
+        decision = decide_retrain(root, registry, "pirl", tiny, more, warm_epochs=1)
+        assert decision.warm == WarmStart(f"{root}/runs/old", "step-00000001", data)
+        assert decision.recipe.train.epochs == 1
+        assert decide_retrain(root, registry, "pirl", tiny, more).warm is None
+        other = tiny_recipe("train.seed=5")
+        assert decide_retrain(root, registry, "pirl", other, more, warm_epochs=1).warm is None
+        (folder / "class1" / "003.jpg").unlink()
+        less = shard(folder, f"{root}/data/train-3")
+        decision = decide_retrain(root, registry, "pirl", tiny, less, warm_epochs=1)
+        assert decision.warm is None
+        assert "removed or changed" in decision.reasons[-1]
+        shutil.rmtree(f"{root}/data/train-1")
+        decision = decide_retrain(root, registry, "pirl", tiny, more, warm_epochs=1)
+        assert decision.warm is None
+        assert "the champion's shards are gone" in decision.reasons[-1]
+
+    def test_a_champion_made_by_a_warm_start_is_up_to_date(self, tmp_path: Path, folder: Path, tiny: Recipe) -> None:
+        data = shard(folder, f"{tmp_path}/data/train-1")
+        registry = champion(tmp_path, data, tiny_recipe("train.epochs=1"))
+        assert not decide_retrain(str(tmp_path), registry, "pirl", tiny, data, warm_epochs=1).retrain
+        assert decide_retrain(str(tmp_path), registry, "pirl", tiny, data).retrain
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path: Path, tiny_toml: Path) -> None:
+    """First trains, again nothing to do, images added: warm start, a rejected one is no failure; then back."""
+    photos(tmp_path / "train", 24)
+    photos(tmp_path / "test", 8)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PIRL_TRAIN_SOURCE": "train",
+        "PIRL_TEST_SOURCE": "test",
+        "PIRL_RECIPE": str(tiny_toml),
+        "PIRL_ROOT": str(tmp_path / "root"),
+        "PIRL_WARM_EPOCHS": "1",
+        "PIRL_MIN_GAIN": "-1",
+    }
+
+    def pirl(*arguments: str) -> str:
+        command = [str(Path(sys.executable).parent / "pirl"), *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    settings = ["--processes", "1", "train.epochs=2"]
+    assert "48 would be sharded" in pirl("retrain", *settings, "--dry-run")
+    first = pirl("retrain", *settings)
+    assert "pirl has no champion yet" in first
+    assert "pirl v0001: " in first
+    runs = sorted((tmp_path / "root/runs").iterdir())
+    assert pirl("retrain", *settings).endswith("nothing to do\n")
+    assert sorted((tmp_path / "root/runs").iterdir()) == runs
+    add_image(tmp_path / "train")
+    third = pirl("retrain", *settings)
+    assert "a warm start: images were only added" in third
+    assert "48 rows of the bank kept, 1 new" in third
+    assert "pirl v0002: " in third
+    registry = str(tmp_path / "root/registry")
+    assert pirl("promote", "pirl", "v0001", "--registry", registry) == "pirl: champion v0002 -> v0001\n"
+    assert pirl("retrain", *settings).endswith("nothing to do\n")
