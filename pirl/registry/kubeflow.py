@@ -44,14 +44,12 @@ class KubeflowRegistry(Registry):
         self._api = _Api(self.uri.removeprefix("model-registry+"))
 
     def models(self) -> list[str]:
-        found = self._api.all("registered_models")
-        return sorted(
-            model["name"] for model in found if _get(model, _RUN) and self._with(model["name"], "COMMIT.json")
-        )
+        names = [model["name"] for model in self._api.all("registered_models")]
+        return sorted(name for name in names if self.has(name))
 
     def pointer(self, model: str, pointer: str) -> str | None:
         found = self._model(model)
-        return _get(found, f"pirl_{pointer}") if found else None
+        return (_get(found, f"pirl_{pointer}") or None) if found else None
 
     def _point(self, model: str, pointer: str, version: str) -> None:
         self._set("registered_models", self._model(model) or {}, {f"pirl_{pointer}": version})
@@ -170,7 +168,9 @@ class _Api:
         if server.startswith("https://") and (token := _token()):
             self._headers["Authorization"] = f"Bearer {token}"
         # a POST whose answer was lost is not repeated here: the caller looks again what there is
-        retries = urllib3.Retry(total=4, backoff_factor=0.3, status_forcelist=(502, 503, 504), raise_on_status=False)
+        retries = urllib3.Retry(
+            total=4, connect=2, backoff_factor=0.3, status_forcelist=(502, 503, 504), raise_on_status=False
+        )
         self._pool = urllib3.PoolManager(timeout=TIMEOUT_S, retries=retries)
         self._root = ""
 
@@ -233,7 +233,8 @@ class _Api:
         if answer.status >= 400 and answer.status not in (404, 409):
             text = answer.data.decode(errors="replace")[:200]
             raise RegistryError(
-                f"{self._shown} answers {method} with {answer.status}: {text}", "run it again, or report it"
+                f"{self._shown} answers {method} with {answer.status}: {text}",
+                "run it again: what is done is found done",
             )
         try:
             found = json.loads(answer.data or b"{}")
