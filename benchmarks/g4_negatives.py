@@ -11,9 +11,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from benchmarks.harness import Result, compare
 from torch import Tensor
 
-from benchmarks.harness import Result, compare
 from benchmarks.reference_nce import ReferenceNCE
 from pirl.config import LossConfig, MemoryConfig
 from pirl.data import negative_seeds

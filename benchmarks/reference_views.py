@@ -12,9 +12,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torchvision.transforms.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torchvision import transforms
+
+from pirl.views import Photometrics
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GRID, CELL, PATCH = 3, 85, 64
@@ -74,3 +77,20 @@ def seed_worker(worker: int) -> None:
     seed = torch.initial_seed() % 2**32
     random.seed(seed)
     np.random.seed(seed)
+
+
+def transformed(image: Image.Image, params: Photometrics, row: int) -> Image.Image:
+    """The base chain with given parameters, to compare with."""
+    for op in params.order[row] if params.jitter[row] else ():
+        name = ("brightness", "contrast", "saturation", "hue")[op]
+        image = getattr(F, f"adjust_{name}")(image, getattr(params, name)[row].item())
+    if params.group[row]:
+        image = ImageOps.posterize(image, int(params.bits[row]))
+        image = ImageEnhance.Sharpness(image).enhance(params.sharpness[row].item())
+        image = ImageOps.autocontrast(ImageOps.solarize(image, int(params.threshold[row])))
+    image = F.to_grayscale(image, 3) if params.gray[row] else image
+    return F.hflip(image) if params.flip[row] else image
+
+
+def normalised(image: Image.Image) -> Tensor:
+    return F.normalize(F.to_tensor(image), list(MEAN), list(STD))
