@@ -18,7 +18,7 @@ MANIFESTS = Path(__file__).parent.parent / "manifests"
 OVERLAYS = sorted(path.name for path in (MANIFESTS / "overlays").iterdir())
 VERSION = __version__.replace("+", "-")
 BUILT_IN = {"Namespace", "ServiceAccount", "Role", "RoleBinding", "ConfigMap", "NetworkPolicy"}
-NEED_CRDS = {"monitoring": {"PodMonitor", "PrometheusRule"}, "kueue": {"ResourceFlavor", "ClusterQueue", "LocalQueue"}}
+NEED_CRDS = {"kueue": {"ResourceFlavor", "ClusterQueue", "LocalQueue"}}
 
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 
