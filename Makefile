@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo demo-long test test-slow check format clean
+.PHONY: setup demo demo-long test test-slow bench check format clean
 
 setup: $(VENV)/.installed
 
@@ -31,6 +31,9 @@ test: check
 
 test-slow: setup
 	$(BIN)/pytest -m "slow and not cluster and not gpu"
+
+bench: setup
+	$(BIN)/python -m benchmarks
 
 format: setup
 	$(BIN)/ruff check --fix .

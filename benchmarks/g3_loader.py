@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision.transforms.functional as F
-from benchmarks.harness import Result, compare
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.harness import Result, compare, finish
 from benchmarks.photographs import write_photographs
 from benchmarks.reference_views import ReferenceViews, collate, normalised, seed_worker, transformed
 from pirl.config import Recipe, load_recipe
@@ -165,4 +165,4 @@ def main() -> list[Result]:
 
 
 if __name__ == "__main__":
-    main()
+    finish(main())

@@ -11,9 +11,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from benchmarks.harness import Result, compare
 from torch import Tensor
 
+from benchmarks.harness import Result, compare, finish
 from benchmarks.reference_nce import ReferenceNCE
 from pirl.config import LossConfig, MemoryConfig
 from pirl.data import negative_seeds
@@ -132,4 +132,4 @@ def main() -> Result:
 
 
 if __name__ == "__main__":
-    main()
+    finish([main()])
