@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo demo-long test test-slow bench check format clean
+.PHONY: setup demo demo-long test test-slow cluster-test bench check format clean
 
 setup: $(VENV)/.installed
 
@@ -31,6 +31,10 @@ test: check
 
 test-slow: setup
 	$(BIN)/pytest -m "slow and not cluster and not gpu"
+
+cluster-test: setup
+	@test -n "$$KUBECONFIG" || { echo "error: no cluster"; echo "  -> set KUBECONFIG to one that may be changed"; exit 2; }
+	$(BIN)/pytest -m cluster tests/cluster
 
 bench: setup
 	$(BIN)/python -m benchmarks
