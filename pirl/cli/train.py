@@ -1,11 +1,12 @@
-"""`pirl train`: one training."""
+"""`pirl train`: one training, here or on a cluster."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from ..errors import UsageError
 from .app import DRY_RUN_HELP, Overrides, Processes, RecipeName, app, console
 
 
@@ -14,21 +15,44 @@ def train(
     recipe: RecipeName,
     data: Annotated[str, typer.Option(help="URI of the shards.")],
     out: Annotated[str, typer.Option(help="URI of the run; a run that is there is resumed.")],
+    backend: Annotated[
+        Literal["local", "pytorchjob"], typer.Option(help="This machine, or a PyTorchJob on the current cluster.")
+    ] = "local",
     processes: Processes = 0,
     workers: Annotated[int, typer.Option(help="Data loading processes of each rank.")] = 0,
     log_every: Annotated[int, typer.Option(help="Steps between two log lines.")] = 50,
     checkpoint_every_s: Annotated[float, typer.Option(help="Seconds between two checkpoints.")] = 300.0,
     keep: Annotated[int, typer.Option(help="Complete checkpoints to keep.", min=1)] = 2,
+    job: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="Setting of the PyTorchJob (once for each): nodes=4, gpus=8, image=..."
+        ),
+    ] = None,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP)] = False,
+    dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP + " With pytorchjob: print its manifest.")] = False,
 ) -> None:
-    """Pretrain on this machine, or go on with a run that was interrupted.
+    """Pretrain, or go on with a run that was interrupted.
 
     Example: pirl train demo --data shards/train --out runs/mine train.epochs=3
+
+    Example: pirl train r50-200ep-mlp --backend pytorchjob --job nodes=4 --job gpus=8 --data s3://b/data --out s3://b/r
     """
     from ..train import Options, launch, plan
 
     options = Options(data, out, processes or None, workers, log_every, checkpoint_every_s, keep)
+    if backend == "pytorchjob":
+        from ..kube import job_settings, launch_job, prepare, to_yaml
+
+        settings = job_settings(job or (), {"processes": processes})
+        if not dry_run:
+            launch_job(recipe, options, settings, overrides or [])
+            return
+        _, manifest = prepare(recipe, options, settings, overrides or [])
+        print(to_yaml(manifest), end="")
+        return
+    if job:
+        raise UsageError("--job is for a PyTorchJob", "add --backend pytorchjob, or leave it away")
     if dry_run:
         for line in plan(recipe, options, overrides or []):
             console.print(line)

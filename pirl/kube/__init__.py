@@ -1,0 +1,7 @@
+"""Training on a Kubernetes cluster: a PyTorchJob, and the launcher that follows it."""
+
+from .launcher import launch_job, prepare
+from .manifest import build_job, job_name, to_yaml
+from .settings import JobSettings, job_settings
+
+__all__ = ["JobSettings", "build_job", "job_name", "job_settings", "launch_job", "prepare", "to_yaml"]
