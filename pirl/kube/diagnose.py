@@ -71,6 +71,12 @@ def is_running(pod: Object) -> bool:
     return "running" in status(pod).get("state", {}) and "deletionTimestamp" not in pod["metadata"]
 
 
+def is_well(pod: Object) -> bool:
+    """Running, or ended as it should."""
+    ended = status(pod).get("state", {}).get("terminated")
+    return is_running(pod) or (ended is not None and ended["exitCode"] == 0)
+
+
 def ends(pods: Iterable[Object]) -> list[End]:
     """How the containers of these pods ended: the last one of each that has ended."""
     found = []

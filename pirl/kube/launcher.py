@@ -42,7 +42,7 @@ from ..shards import Manifest
 from ..storage import S3Storage, open_storage
 from ..train import Options, plan
 from .cluster import Cluster, ClusterError, Object, UnreachableError
-from .diagnose import End, ends, is_running, troubles
+from .diagnose import End, ends, is_running, is_well, troubles
 from .manifest import SPEC_HASH, build_job
 from .settings import JobSettings
 from .watch import LogStream, Progress
@@ -74,7 +74,7 @@ def observe(job: Object | None, pods: Sequence[Object], nodes: int, ran: bool) -
         return State.SUCCEEDED
     if "Suspended" in true or job["spec"].get("runPolicy", {}).get("suspend"):
         return State.SUSPENDED
-    if sum(is_running(pod) or pod["status"].get("phase") == "Succeeded" for pod in pods) >= nodes:
+    if sum(map(is_well, pods)) >= nodes:
         return State.RUNNING
     return State.RESTARTING if ran else State.PENDING
 
