@@ -67,6 +67,16 @@ class ViewsConfig(Section):
         return self.grid * self.grid
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of an image's crop: height, width, colours."""
+        return self.image_size, self.image_size, 3
+
+    @property
+    def patch_shape(self) -> tuple[int, int, int, int]:
+        """Of all patches of an image: patches, height, width, colours."""
+        return self.patches, self.patch_size, self.patch_size, 3
+
+    @property
     def cell(self) -> int:
         """Side of one jigsaw cell in pixels of the patch crop."""
         return self.patch_crop_size // self.grid
@@ -285,14 +295,16 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), origin: str = "recipe
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        problems += [_describe(item) for item in error.errors()]
+        problems += [describe(item, "recipe", "key", _keys(Recipe)) for item in error.errors()]
     if problems:
-        raise ConfigError(
-            f"{origin}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n  "
-            + "\n  ".join(dict.fromkeys(problems)),
-            "`pirl show RECIPE` prints every key with its value",
-        )
+        raise all_at_once(origin, problems, "`pirl show RECIPE` prints every key with its value")
     return recipe
+
+
+def all_at_once(origin: str, problems: Sequence[str], hint: str) -> ConfigError:
+    """The error that tells every problem of `origin`."""
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return ConfigError(f"{origin}: {count}\n  " + "\n  ".join(dict.fromkeys(problems)), hint)
 
 
 def _override(tree: dict[str, Any], item: str) -> str:
@@ -312,11 +324,11 @@ def _override(tree: dict[str, Any], item: str) -> str:
     return ""
 
 
-def _describe(item: Any) -> str:
-    """One line for one pydantic error, with the nearest known key where the key is unknown."""
-    path = ".".join(str(part) for part in item["loc"]) or "recipe"
+def describe(item: Any, whole: str, entry: str, known: Iterable[str]) -> str:
+    """One line for one pydantic error in `whole`, with the nearest known `entry` where one is unknown."""
+    path = ".".join(str(part) for part in item["loc"]) or whole
     if item["type"] == "extra_forbidden":
-        return f"unknown key {path!r}.{did_you_mean(path, _keys(Recipe))}"
+        return f"unknown {entry} {path!r}.{did_you_mean(path, known)}"
     if item["type"] == "missing":
         return f"{path} is missing"
     message = item["msg"].removeprefix("Value error, ")

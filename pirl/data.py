@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .config import Recipe, ViewsConfig
+from .config import Recipe
 from .distributed import World
 from .errors import DataError, PirlError
 from .shards import ShardReader, decode_pixels, image_size
@@ -109,8 +109,8 @@ class CropDataset(Dataset[Batch]):
     def __getitem__(self, index: tuple[int, np.ndarray]) -> Batch:
         epoch, rows = index
         cfg = self.recipe.views
-        images = torch.empty(len(rows), *image_shape(cfg), dtype=torch.uint8)
-        patches = torch.empty(len(rows), *patch_shape(cfg), dtype=torch.uint8)
+        images = torch.empty(len(rows), *cfg.image_shape, dtype=torch.uint8)
+        patches = torch.empty(len(rows), *cfg.patch_shape, dtype=torch.uint8)
         self.fill(epoch, rows, images, patches)
         return self.batch(rows, images, patches)
 
@@ -147,14 +147,6 @@ class CropDataset(Dataset[Batch]):
         return f"image {id} ({self.reader.name(id)})"
 
 
-def image_shape(cfg: ViewsConfig) -> tuple[int, ...]:
-    return cfg.image_size, cfg.image_size, 3
-
-
-def patch_shape(cfg: ViewsConfig) -> tuple[int, ...]:
-    return cfg.patches, cfg.patch_size, cfg.patch_size, 3
-
-
 class Slots(Dataset[None]):
     """Crops by (epoch, rows, slot), written into shared memory that is made once: what a loading process does.
 
@@ -165,8 +157,8 @@ class Slots(Dataset[None]):
         """`slots` batches of up to `most` images."""
         cfg = crops.recipe.views
         self.crops = crops
-        self.images = torch.empty((slots, most, *image_shape(cfg)), dtype=torch.uint8).share_memory_()
-        self.patches = torch.empty((slots, most, *patch_shape(cfg)), dtype=torch.uint8).share_memory_()
+        self.images = torch.empty((slots, most, *cfg.image_shape), dtype=torch.uint8).share_memory_()
+        self.patches = torch.empty((slots, most, *cfg.patch_shape), dtype=torch.uint8).share_memory_()
 
     def __getitem__(self, index: tuple[int, np.ndarray, int]) -> None:
         epoch, rows, slot = index

@@ -58,6 +58,11 @@ class Options:
     checkpoint_every_s: float = 300.0
     keep: int = 2
 
+    def arguments(self) -> list[str]:
+        """As `python -m pirl.train` takes them."""
+        given = {f"--{name.replace('_', '-')}": value for name, value in vars(self).items() if value is not None}
+        return [text for flag, value in given.items() for text in (flag, str(value))]
+
     def check(self) -> None:
         """Refuse numbers that cannot work, all at once."""
         least = {"processes": 1, "workers": 0, "log_every": 1, "checkpoint_every_s": 0, "keep": 1}
@@ -467,11 +472,7 @@ def launch(recipe: str, options: Options, overrides: Sequence[str] = ()) -> int:
     Checks what can be checked before any process starts, so that a mistake costs nothing.
     """
     plan(recipe, options, overrides)
-    arguments = [recipe, *overrides]
-    for name, value in vars(options).items():
-        if value is not None:
-            arguments += [f"--{name.replace('_', '-')}", str(value)]
-    return run_ranks("pirl.train", arguments, options.processes)
+    return run_ranks("pirl.train", [recipe, *overrides, *options.arguments()], options.processes)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,6 +25,7 @@ from .model import build_model
 from .optim import build_optimizer
 from .shards import ShardReader
 from .storage import open_storage
+from .train import TrainState
 
 
 def same_images(old: ShardReader, new: ShardReader) -> np.ndarray:
@@ -69,23 +70,17 @@ def warm_start(start: WarmStart, data: str, out: str, recipe: Recipe) -> tuple[i
     source = np.where(old_id >= 0, old_row[old_id], -1)
     kept = torch.from_numpy(np.flatnonzero(source >= 0))
 
-    bank = MemoryBank(after.rows, recipe.model.embedding_dim, recipe.memory, recipe.train.seed).state_dict()
-    bank["memory"][kept] = memory[source[kept.numpy()]]
-    bank["z"] = saved["bank"]["z"]
+    bank = MemoryBank(after.rows, recipe.model.embedding_dim, recipe.memory, recipe.train.seed)
+    bank.memory[kept] = memory[source[kept.numpy()]]
+    bank.z.copy_(saved["bank"]["z"])
     model = build_model(recipe)
     model.load_state_dict(saved["model"])
     digest = after.reader.manifest.digest
-    state = {
-        "model": model.state_dict(),
-        "bank": bank,
-        "optimizer": build_optimizer(model, recipe).state_dict(),
-        "scaler": torch.amp.GradScaler("cpu", enabled=recipe.train.precision == "fp16").state_dict(),
-        "recipe": recipe.to_toml(),
-        "data_digest": digest,
-    }
+    scaler = torch.amp.GradScaler("cpu", enabled=recipe.train.precision == "fp16")
+    state = TrainState(model, bank, build_optimizer(model, recipe), scaler)
     run = open_storage(out)
     checkpoints = Checkpoints(run / "checkpoints")
-    checkpoints.save(state, Cursor(), recipe.digest(), digest)
+    checkpoints.save(state.to_dict(recipe, digest), Cursor(), recipe.digest(), digest)
     if error := checkpoints.wait():
         raise error
     run.write_json(

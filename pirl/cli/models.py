@@ -27,10 +27,10 @@ def register(
     """
     from ..registry import decide, register_run
 
-    if dry_run or not decide(run, registry, model, metric, min_gain):
+    promote = decide(run, registry, model, metric, min_gain)
+    if dry_run or not promote:
         from ..storage import open_storage
 
-        promote = decide(run, registry, model, metric, min_gain)
         reasons = "; ".join(open_storage(run).read_json("gate.json")["reasons"])
         console.print(f"{'would be registered' if promote else 'not registered'}: {reasons}")
         raise typer.Exit(0 if promote else EXIT_FAILURE)

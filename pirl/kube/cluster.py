@@ -10,10 +10,9 @@ from contextlib import suppress
 from typing import Any
 
 from ..errors import PirlError
-from .manifest import API, CONTAINER
+from .manifest import API, CONTAINER, Object
 
 TIMEOUT_S = (5, 20)  # to connect, and without a byte
-Object = dict[str, Any]
 
 INSTALL = (
     "install the training operator: kubectl apply --server-side -k "
@@ -74,7 +73,7 @@ class Cluster:
         """The job's pods by their index."""
         selector = f"training.kubeflow.org/job-name={job}"
         pods = self._ask(self.core.list_namespaced_pod, self.namespace, label_selector=selector)["items"]
-        return sorted(pods, key=lambda pod: int(pod["metadata"]["labels"]["training.kubeflow.org/replica-index"]))
+        return sorted(pods, key=pod_index)
 
     def events(self, about: str) -> list[Object]:
         """Events about the object of this name, oldest first."""
@@ -115,6 +114,11 @@ class Cluster:
                 raise UnreachableError(f"the API server answers {error.status}: {message}") from None
             kinds = {400: _RefusedError, 403: _ForbiddenError, 404: _AbsentError, 409: _ConflictError}
             raise kinds.get(error.status, ClusterError)(message) from None
+
+
+def pod_index(pod: Object) -> int:
+    """The N of `-worker-N`."""
+    return int(pod["metadata"]["labels"]["training.kubeflow.org/replica-index"])
 
 
 class _AbsentError(ClusterError):

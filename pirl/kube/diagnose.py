@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import EXIT_PREEMPTED, EXIT_USAGE
-from .manifest import CONTAINER
-
-Object = dict[str, Any]
+from .manifest import CONTAINER, Object
 
 IMAGE = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
 CONFIGURATION = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
@@ -59,6 +56,11 @@ class End:
         if self.exit_code == EXIT_USAGE:
             return "correct the settings that it names; a restart would not help, so there was none"
         return "its last lines say why; the checkpoints are kept: run the same command again to go on"
+
+
+def conditions(thing: Object) -> list[Object]:
+    """The conditions of a job or a pod; empty where it has no status yet."""
+    return (thing.get("status") or {}).get("conditions") or []
 
 
 def status(pod: Object) -> Object:
@@ -125,8 +127,8 @@ def _of_pod(pod: Object, events: list[Object]) -> Trouble | None:
         )
     if reason in CONFIGURATION:
         return Trouble(name, f"{reason}: {message}", "correct the job's settings that it names", hopeless=True)
-    conditions = {item["type"]: item for item in (pod.get("status") or {}).get("conditions") or []}
-    scheduled = conditions.get("PodScheduled", {})
+    known = {item["type"]: item for item in conditions(pod)}
+    scheduled = known.get("PodScheduled", {})
     if scheduled.get("status") == "False":
         return Trouble(
             name,
@@ -134,8 +136,8 @@ def _of_pod(pod: Object, events: list[Object]) -> Trouble | None:
             "free or add nodes, ask for less (nodes, gpus, cpu, memory), or correct node_selector and tolerations",
         )
     lost = [event for event in mine if event.get("reason") in ("NodeNotReady", "TaintManagerEviction")]
-    if "deletionTimestamp" in pod["metadata"] or (lost and conditions.get("Ready", {}).get("status") == "False"):
-        why = conditions.get("DisruptionTarget", {}).get("message") or (lost[-1]["message"] if lost else "deleted")
+    if "deletionTimestamp" in pod["metadata"] or (lost and known.get("Ready", {}).get("status") == "False"):
+        why = known.get("DisruptionTarget", {}).get("message") or (lost[-1]["message"] if lost else "deleted")
         return Trouble(
             name,
             f"{node} is being left: {why}",

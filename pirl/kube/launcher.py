@@ -41,9 +41,9 @@ from ..metrics import duration, say
 from ..shards import Manifest
 from ..storage import S3Storage, open_storage
 from ..train import Options, plan
-from .cluster import Cluster, ClusterError, Object, UnreachableError
-from .diagnose import End, ends, is_running, is_well, troubles
-from .manifest import SPEC_HASH, build_job
+from .cluster import Cluster, ClusterError, UnreachableError, pod_index
+from .diagnose import End, conditions, ends, is_running, is_well, troubles
+from .manifest import SPEC_HASH, Object, build_job
 from .settings import JobSettings
 from .watch import LogStream, Progress
 
@@ -66,8 +66,7 @@ def observe(job: Object | None, pods: Sequence[Object], nodes: int, ran: bool) -
     """The state that the cluster's objects show. `ran`: whether all pods have been seen running before."""
     if job is None:
         return State.ABSENT
-    conditions = (job.get("status") or {}).get("conditions") or []
-    true = {item["type"] for item in conditions if item["status"] == "True"}  # in no order that could be trusted
+    true = {item["type"] for item in conditions(job) if item["status"] == "True"}  # in no order that could be trusted
     if "Failed" in true:
         return State.FAILED
     if "Succeeded" in true:
@@ -198,16 +197,19 @@ class Launcher:
 
     def _check_same(self, job: Object) -> None:
         """Refuse to adopt a job that does something else than was asked for."""
-        theirs, ours = job["metadata"].get("annotations", {}), self.body["metadata"]["annotations"]
-        if theirs.get(SPEC_HASH) == ours[SPEC_HASH]:
+        if self._is_same(job):
             return
-        differences = [line for key in ("spec",) for line in _differences(self.body[key], job.get(key), key)]
+        differences = _differences(self.body["spec"], job.get("spec"), "spec")
         raise UsageError(
             f"job {self.settings.namespace}/{self.name} trains this run already, with other settings:\n  "
             + "\n  ".join(differences or [f"it is not from this program (no matching {SPEC_HASH})"]),
             "use the same settings to adopt it, or delete it first: "
             f"kubectl delete pytorchjob {self.name} -n {self.settings.namespace}",
         )
+
+    def _is_same(self, job: Object) -> bool:
+        theirs, ours = job["metadata"].get("annotations", {}), self.body["metadata"]["annotations"]
+        return theirs.get(SPEC_HASH) == ours[SPEC_HASH]
 
     def _follow(self) -> None:
         """Watch the job until it has succeeded, and raise on any other end."""
@@ -221,7 +223,7 @@ class Launcher:
             now_state = observe(job, pods, self.settings.nodes, ran)
             ran = ran or now_state is State.RUNNING
             self._tell_ends(pods)
-            for line in self.log.lines(pods[0]) if pods and _index(pods[0]) == 0 else ():
+            for line in self.log.lines(pods[0]) if pods and pod_index(pods[0]) == 0 else ():
                 print(line, flush=True)  # as it was written, so that what reads JSON lines can read them here
             stepped = self.progress.advanced()
             now = time.monotonic()
@@ -301,8 +303,7 @@ class Launcher:
         return [event for name in names for event in self._ask(lambda name=name: self.cluster.events(name))]
 
     def _failed(self, job: Object) -> TrainingError:
-        conditions = (job.get("status") or {}).get("conditions") or []
-        message = next((item.get("message", "") for item in conditions if item["type"] == "Failed"), "")
+        message = next((item.get("message", "") for item in conditions(job) if item["type"] == "Failed"), "")
         last = self._last_ends()
         hint = next((end.hint for end in reversed(self.seen_ends.values()) if end.exit_code), self._look())
         return TrainingError("\n  ".join([f"job {self.name} has failed: {message} ({self.progress})", *last]), hint)
@@ -350,8 +351,7 @@ class Launcher:
             return
         try:
             job = self.cluster.job(self.name)
-            ours = job and job["metadata"].get("annotations", {}).get(SPEC_HASH)
-            if not job or ours != self.body["metadata"]["annotations"][SPEC_HASH]:
+            if not job or not self._is_same(job):
                 return
             if observe(job, (), 1, False) is not State.FAILED:  # what the operator has ended stays to be looked at
                 self.cluster.delete(self.name, job["metadata"]["uid"])
@@ -417,10 +417,6 @@ def _differences(ours: Any, theirs: Any, path: str) -> list[str]:
 
 def _owner(pod: Object) -> str:
     return next((owner["uid"] for owner in pod["metadata"].get("ownerReferences", ())), "")
-
-
-def _index(pod: Object) -> int:
-    return int(pod["metadata"]["labels"]["training.kubeflow.org/replica-index"])
 
 
 def _indent(text: str) -> str:

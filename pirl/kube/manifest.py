@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -22,6 +23,7 @@ from ..storage import open_storage
 from ..train import Options
 from .settings import JobSettings
 
+Object = dict[str, Any]  # of Kubernetes, as its API has it
 API = ("kubeflow.org", "v1", "pytorchjobs")
 CONTAINER = "pytorch"  # the operator looks for this name
 METRICS_PORT = 9400
@@ -39,7 +41,7 @@ def job_name(out: str) -> str:
 
 def build_job(
     recipe: Recipe, options: Options, settings: JobSettings, labels: Mapping[str, str] | None = None
-) -> dict[str, Any]:
+) -> Object:
     """The object to create. `labels` (the KFP run's id, for instance) do not take part in its hash."""
     ours = {
         "app.kubernetes.io/name": "pirl-pipeline",
@@ -113,7 +115,7 @@ def to_yaml(job: Mapping[str, Any]) -> str:
     return yaml.dump(job, Dumper=BlockText, sort_keys=False)
 
 
-def _pod(name: str, options: Options, settings: JobSettings) -> dict[str, Any]:
+def _pod(name: str, options: Options, settings: JobSettings) -> Object:
     resources = {"cpu": settings.cpu, "memory": settings.memory}
     if settings.gpus:
         resources["nvidia.com/gpu"] = str(settings.gpus)
@@ -154,7 +156,8 @@ def _pod(name: str, options: Options, settings: JobSettings) -> dict[str, Any]:
                 "name": CONTAINER,
                 "image": settings.image,
                 "command": ["python", "-m", "pirl.train", f"{SETTINGS_DIR}/recipe.toml"],
-                "args": _arguments(options),
+                # without the number of processes: it comes from the operator's PET_NPROC_PER_NODE
+                "args": replace(options, processes=None).arguments(),
                 "env": [
                     {"name": key, "value": value}
                     for key, value in {
@@ -206,16 +209,6 @@ def _pod(name: str, options: Options, settings: JobSettings) -> dict[str, Any]:
     if settings.tolerations:
         pod["tolerations"] = settings.tolerations
     return pod
-
-
-def _arguments(options: Options) -> list[str]:
-    """As `pirl.train.launch` hands them on; the number of processes comes from the operator's PET_NPROC_PER_NODE."""
-    arguments = []
-    for name, value in vars(options).items():
-        if name != "processes" and value is not None and value is not False:
-            flag = f"--{name.replace('_', '-')}"
-            arguments += [flag] if value is True else [flag, str(value)]
-    return arguments
 
 
 def _slug(text: str, most: int) -> str:

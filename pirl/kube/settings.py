@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .. import __version__
-from ..errors import ConfigError, did_you_mean
+from ..config import all_at_once, describe
 
 IMAGE = f"localhost/pirl-trainer:{__version__.replace('+', '-')}"
 SECRET_NAMES = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|PRIVATE_KEY", re.IGNORECASE)
@@ -120,21 +120,10 @@ def job_settings(items: Iterable[str] = (), given: Mapping[str, Any] | None = No
     try:
         settings = JobSettings.model_validate(values)
     except ValidationError as error:
-        problems += [_describe(found) for found in error.errors()]
+        for found in error.errors():
+            # what was given is not repeated for `env`: it may be the secret that does not belong there
+            shown = {**found, "input": {}} if found["loc"][:1] == ("env",) else found
+            problems.append(describe(shown, "job", "setting", JobSettings.model_fields))
     if problems:
-        raise ConfigError(
-            f"the job's settings: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n  "
-            + "\n  ".join(dict.fromkeys(problems)),
-            f"the settings are {', '.join(JobSettings.model_fields)}",
-        )
+        raise all_at_once("the job's settings", problems, f"the settings are {', '.join(JobSettings.model_fields)}")
     return settings
-
-
-def _describe(found: Any) -> str:
-    path = ".".join(str(part) for part in found["loc"]) or "job"
-    if found["type"] == "extra_forbidden":
-        return f"unknown setting {path!r}.{did_you_mean(path, JobSettings.model_fields)}"
-    message = found["msg"].removeprefix("Value error, ")
-    # what was given is not repeated for `env`: it may be the secret that does not belong there
-    given = "" if isinstance(found["input"], dict | JobSettings) else f" (got {found['input']!r})"
-    return f"{path}: {message[0].lower()}{message[1:]}{given if path.split('.')[0] != 'env' else ''}"

@@ -8,8 +8,9 @@ from typing import Any
 
 from ..errors import StorageError, StorageNotFoundError
 from ..storage import Storage
-from .cluster import Cluster, Object, UnreachableError
+from .cluster import Cluster, UnreachableError
 from .diagnose import status
+from .manifest import Object
 
 TAIL_BYTES = 16 << 10
 

@@ -108,12 +108,9 @@ def crop(
     it is given. Crops are resized with an antialiased bilinear filter, each straight from the original: PIL's, or where
     `exact` is false PyTorch's, three times as fast, whose values are at most 1 level off (one in two hundred is).
     """
-    cells, size = cfg.grid * cfg.grid, cfg.patch_size
+    size = cfg.patch_size
     if out is None:
-        out = (
-            np.empty((cfg.image_size, cfg.image_size, 3), np.uint8),
-            np.empty((cells, size, size, 3), np.uint8),
-        )
+        out = np.empty(cfg.image_shape, np.uint8), np.empty(cfg.patch_shape, np.uint8)
     image_out, patches_out = out
     resized = _resized_by_pil if exact else _resized_by_torch
     image_out[...] = resized(_cut(image, geometry.image_box[row]), cfg.image_size)
@@ -121,7 +118,7 @@ def crop(
     columns, rows = np.divmod(geometry.permutation[row], cfg.grid)
     jitter_x, jitter_y = geometry.patch_jitter[row][:, columns, rows]
     lefts, tops = (columns * cfg.cell + jitter_x).tolist(), (rows * cfg.cell + jitter_y).tolist()
-    for k in range(cells):
+    for k in range(cfg.patches):
         patches_out[k] = source[tops[k] : tops[k] + size, lefts[k] : lefts[k] + size]
     return out
 
@@ -148,8 +145,8 @@ def crop_batch(
     together."""
     sizes = np.array([image.shape[:2] for image in images], np.int64).reshape(-1, 2)
     geometry = draw_geometry(cfg, seed, epoch, ids, sizes)
-    views = np.empty((len(images), cfg.image_size, cfg.image_size, 3), np.uint8)
-    patches = np.empty((len(images), cfg.grid * cfg.grid, cfg.patch_size, cfg.patch_size, 3), np.uint8)
+    views = np.empty((len(images), *cfg.image_shape), np.uint8)
+    patches = np.empty((len(images), *cfg.patch_shape), np.uint8)
     for row, image in enumerate(images):
         crop(image, geometry, row, cfg, out=(views[row], patches[row]))
     return views, patches.reshape(-1, *patches.shape[2:])

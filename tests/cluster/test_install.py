@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from training import kubectl
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 OURS = "app.kubernetes.io/part-of=pirl-pipeline"
@@ -23,12 +23,6 @@ pytestmark = [
     pytest.mark.cluster,
     pytest.mark.skipif(not os.environ.get("KUBECONFIG"), reason="needs a Kubernetes cluster: set KUBECONFIG"),
 ]
-
-
-def kubectl(*arguments: str, stdin: str | None = None, ok: bool = True) -> str:
-    done = subprocess.run(["kubectl", *arguments], input=stdin, capture_output=True, text=True, check=False)
-    assert not ok or done.returncode == 0, done.stderr
-    return done.stdout if ok else done.stdout + done.stderr
 
 
 def applied(*arguments: str) -> dict[str, Any]:

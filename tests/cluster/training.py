@@ -43,10 +43,11 @@ def program(*arguments: str) -> None:
     subprocess.run([PROGRAM, *arguments], check=True, capture_output=True)
 
 
-def kubectl(*arguments: str, stdin: str | None = None, check: bool = True) -> str:
+def kubectl(*arguments: str, stdin: str | None = None, ok: bool = True) -> str:
+    """What it says on its output; where it may fail (`ok` false), what it says at all."""
     done = subprocess.run(["kubectl", *arguments], input=stdin, capture_output=True, text=True, check=False)
-    assert not check or done.returncode == 0, done.stderr
-    return done.stdout
+    assert not ok or done.returncode == 0, done.stderr
+    return done.stdout if ok else done.stdout + done.stderr
 
 
 def until(what: Callable[[], Any], seconds: float, every_s: float = 0.5) -> Any:
