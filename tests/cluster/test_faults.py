@@ -49,9 +49,10 @@ def undisturbed(place: Place) -> list[tuple[int, float]]:
     """The loss of every step of a training to which nothing happens."""
     training = Training(place, "undisturbed", EPOCHS, {})
     training.start()
+    training.reach(1)
+    nodes = {pod["spec"]["nodeName"] for pod in place.pods(training.name)}  # the operator deletes those that are left
     assert training.end() == 0, training.text()
     training.complete()
-    nodes = {pod["spec"]["nodeName"] for pod in place.pods(training.name)}
     assert len(nodes) == min(4, len(kubectl("get", "nodes", "-o", "name").split())), "each pod has its own node"
     return training.losses()
 
