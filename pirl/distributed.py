@@ -23,6 +23,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from .errors import EXIT_DONE, EXIT_FAILURE, EXIT_PREEMPTED, PirlError, UsageError
+from .logs import complain
 
 gather_single = (
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -150,7 +151,7 @@ def report_outcome(work: Callable[[], int]) -> int:
             path = Path(folder) / f"{os.environ['RANK']}.json"
             path.write_text(json.dumps({"exit_code": exit_code, "message": message, "follows": follows}))
         else:
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            complain(message)
         return exit_code
 
     try:
@@ -184,11 +185,9 @@ def run_ranks(module: str, arguments: Sequence[str], processes: int | None) -> i
         except (ChildFailedError, SignalException) as error:
             told = {int(path.stem): json.loads(path.read_text()) for path in Path(folder).glob("*.json")}
             if isinstance(error, SignalException) and not told:
-                print(
-                    f"error: stopped by {error.sigval.name} before there was anything new to save\n"
-                    "  -> run the same command again to go on",
-                    file=sys.stderr,
-                    flush=True,
+                complain(
+                    f"stopped by {error.sigval.name} before there was anything new to save\n"
+                    "  -> run the same command again to go on"
                 )
                 return EXIT_PREEMPTED
             failures = error.failures if isinstance(error, ChildFailedError) else {}
@@ -198,11 +197,11 @@ def run_ranks(module: str, arguments: Sequence[str], processes: int | None) -> i
             if causes or not silent:
                 causes = sorted(causes or told.values(), key=lambda outcome: outcome["exit_code"] == EXIT_PREEMPTED)
                 for message in dict.fromkeys(outcome["message"] for outcome in causes):
-                    print(f"error: {message}", file=sys.stderr, flush=True)
+                    complain(message)
                 return causes[0]["exit_code"]
             rank, code = min(silent.items(), key=lambda item: (item[1] == -signal.SIGTERM, item[0]))
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            print(f"error: rank {rank} ended with {how}", file=sys.stderr, flush=True)
+            complain(f"rank {rank} ended with {how}")
             return EXIT_FAILURE
         finally:
             del os.environ[OUTCOME]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import os
 import random
@@ -13,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
+import safetensors.torch
 import torch
 from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401
 
 from pirl.checkpoint import Checkpoints, Commit, Cursor
+from pirl.checkpoint.state import DTYPES
+from pirl.distributed import World
 from pirl.errors import CheckpointError, StorageError
 from pirl.storage import LocalStorage, Storage, open_storage
 
@@ -83,7 +88,7 @@ def test_saving_does_not_see_what_training_changes_meanwhile(folder: Path) -> No
     gate = threading.Event()
 
     class Slow(LocalStorage):
-        def write_bytes(self, name: str, data: bytes) -> None:
+        def write_bytes(self, name: str, data: bytes | memoryview) -> None:
             assert gate.wait(20)
             super().write_bytes(name, data)
 
@@ -113,7 +118,7 @@ def test_retention(folder: Path) -> None:
         save(checkpoints, step)
     assert checkpoints.names() == ["step-00000100", "step-10000000"]
     assert checkpoints.newest() == "step-10000000"
-    assert {path.parent.name for path in folder.rglob("state.pt")} == set(checkpoints.names())
+    assert {path.parent.name for path in folder.rglob("*.safetensors")} == set(checkpoints.names())
     assert value_of(checkpoints.load("step-00000100")) == 100
 
 
@@ -123,18 +128,19 @@ def test_what_was_half_written_is_ignored_and_cleared_away(folder: Path) -> None
     for step in (2, 9):
         half = folder / f"step-{step:08d}"
         half.mkdir()
-        (half / "state.pt").write_bytes(b"half")
+        (half / "part-00000-of-00001-0badf00d.safetensors").write_bytes(b"half")
+    checkpoints = Checkpoints(open_storage(folder), keep=2)  # the next process
     assert checkpoints.newest() == "step-00000001"
     assert value_of(checkpoints.load()) == 1
     for step in (3, 4, 5):
         save(checkpoints, step)
     # a killed save leaves as much as a whole checkpoint holds: it must not pile up
-    assert {path.parent.name for path in folder.rglob("state.pt")} - {"step-00000009"} == set(checkpoints.names())
+    assert {path.parent.name for path in folder.rglob("*.safetensors")} == set(checkpoints.names())
 
 
 def test_only_a_half_written_one_is_a_fresh_start(folder: Path) -> None:
     (folder / "step-00000000").mkdir(parents=True)
-    (folder / "step-00000000" / "state.pt").write_bytes(b"half")
+    (folder / "step-00000000" / "part-00000-of-00001-0badf00d.safetensors").write_bytes(b"half")
     assert Checkpoints(open_storage(folder)).load() is None
 
 
@@ -151,15 +157,24 @@ def test_the_newest_is_found_without_its_pointer(folder: Path, checkpoints: Chec
     assert value_of(checkpoints.load()) == 2
 
 
+def part_of(path: Path) -> Path:
+    (part,) = path.glob("*.safetensors")
+    return part
+
+
 DAMAGES = {
-    "cut": lambda path: (path / "state.pt").write_bytes((path / "state.pt").read_bytes()[:-100]),
-    "bit": lambda path: (path / "state.pt").write_bytes(flipped((path / "state.pt").read_bytes())),
-    "gone": lambda path: (path / "state.pt").unlink(),
+    "cut": lambda path: part_of(path).write_bytes(part_of(path).read_bytes()[:-100]),
+    "longer": lambda path: part_of(path).write_bytes(part_of(path).read_bytes() + b"more"),
+    "bit": lambda path: part_of(path).write_bytes(flipped(part_of(path).read_bytes())),
+    "gone": lambda path: part_of(path).unlink(),
     "commit": lambda path: (path / "COMMIT.json").write_text("{}"),
     "not json": lambda path: (path / "COMMIT.json").write_text("{"),
     "list": lambda path: (path / "COMMIT.json").write_text("[]"),
+    "elsewhere": lambda path: (path / "COMMIT.json").write_text(
+        (path / "COMMIT.json").read_text().replace("part-", "../part-")
+    ),
     "format": lambda path: (path / "COMMIT.json").write_text(
-        (path / "COMMIT.json").read_text().replace('"format": 1', '"format": 7')
+        (path / "COMMIT.json").read_text().replace('"format": 2', '"format": 7')
     ),
 }
 
@@ -207,19 +222,95 @@ class Marker:
         return os.mkdir, (str(self.path),)
 
 
+def replaced(folder: Path, data: bytes) -> None:
+    """Put other data into a checkpoint of one part, and commit to it."""
+    part_of(folder).write_bytes(data)
+    storage = open_storage(folder)
+    commit = storage.read_json("COMMIT.json")
+    commit["parts"][0] |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    storage.write_json("COMMIT.json", commit)
+
+
 def test_a_hostile_pickle_is_refused_and_not_executed(folder: Path, checkpoints: Checkpoints, tmp_path: Path) -> None:
     save(checkpoints, 1)
-    path = folder / "step-00000001"
-    torch.save({"format": 1, "model": Marker(tmp_path / "executed")}, path / "state.pt")
-    data = (path / "state.pt").read_bytes()
-    commit = open_storage(path).read_json("COMMIT.json")
-    commit |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    open_storage(path).write_json("COMMIT.json", commit)
-    with pytest.raises(CheckpointError, match=r"state\.pt"):
+    torch.save({"format": 2, "model": Marker(tmp_path / "executed")}, tmp_path / "trap")
+    replaced(folder / "step-00000001", (tmp_path / "trap").read_bytes())
+    with pytest.raises(CheckpointError, match="step-00000001 is as it was committed"):
         checkpoints.load()
     assert not (tmp_path / "executed").exists()
-    torch.load(path / "state.pt", weights_only=False)  # the trap works
+    torch.load(tmp_path / "trap", weights_only=False)  # the trap works
     assert (tmp_path / "executed").exists()
+
+
+def test_foreign_files_are_refused(folder: Path, checkpoints: Checkpoints) -> None:
+    """Whatever a header says, with the right hash: no crash, no memory beyond the file, one clear error."""
+    save(checkpoints, 1)
+    path = folder / "step-00000001"
+    good = part_of(path).read_bytes()
+    length = int.from_bytes(good[:8], "little")
+    header = json.loads(good[8 : 8 + length])
+    tensor = {"dtype": "F32", "shape": [10], "data_offsets": [0, 40]}
+    state_without = {**header, "__metadata__": {"state": '{"$tensor": "absent", "dtype": "F32", "shape": [1]}'}}
+    heads: list[Any] = [
+        *([], "text", {}, {"a": 1}, {"a": {}}, {"__metadata__": {}}, state_without),
+        {**header, "__metadata__": {"state": "not json"}},
+        {**header, "model/weight": {**tensor, "data_offsets": [0, 10**12]}},
+        {**header, "model/weight": {**tensor, "data_offsets": [-8, 32]}},
+        {**header, "model/weight": {**tensor, "data_offsets": [40, 0]}},
+        {**header, "model/weight": {**tensor, "shape": [10**15]}},
+        {**header, "model/weight": {**tensor, "shape": [5]}},
+        {**header, "model/weight": {**tensor, "dtype": "I32"}},
+        {**header, "model/weight": {**tensor, "dtype": "NEW"}},
+    ]
+    files = [json.dumps(head).encode() for head in heads]
+    files = [len(text).to_bytes(8, "little") + text + good[8 + length :] for text in files]
+    for data in [*files, b"", b"abc", (10**18).to_bytes(8, "little"), good[:8] + b"\xff" * length]:
+        replaced(path, data)
+        with pytest.raises(CheckpointError, match="no state"):
+            checkpoints.load()
+    replaced(path, good)
+    assert value_of(checkpoints.load()) == 1
+
+
+def test_a_part_is_a_usual_safetensors_file(folder: Path, checkpoints: Checkpoints) -> None:
+    save(checkpoints, 7)
+    tensors = safetensors.torch.load_file(part_of(folder / "step-00000007"))
+    assert tensors["model/weight"].tolist() == [7.0] * 10
+    assert tensors["optimizer/state/0/momentum_buffer"].tolist() == [-7.0] * 10
+
+
+def test_an_older_format_is_told(folder: Path, checkpoints: Checkpoints) -> None:
+    (folder / "step-00000001").mkdir(parents=True)
+    (folder / "step-00000001" / "COMMIT.json").write_text('{"format": 1, "name": "step-00000001", "bytes": 3}')
+    with pytest.raises(CheckpointError, match="has format 1, this version reads 2"):
+        checkpoints.load()
+
+
+def test_every_kind_of_value_comes_back(checkpoints: Checkpoints) -> None:
+    numbers = {name: torch.arange(-3, 4).to(dtype) for name, dtype in DTYPES.items()}
+    more = {
+        "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "transposed": torch.randn(3, 4).T,
+        "scalar": torch.tensor(2.5, dtype=torch.float64),
+        "empty": torch.zeros(0, 3),
+        "nan": torch.tensor([float("nan"), float("inf")]),
+        "by number": {3: torch.ones(1), 1: "one"},
+        "plain": [None, True, 1, 0.1, 1e-300, float("inf"), "text", (1, [2.5, ("a",)]), {"$odd": 1}, {}, []],
+    }
+    checkpoints.save({"numbers": numbers, "more": more}, Cursor(), "r", "d")
+    assert checkpoints.wait() is None
+    found = checkpoints.load()
+    assert found is not None
+    for name, tensor in numbers.items():
+        loaded = found[1]["numbers"][name]
+        assert loaded.dtype == tensor.dtype
+        assert torch.equal(loaded, tensor)
+    for name in ("channels last", "transposed", "scalar", "empty"):
+        assert torch.equal(found[1]["more"][name], more[name])
+    assert torch.equal(found[1]["more"]["nan"].nan_to_num(), more["nan"].nan_to_num())
+    assert found[1]["more"]["by number"] == more["by number"]
+    assert found[1]["more"]["plain"] == more["plain"]
+    assert list(found[1]["more"]) == list(more)
 
 
 class Failing(LocalStorage):
@@ -227,8 +318,8 @@ class Failing(LocalStorage):
 
     failures: list[str]
 
-    def write_bytes(self, name: str, data: bytes) -> None:
-        if name == "state.pt" and self.failures:
+    def write_bytes(self, name: str, data: bytes | memoryview) -> None:
+        if name.startswith("part-") and self.failures:
             raise StorageError(self.failures.pop(), "free some space")
         super().write_bytes(name, data)
 
@@ -266,11 +357,215 @@ def test_a_failed_save_takes_nothing_away(folder: Path) -> None:
         assert value_of(checkpoints.load()) == 1
 
 
-def test_a_bug_while_saving_is_raised(folder: Path) -> None:
+def test_a_bug_while_saving_is_raised(checkpoints: Checkpoints) -> None:
+    with pytest.raises(TypeError, match="model: a function cannot be saved"):
+        checkpoints.save({"model": lambda: None}, Cursor(), "r", "d")
+
+
+def test_an_unfinished_publication_is_found_out(folder: Path, checkpoints: Checkpoints) -> None:
+    """The pointer goes ahead of the commit object: until that is there, the one before is the newest."""
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    (folder / "step-00000002" / "COMMIT.json").rename(folder / "aside")
+    assert checkpoints.newest() == "step-00000001"
+    (folder / "aside").rename(folder / "step-00000002" / "COMMIT.json")
+    assert checkpoints.newest() == "step-00000002"
+
+
+def test_a_lost_answer_to_the_commit_leaves_it_whole(folder: Path) -> None:
+    """The storage says that the commit object was not written, and it is there all the same."""
+
+    class Lying(LocalStorage):
+        lies = 1
+
+        def write_bytes(self, name: str, data: bytes | memoryview) -> None:
+            super().write_bytes(name, data)
+            if name == "COMMIT.json" and Lying.lies:
+                Lying.lies -= 1
+                raise StorageError("connection lost", "")
+
+        def __truediv__(self, part: str) -> Lying:
+            return Lying(self.path / part)
+
+    checkpoints = Checkpoints(Lying(folder), keep=2)
+    checkpoints.save(state(1), Cursor(step=1), "r", "d")
+    assert checkpoints.wait() is not None
+    assert value_of(checkpoints.load()) == 1
+    save(checkpoints, 2)
+    assert value_of(checkpoints.load("step-00000001")) == 1
+    save(checkpoints, 3)
+    assert checkpoints.names() == ["step-00000002", "step-00000003"]
+
+
+def test_the_best_and_the_milestones_stay(folder: Path) -> None:
+    checkpoints = Checkpoints(open_storage(folder), keep=1, keep_best=True)
+    for step, loss in enumerate((None, 3.0, 1.0, 2.0, 4.0, 3.0)):
+        checkpoints.save(state(step), Cursor(step=step), "r", "d", loss=loss, milestone=step == 3)
+        assert checkpoints.wait() is None
+        if step == 3:
+            checkpoints = Checkpoints(open_storage(folder), keep=1, keep_best=True)  # a restart knows them too
+    assert checkpoints.names() == [f"step-0000000{step}" for step in (2, 3, 5)]
+    assert value_of(checkpoints.load("step-00000002")) == 2
+
+
+def test_going_on_from_an_older_one(folder: Path) -> None:
+    """What is newer, and was given up, is neither taken for the newest nor does it push others out."""
+    save(Checkpoints(open_storage(folder), keep=2), 3)
+    save(Checkpoints(open_storage(folder), keep=2), 9)
+    DAMAGES["bit"](folder / "step-00000009")
+    checkpoints = Checkpoints(open_storage(folder), keep=2)
+    with pytest.warns(UserWarning, match="going on from the older step-00000003"):
+        assert value_of(checkpoints.load()) == 3
+    assert checkpoints.skipped == ["step-00000009"]
+    for step in (4, 5, 6):
+        save(checkpoints, step)
+        assert value_of(Checkpoints(open_storage(folder)).load()) == step
+    assert checkpoints.names() == ["step-00000005", "step-00000006", "step-00000009"]
+    save(checkpoints, 9)
+    assert value_of(Checkpoints(open_storage(folder)).load()) == 9
+    assert len(list((folder / "step-00000009").iterdir())) == 2
+
+
+# ---- several ranks
+
+
+def large(value: float) -> dict[str, Any]:
+    """1.2 MiB in a tensor that is cut, others that are not, and statistics that only rank 0's count of."""
+    return {
+        "model": {"weight": torch.full((1000,), value), "bank": torch.arange(301_001.0).view(-1, 1) + value},
+        "own": {"mean": torch.full((5,), value)},
+        "optimizer": {"state": {0: {"momentum_buffer": torch.full((70, 70), -value)}}, "lr": value},
+    }
+
+
+def save_on_rank(world: World, folder: Path, steps: range, keep: int = 2) -> list[str]:
+    checkpoints = Checkpoints(open_storage(folder), keep, world)
+    for step in steps:
+        content = large(step)
+        content["own"]["mean"] += world.rank
+        checkpoints.save(content, Cursor(step=step), "r", "d", of_main={"own/mean"})
+    error = checkpoints.wait()
+    assert error is None, error
+    world.barrier()
+    return checkpoints.names()
+
+
+def assert_whole(found: tuple[Commit, dict[str, Any]] | None) -> int:
+    """All of a `large` state is there, and of one step. Returns the step."""
+    assert found is not None
+    commit, content = found
+    step = commit.cursor.step
+    wanted = large(step)
+    assert torch.equal(content["model"]["bank"], wanted["model"]["bank"])
+    assert torch.equal(content["model"]["weight"], wanted["model"]["weight"])
+    assert torch.equal(content["own"]["mean"], wanted["own"]["mean"])
+    assert torch.equal(
+        content["optimizer"]["state"][0]["momentum_buffer"], wanted["optimizer"]["state"][0]["momentum_buffer"]
+    )
+    assert content["optimizer"]["lr"] == step
+    return step
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_share_the_writing_and_any_number_may_read(folder: Path, tmp_path: Path, size: int) -> None:
+    (names, *_) = ranks.run(save_on_rank, size, tmp_path / "ranks", folder, range(1, 4))
+    assert names == ["step-00000002", "step-00000003"]
     checkpoints = Checkpoints(open_storage(folder))
-    checkpoints.save({"model": lambda: None}, Cursor(), "r", "d")
-    with pytest.raises(Exception, match="pickle"):
-        checkpoints.wait()
+    assert assert_whole(checkpoints.load()) == 3
+    assert assert_whole(checkpoints.load("step-00000002")) == 2
+    sizes = [part.bytes for part in checkpoints.commit("step-00000003").parts]
+    assert len(sizes) == size
+    assert max(sizes) < 1.2 * min(sizes)
+
+
+def unpublished(world: World, folder: Path, step: int) -> None:
+    """All parts are written, and rank 0 dies before the commit object is."""
+    checkpoints = Checkpoints(open_storage(folder), 2, world, guard=lambda: os.kill(os.getpid(), signal.SIGKILL))
+    checkpoints.save(large(-1), Cursor(step=step), "r", "d")
+    checkpoints.wait()
+
+
+def test_parts_of_two_attempts_at_one_step_are_not_mixed(folder: Path, tmp_path: Path) -> None:
+    """Three ranks are killed before they publish; two ranks, then three, make the same step anew."""
+    processes = ranks.start(unpublished, 3, tmp_path / "ranks", folder, 5)
+    assert ranks.finish(processes)[0] == -signal.SIGKILL
+    assert len(list((folder / "step-00000005").iterdir())) == 3
+    assert Checkpoints(open_storage(folder)).load() is None
+    for size in (2, 3):
+        ranks.run(save_on_rank, size, tmp_path / "ranks", folder, range(5, 6))
+        assert assert_whole(Checkpoints(open_storage(folder)).load()) == 5
+        assert len(list((folder / "step-00000005").iterdir())) == size + 1
+
+
+def save_forever_on_rank(world: World, folder: Path) -> None:
+    checkpoints = Checkpoints(open_storage(folder), 2, world)
+    newest = world.broadcast_object(checkpoints.newest())
+    for step in range(int(newest.removeprefix("step-")) + 1 if newest else 0, 10**8):
+        content = large(step)
+        content["own"]["mean"] += world.rank
+        checkpoints.save(content, Cursor(step=step), "r", "d", of_main={"own/mean"})
+
+
+def test_any_rank_killed_while_saving_in_a_loop(folder: Path, tmp_path: Path) -> None:
+    rng = random.Random(1)
+    reader = Checkpoints(open_storage(folder))
+    before = -1
+    for attempt in range(6):
+        size = rng.choice((2, 3))
+        processes = ranks.start(save_forever_on_rank, size, tmp_path / "ranks", folder)
+        known, deadline = reader.newest(), time.monotonic() + 60
+        while reader.newest() == known and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.05)
+        first = processes[attempt % size]
+        first.kill()
+        time.sleep(rng.random() * 0.1)  # the others go on for a moment
+        for process in processes:
+            process.kill()
+            process.join()
+        step = assert_whole(reader.load())
+        assert step > before
+        before = step
+    ranks.run(save_on_rank, 2, tmp_path / "ranks", folder, range(before + 1, before + 3))
+    assert {path.parent.name for path in folder.rglob("*.safetensors")} == set(reader.names())  # nothing is left over
+
+
+class FullForRank(LocalStorage):
+    """Reports a full disk to one rank's part."""
+
+    def write_bytes(self, name: str, data: bytes | memoryview) -> None:
+        if name.startswith("part-00001") and "step-00000002" in str(self.path):
+            raise StorageError("the disk is full", "free some space")
+        super().write_bytes(name, data)
+
+    def __truediv__(self, part: str) -> FullForRank:
+        return FullForRank(self.path / part)
+
+
+def save_on_a_full_disk(world: World, folder: Path) -> list[str]:
+    checkpoints = Checkpoints(FullForRank(folder), 2, world)
+    told = []
+    for step in (1, 2, 3):
+        checkpoints.save(large(step), Cursor(step=step), "r", "d")
+        told.append(str(checkpoints.wait()))
+        world.barrier()
+        if step == 2 and world.is_main:
+            told.append(str(sorted(path.name for path in folder.iterdir() if any(path.glob("*")) or path.is_file())))
+    return told
+
+
+def test_one_rank_that_cannot_write_fails_the_save_of_all_at_once(folder: Path, tmp_path: Path) -> None:
+    told, others = ranks.run(save_on_a_full_disk, 2, tmp_path / "ranks", folder)
+    assert "the disk is full" in told[1]
+    assert told[2] == "['LATEST.json', 'step-00000001']"  # rank 0's part has gone again
+    assert (told[0], told[3]) == ("None", "None")
+    assert others == ["None"] * 3
+    checkpoints = Checkpoints(open_storage(folder))
+    assert checkpoints.names() == ["step-00000001", "step-00000003"]
+    assert assert_whole(checkpoints.load()) == 3
+
+
+# ---- one process, killed
 
 
 def save_forever(folder: Path) -> None:
@@ -306,5 +601,5 @@ def test_killed_while_saving_in_a_loop(folder: Path) -> None:
         assert found is not None
         assert found[0].cursor.step == value > before
         before = value
-    states = list(folder.rglob("state.pt"))
+    states = list(folder.rglob("*.safetensors"))
     assert len(states) <= 2 + 2  # two kept, one being written, one being retired: no heap of leftovers

@@ -1,0 +1,79 @@
+"""What is known of a checkpoint without reading it: the commit object, by which it is published."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pirl.errors import CheckpointError
+
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a run stands: it does not depend on ranks or workers."""
+
+    epoch: int = 0
+    samples: int = 0
+    """Of this epoch, seen by all ranks together."""
+    step: int = 0
+    seconds: float = 0.0
+    """Of training, over all restarts."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of a checkpoint."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What is known of a complete checkpoint without reading it."""
+
+    name: str
+    cursor: Cursor
+    recipe_digest: str
+    data_digest: str
+    parts: tuple[Part, ...]
+    loss: float | None = None
+    """Of the global batch at this step."""
+    milestone: bool = False
+    """Kept for good."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def sha256(self) -> str:
+        """Of the parts' own, in their order."""
+        return hashlib.sha256("".join(part.sha256 for part in self.parts).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self)}
+
+
+def parse_commit(data: bytes, where: str) -> Commit:
+    """The content of the commit object of the checkpoint `where`; `CheckpointError` where it is none."""
+    try:
+        fields = json.loads(data)
+        version = fields.pop("format")
+        if version == FORMAT:
+            parts = tuple(Part(**part) for part in fields.pop("parts"))
+            if not all(re.fullmatch(r"[\w.-]+\.safetensors", part.file) and part.bytes >= 0 for part in parts):
+                raise ValueError("a part has no proper name or size")
+            return Commit(**{**fields, "cursor": Cursor(**fields["cursor"]), "parts": parts})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{where}/COMMIT.json is damaged: {error}", "use an older checkpoint") from None
+    raise CheckpointError(
+        f"{where} has format {version}, this version reads {FORMAT}",
+        "use the version of pirl-pipeline that wrote it, or start a new run",
+    )

@@ -1,0 +1,327 @@
+"""Saving, publishing, finding, loading and retiring checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import threading
+import time
+import warnings
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pirl.checkpoint.commit import Commit, Cursor, Part, parse_commit
+from pirl.checkpoint.state import Image, assemble, deal, describe, read_part
+from pirl.distributed import World
+from pirl.errors import CheckpointError, StorageError, StorageNotFoundError
+from pirl.storage import Storage
+
+_PEERS_S = 3600.0  # a rank whose part is not there by then fails the save
+# What reading a file can raise that is as it was committed, but was not written by this program.
+_BAD_PART = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError)
+
+
+class Checkpoints:
+    """The checkpoints of one run. The ranks of one training write together; any process may read.
+
+    Where `world` has several ranks, all of them make this object, and call `save` together.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        keep: int = 2,
+        world: World | None = None,
+        *,
+        keep_best: bool = False,
+        guard: Callable[[], None] = lambda: None,
+    ) -> None:
+        """The newest `keep` checkpoints stay, milestones, and with `keep_best` the one of the lowest loss. (The loss
+        tells how a training goes, not how good the trunk is: that is the evaluation's to tell.) `guard` is called on
+        rank 0 before anything is published, and raises where that is not permitted any more.
+        """
+        self.storage = storage
+        self.keep = keep
+        self.keep_best = keep_best
+        self.world = world or World()
+        self.guard = guard
+        self.failures = 0
+        self.skipped: list[str] = []
+        """Names of broken ones that `load` passed over."""
+        self._image = Image()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._abandoned = threading.Event()
+        self._complete: dict[str, Commit] | None = None  # known after the first listing, kept from then on
+
+    # ---- saving
+
+    def save(
+        self,
+        state: dict[str, Any],
+        cursor: Cursor,
+        recipe_digest: str,
+        data_digest: str,
+        done: Callable[[Commit, float], None] = lambda commit, seconds: None,
+        *,
+        loss: float | None = None,
+        milestone: bool = False,
+        of_main: Collection[str] = (),
+    ) -> None:
+        """Copy this rank's share of `state` to host memory and write it in the background.
+
+        All ranks hold the same state, but for the tensors that `of_main` names by their paths, such as
+        "model/trunk.bn1.running_mean": those are taken from rank 0. Waits for a save that is still under way. `done` is
+        called on rank 0, from the writing thread. A failed save does not stop training: `wait` tells.
+        """
+        self.wait()
+        tree, tensors = describe(state)
+        attempt = self.world.broadcast_object(secrets.token_hex(4))
+        pieces = deal(tensors, self.world.size, of_main)[self.world.rank]
+        metadata = {"state": json.dumps(tree)} if self.world.is_main else {}
+        data, ready = self._image.fill(tensors, pieces, metadata)
+        name = f"step-{cursor.step:08d}"
+        commit = lambda parts: Commit(name, cursor, recipe_digest, data_digest, parts, loss, milestone)  # noqa: E731
+
+        def work() -> None:
+            started = time.perf_counter()
+            try:
+                ready()
+                found = self._write(name, attempt, data, commit)
+                if found:
+                    done(found, time.perf_counter() - started)
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=False)
+        self._thread.start()
+
+    def wait(self) -> StorageError | None:
+        """Wait for a save under way; on rank 0 the storage's error that ended it, if any. Other errors are raised."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is None:
+            return None
+        if not isinstance(error, StorageError):
+            raise error
+        self.failures += 1
+        return error
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save has failed, as far as is known now."""
+        return self._error is not None
+
+    def close(self) -> None:
+        """End what is under way without waiting for other ranks, which may be gone."""
+        self._abandoned.set()
+        with suppress(Exception):
+            self.wait()
+
+    def _write(
+        self, name: str, attempt: str, data: memoryview, commit: Callable[[tuple[Part, ...]], Commit]
+    ) -> Commit | None:
+        """Write this rank's part; on rank 0 also publish them all. None on the other ranks."""
+        folder, rank = self.storage / name, self.world.rank
+        file = f"part-{rank:05d}-of-{self.world.size:05d}-{attempt}.safetensors"
+        try:
+            if self.world.is_main and self._complete is None:
+                self._complete = self._tidy(attempt)
+            folder.write_bytes(file, data)
+            outcome: dict[str, Any] = asdict(Part(file, len(data), hashlib.sha256(data).hexdigest()))
+        except StorageError as error:
+            outcome = {"what": error.what, "hint": error.hint}
+        outcomes: list[dict[str, Any]] = []
+        try:
+            outcomes = self._gather(attempt, outcome)
+            if not self.world.is_main:
+                return None
+            for other in outcomes:
+                if "what" in other:
+                    raise StorageError(other["what"], other["hint"])
+            found = commit(tuple(Part(**part) for part in outcomes))
+            self._publish(found)
+        except StorageError:
+            # The next save looks again at what there is. A COMMIT.json whose answer was lost may yet appear, so what it
+            # names is left until then; but on a full disk nothing that is of no use may stay.
+            self._complete = None
+            with suppress(StorageError):
+                if any("what" in other for other in outcomes):
+                    self._tidy()
+            raise
+        return found
+
+    def _gather(self, attempt: str, outcome: dict[str, Any]) -> list[dict[str, Any]]:
+        """All ranks' outcomes, on rank 0. Through the key-value store of the process group: a collective would get in
+        the way of training's own, and could not be abandoned when a rank is gone."""
+        if self.world.size == 1:
+            return [outcome]
+        store = dist.distributed_c10d._get_default_store()
+        keys = [f"pirl/checkpoint/{attempt}/{rank}" for rank in range(self.world.size)]
+        store.set(keys[self.world.rank], json.dumps(outcome))
+        if not self.world.is_main:
+            return []
+        deadline = time.monotonic() + _PEERS_S
+        while not store.check(keys):
+            if self._abandoned.wait(0.02) or time.monotonic() > deadline:
+                missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+                raise StorageError(
+                    f"the parts of ranks {missing} of the checkpoint were not written in time",
+                    "look for what slows or stops the storage of their machines",
+                )
+        outcomes = [json.loads(store.get(key)) for key in keys]
+        for key in keys:
+            store.delete_key(key)
+        return outcomes
+
+    def _publish(self, commit: Commit) -> None:
+        """Make the checkpoint visible, then retire older ones."""
+        assert self._complete is not None
+        self.guard()
+        before = next((name for name in reversed(self._complete) if name != commit.name), None)
+        # first the pointer: until the commit object is there, a reader goes on to the one before
+        self.storage.write_json("LATEST.json", {"name": commit.name, "before": before})
+        (self.storage / commit.name).write_json("COMMIT.json", commit.to_json())
+        replaced = self._complete.pop(commit.name, None)
+        self._complete[commit.name] = commit
+        with suppress(StorageError):  # what is left over costs space, no more
+            self._delete(replaced.name, replaced.parts) if replaced else None
+            self._retire(commit.name)
+
+    def _retire(self, newest: str) -> None:
+        """Delete the complete checkpoints up to `newest` that need not be kept, commit object first."""
+        assert self._complete is not None
+        names = sorted(name for name in self._complete if name <= newest)
+        kept = {*names[-self.keep :], *(name for name in names if self._complete[name].milestone)}
+        losses = [(loss, name) for name in names if (loss := self._complete[name].loss) is not None]
+        if self.keep_best and losses:
+            kept.add(min(losses)[1])
+        for name in names:
+            if name not in kept:
+                commit = self._complete.pop(name)
+                (self.storage / name).delete("COMMIT.json")
+                self._delete(name, commit.parts)
+
+    def _delete(self, name: str, parts: Collection[Part]) -> None:
+        for part in parts:
+            (self.storage / name).delete(part.file)
+
+    def _tidy(self, attempt: str = "") -> dict[str, Commit]:
+        """Delete parts that no commit object names, but those of `attempt`. Returns the complete checkpoints."""
+        files: dict[str, list[str]] = {}
+        for path in self.storage.list("step-"):
+            name, _, file = path.partition("/")
+            files.setdefault(name, []).append(file)
+        complete = {}
+        for name, found in sorted(files.items()):
+            named: set[str] = set()
+            if "COMMIT.json" in found:
+                try:
+                    complete[name] = self.commit(name)
+                except CheckpointError:
+                    continue  # not to be judged here
+                named = {"COMMIT.json", *(part.file for part in complete[name].parts)}
+            for file in found:
+                if file not in named and not (attempt and f"-{attempt}." in file):
+                    (self.storage / name).delete(file)
+        return complete
+
+    # ---- finding and loading
+
+    def names(self) -> list[str]:
+        """Names of the complete checkpoints, oldest first."""
+        found = (name.split("/") for name in self.storage.list("step-"))
+        return sorted(parts[0] for parts in found if len(parts) == 2 and parts[1] == "COMMIT.json")
+
+    def newest(self) -> str | None:
+        """Name of the newest complete checkpoint, without listing where `LATEST.json` tells it."""
+        try:
+            latest = json.loads(self.storage.read_small("LATEST.json"))
+            told = [str(name) for name in (latest["name"], latest["before"]) if name]
+            for name in told:
+                if (self.storage / name).exists("COMMIT.json"):
+                    return name
+        except (StorageNotFoundError, ValueError, TypeError, KeyError):
+            pass  # absent or damaged: it only saves a listing
+        names = self.names()
+        return names[-1] if names else None
+
+    def load(self, name: str | None = None) -> tuple[Commit, dict[str, Any]] | None:
+        """The checkpoint `name`, or the newest that is whole; None where the run has none at all.
+
+        A broken one that was not asked for by name is skipped, with a warning, if an older whole one exists.
+        """
+        if name is not None:
+            return self._read(name)
+        newest = self.newest()
+        if newest is None:
+            return None
+        try:
+            return self._read(newest)
+        except CheckpointError as error:
+            skipped = [newest]
+            for older in reversed([other for other in self.names() if other < newest]):
+                try:
+                    found = self._read(older)
+                except CheckpointError:
+                    skipped.append(older)
+                    continue
+                self.skipped += skipped
+                warnings.warn(f"{error.what}; going on from the older {older}", stacklevel=2)
+                return found
+            raise
+
+    def commit(self, name: str) -> Commit:
+        """The commit object of the checkpoint `name`."""
+        where = f"{self.storage.uri}/{name}"
+        try:
+            return parse_commit((self.storage / name).read_small("COMMIT.json"), where)
+        except StorageNotFoundError:
+            known = ", ".join(self.names()) or "none"
+            raise CheckpointError(f"there is no complete checkpoint {where}", f"complete ones here: {known}") from None
+
+    def _read(self, name: str) -> tuple[Commit, dict[str, Any]]:
+        commit = self.commit(name)
+        try:
+            pieces: dict[str, Tensor] = {}
+            metadata: dict[str, str] = {}
+            with ThreadPoolExecutor(4) as pool:
+                for told, found in pool.map(lambda part: self._read_part(name, part), commit.parts):
+                    metadata |= told
+                    pieces |= found
+            return commit, assemble(json.loads(metadata["state"]), pieces)
+        except CheckpointError:
+            if self.commit(name) == commit:
+                raise
+            return self._read(name)  # it was written anew meanwhile
+        except _BAD_PART as error:
+            raise CheckpointError(
+                f"{self.storage.uri}/{name} is as it was committed, but no state: it was refused ({error})",
+                "it was not written by this program: delete it, and find out who wrote it",
+            ) from error
+
+    def _read_part(self, name: str, part: Part) -> tuple[dict[str, str], dict[str, Tensor]]:
+        """The metadata and tensors of one part, after its size and its hash are found right."""
+        where, folder = f"{self.storage.uri}/{name}/{part.file}", self.storage / name
+        try:
+            size = folder.size(part.file)
+            data = torch.empty(part.bytes if size == part.bytes else 0, dtype=torch.uint8)
+            folder.read_into(part.file, data.numpy().data)
+        except StorageNotFoundError:
+            raise CheckpointError(f"{where} is missing", "use an older checkpoint") from None
+        if size != part.bytes or hashlib.sha256(data.numpy().data).hexdigest() != part.sha256:
+            raise CheckpointError(
+                f"{where} is damaged: {size} of {part.bytes} bytes, or another SHA-256 than was committed",
+                "delete this checkpoint to go on from an older one",
+            )
+        return read_part(data)
