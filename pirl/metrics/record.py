@@ -1,28 +1,37 @@
-"""What a training says about itself: `metrics.jsonl` by step, `events.jsonl` by event, and lines on the terminal."""
+"""A run's own record: `metrics.jsonl` by step and `events.jsonl` by event, in its storage."""
 
 from __future__ import annotations
 
 import json
 import math
 import resource
-import sys
 import time
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .errors import StorageError
-from .storage import Storage, open_storage
+from .. import logs
+from ..errors import StorageError
+from ..storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    from .training import TrainingMetrics
 
 
 class Log:
-    """Two JSON-lines objects of a run, kept whole in memory and written as a whole: object stores cannot append."""
+    """Two JSON-lines objects of a run, kept whole in memory and written as a whole: object stores cannot append.
 
-    def __init__(self, run: Storage, flush_s: float = 15.0) -> None:
+    What goes in goes to `live` too, the metrics for Prometheus.
+    """
+
+    def __init__(self, run: Storage, live: TrainingMetrics | None = None, flush_s: float = 15.0) -> None:
         self.run = run
+        self.live = live
         self.flush_s = flush_s
         self.metrics = read_lines(run, "metrics.jsonl")
         self.events = read_lines(run, "events.jsonl")
         self._flushed = time.monotonic()
+        if live and live.world.is_main:
+            live.replay(self.events)
 
     def resume_at(self, step: int) -> None:
         """Forget the steps after `step`: they will be made again."""
@@ -30,11 +39,17 @@ class Log:
 
     def step(self, **values: float) -> None:
         self.metrics.append({key: _rounded(value) for key, value in values.items()})
+        if self.live:
+            self.live.line(values)
         if time.monotonic() - self._flushed > self.flush_s:
             self.flush()
 
     def event(self, kind: str, **values: Any) -> None:
         self.events.append({"time": round(time.time(), 3), "event": kind, **values})
+        if self.live:
+            self.live.event(kind, values)
+        if not self.live or self.live.world.is_main:
+            logs.event(kind, **values)
 
     def flush(self) -> None:
         for name, lines in (("metrics.jsonl", self.metrics), ("events.jsonl", self.events)):
@@ -77,11 +92,6 @@ def list_runs(root: str) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def say(text: str) -> None:
-    """One line for the person who watches, at once, also through a pipe."""
-    print(text, file=sys.stdout, flush=True)
 
 
 def duration(seconds: float) -> str:
