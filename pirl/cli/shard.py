@@ -12,7 +12,12 @@ from .app import DRY_RUN_HELP, app, console, progress
 
 @app.command()
 def shard(
-    source: Annotated[str, typer.Argument(help="Folder, list of files (.txt), or fashion-mnist:train|test.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Folder, list of files (.txt), s3://bucket/prefix (images or tars), or fashion-mnist:train|test."
+        ),
+    ],
     out: Annotated[str, typer.Argument(help="Folder or s3:// prefix.")],
     processes: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
     max_bad_share: Annotated[float, typer.Option(help="Stop if a larger share of images is unreadable.")] = 0.01,

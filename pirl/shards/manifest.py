@@ -63,7 +63,7 @@ class Manifest(BaseModel):
     def load(cls, storage: Storage) -> Manifest:
         """Read and check the manifest of a sharded data set; DataError when there is none or it contradicts itself."""
         try:
-            data = storage.read_bytes(MANIFEST)
+            data = storage.read_small(MANIFEST)
         except StorageNotFoundError:
             raise DataError(
                 f"{storage.uri} holds no {MANIFEST}: nothing was sharded there, or the sharding was interrupted",

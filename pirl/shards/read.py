@@ -1,36 +1,39 @@
-"""Reading sharded images by id, in any order, at the price of one positioned read each."""
+"""Reading sharded images by id, in any order, at the price of one positioned read each; on S3 through a cache."""
 
 from __future__ import annotations
 
 import bisect
-import fcntl
 import hashlib
 import json
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from zlib_ng import zlib_ng
 
 from pirl.errors import DataError, StorageError, StorageNotFoundError
+from pirl.shards.cache import BlockCache
 from pirl.shards.fashion import cache_root
 from pirl.shards.manifest import Manifest, Shard
-from pirl.storage import Storage, local_path, open_storage, sha256_file
+from pirl.shards.remote import HINT, Ahead, RemoteShards, Span
+from pirl.storage import Storage, local_path, open_storage
 
 OPEN_THREADS = 16
 HASH_BYTES = 8 * 2**20
-HINT = "restore the file, or remove the folder and run `pirl shard` again"
+UNKNOWN = -1  # checksum of an image in shards that were made before there were checksums
 
 
 class ShardReader:
     """The images of a sharded data set by id, 0 <= id < len(reader).
 
     Opening it checks the manifest, the size of every shard and the hash of every index, so that damage shows at once
-    and not in mid-epoch. Shards on S3 are copied to the cache (`PIRL_CACHE`, default ~/.cache/pirl) at the first touch,
-    checked by hash. A reader may be shared by threads, inherited by fork, and pickled.
+    and not in mid-epoch. From S3 come only the parts that are asked for, kept in a cache (`PIRL_CACHE`, default
+    ~/.cache/pirl) and checked, wherever they come from, by each image's checksum; who reads one image after the other
+    gets the next ones in advance. A reader may be shared by threads, inherited by fork, and pickled.
     """
 
     manifest: Manifest
@@ -39,13 +42,22 @@ class ShardReader:
         self.storage = storage if isinstance(storage, Storage) else open_storage(storage)
         self.manifest = Manifest.load(self.storage)
         self._local = local_path(self.storage)
-        self._folder = self._local or cache_root() / "shards" / self.manifest.digest
+        self._remote = self._open_remote()
         self._first_ids = [shard.first_id for shard in self.manifest.shards]
         with ThreadPoolExecutor(OPEN_THREADS) as pool:  # on S3 each costs a round trip
             columns = list(pool.map(self._open_shard, self.manifest.shards))
-        self._offsets, self._sizes, self._labels = (np.concatenate(c) for c in zip(*columns))
+        self._offsets, self._sizes, self._labels, self._checksums = (np.concatenate(c) for c in zip(*columns))
         self._files: dict[int, _File] = {}
         self._names: dict[int, list[str]] = {}
+        self._ahead = self._open_ahead()
+
+    def _open_remote(self) -> RemoteShards | None:
+        if self._local:
+            return None
+        return RemoteShards(self.storage, self.manifest, BlockCache(cache_root() / "shards", self.manifest.digest))
+
+    def _open_ahead(self) -> Ahead | None:
+        return Ahead(self.read_many, len(self), float(self._sizes.mean())) if self._remote else None
 
     def __len__(self) -> int:
         return self.manifest.images
@@ -53,6 +65,8 @@ class ShardReader:
     def read(self, id: int) -> bytes:
         """The encoded image, as it was given (a lossless PNG for array data sets)."""
         number = self._shard_of(id)
+        if self._ahead:
+            return self._ahead.read(id)
         size = int(self._sizes[id])
         file = self._file(number)  # held until the read is done: another thread may drop it from the open ones
         data = os.pread(file.fd, size, int(self._offsets[id]))
@@ -60,6 +74,31 @@ class ShardReader:
             shard = self.manifest.shards[number]
             raise DataError(f"{self.storage.uri}/{shard.name} was cut while it was in use (image {id})", HINT)
         return data
+
+    def read_many(self, ids: Sequence[int]) -> list[bytes]:
+        """Several images. From S3, those that lie near each other come in one request, others at the same time."""
+        if self._remote is None:
+            return [self.read(id) for id in ids]
+        spans = [self._span(id) for id in ids]
+        images = self._remote.read(spans)
+        changed = [k for k, id in enumerate(ids) if not self._sound(id, images[k])]
+        if changed:  # in the cache, it is to be hoped
+            again = self._remote.read([spans[k] for k in changed], fresh=True)
+            for k, data in zip(changed, again):
+                if not self._sound(ids[k], data):
+                    name = self.manifest.shards[spans[k].shard].name
+                    raise DataError(
+                        f"{self.storage.uri}/{name} has other content than its manifest says (image {ids[k]})", HINT
+                    )
+                images[k] = data
+        return images
+
+    def _span(self, id: int) -> Span:
+        start = int(self._offsets[id])
+        return Span(self._shard_of(id), start, start + int(self._sizes[id]))
+
+    def _sound(self, id: int, data: bytes) -> bool:
+        return int(self._checksums[id]) in (zlib_ng.crc32(data), UNKNOWN)
 
     def label(self, id: int) -> int:
         """Class index, -1 when unlabelled."""
@@ -96,8 +135,8 @@ class ShardReader:
             raise IndexError(f"id {id} is not in 0..{self.manifest.images - 1}")
         return bisect.bisect_right(self._first_ids, id) - 1
 
-    def _open_shard(self, shard: Shard) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Check one shard's size and its index -> offsets, sizes, labels, each int64 (images,)."""
+    def _open_shard(self, shard: Shard) -> tuple[np.ndarray, ...]:
+        """Check one shard's size and its index -> offsets, sizes, labels, checksums, each int64 (images,)."""
         where = f"{self.storage.uri}/{shard.name}"
         try:
             size = self.storage.size(shard.name)
@@ -109,32 +148,30 @@ class ShardReader:
         try:
             offsets, sizes = np.array(index["offset"], np.int64), np.array(index["size"], np.int64)
             labels = np.full(shard.images, -1) if index["label"] is None else np.array(index["label"], np.int64)
+            checksums = np.array(index.get("crc32", [UNKNOWN] * shard.images), np.int64)
             known = len(self.manifest.classes or ())
-            sound = {len(offsets), len(sizes), len(labels), len(index["name"])} == {shard.images}
+            sound = {len(offsets), len(sizes), len(labels), len(checksums), len(index["name"])} == {shard.images}
             sound &= offsets.min() >= 0 and sizes.min() >= 0 and (offsets + sizes).max() <= shard.bytes
             sound &= index["label"] is None or (labels.min() >= 0 and labels.max() < known)
         except (KeyError, TypeError, ValueError, OverflowError):
             sound = False
         if not sound:
             raise DataError(f"{self.storage.uri}/{shard.index_name} does not describe {shard.name}", HINT)
-        return offsets, sizes, labels
+        return offsets, sizes, labels, checksums
 
     def _index(self, shard: Shard) -> dict[str, Any]:
         """The columns of a shard's index, from the cache where there is one; its hash is in the manifest."""
         where = f"{self.storage.uri}/{shard.index_name}"
-        cached = self._folder / shard.index_name
-        data = b""
-        if self._local is None and cached.is_file():
-            data = cached.read_bytes()
-        if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+        data = self._remote.cache.load(shard.index_name) if self._remote else None
+        if data is None or hashlib.sha256(data).hexdigest() != shard.index_sha256:
             try:
                 data = self.storage.read_bytes(shard.index_name)
             except StorageNotFoundError:
                 raise DataError(f"{where} is missing", HINT) from None
             if hashlib.sha256(data).hexdigest() != shard.index_sha256:
                 raise DataError(f"{where} has other content than its manifest says", HINT)
-            if self._local is None:
-                _publish(cached, lambda path: path.write_bytes(data))
+            if self._remote:
+                self._remote.cache.save(shard.index_name, memoryview(data))
         index = json.loads(data)
         return index if isinstance(index, dict) else {}
 
@@ -144,34 +181,24 @@ class ShardReader:
             if len(self._files) >= _max_open():
                 self._files = {}  # a new dict: threads that are reading keep their file until they are done
             shard = self.manifest.shards[number]
-            path = self._folder / shard.name
+            assert self._local
             try:
-                if self._local is None:
-                    self._fetch(shard, path)
-                file = self._files[number] = _File(path)
+                file = self._files[number] = _File(self._local / shard.name)
             except FileNotFoundError:
                 raise DataError(f"{self.storage.uri}/{shard.name} is missing", HINT) from None
             except OSError as error:
-                raise StorageError(f"{path}: {error.strerror}", "check the cache folder and its disk") from error
+                raise StorageError(
+                    f"{self.storage.uri}/{shard.name}: {error.strerror}", "check the folder and its disk"
+                ) from error
         return file
 
-    def _fetch(self, shard: Shard, path: Path) -> None:
-        """Copy a shard into the cache unless it is there. Several processes wait for one copy."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if path.is_file() and path.stat().st_size == shard.bytes:
-                return
-
-            def download(unfinished: Path) -> None:
-                self.storage.download(shard.name, unfinished)
-                if sha256_file(unfinished) != shard.sha256:
-                    raise DataError(f"{self.storage.uri}/{shard.name} has other content than its manifest says", HINT)
-
-            _publish(path, download)
-
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": {}, "_names": {}}
+        return self.__dict__ | {"_files": {}, "_names": {}, "_remote": None, "_ahead": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._remote = self._open_remote()
+        self._ahead = self._open_ahead()
 
 
 class _File:
@@ -190,14 +217,3 @@ def _max_open() -> int:
     """Shards kept open at a time: half of what this process may open, the rest is for others."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return min(soft // 2, 4096) if soft > 0 else 4096
-
-
-def _publish(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file aside, then rename it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        write(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ import struct
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class Source(ABC):
     labels: np.ndarray | None  # int64 (N,), class indices; None when unlabelled
     classes: list[str] | None
     folder: Path | None = None  # where the images lie; an output must not be put inside
+    uri: str | None = None  # where they lie on S3; the same
     in_memory = False  # checking one costs nothing
 
     def __len__(self) -> int:
@@ -46,7 +48,14 @@ class Source(ABC):
 
     @abstractmethod
     def load(self, i: int) -> bytes:
-        """The encoded bytes of image i as they go into the shard."""
+        """The encoded bytes of image i as they go into the shard. DataError if they are not what was checked."""
+
+    def expect(self, indices: Sequence[int]) -> None:  # noqa: B027 (most need not know)
+        """These will be loaded next, in this order."""
+
+    def load_into(self, i: int, buffer: memoryview) -> bytes | memoryview:
+        """The same, in the front of `buffer` (then a view of it) where that saves a copy."""
+        return self.load(i)
 
 
 class FileSource(Source):
@@ -78,21 +87,50 @@ class FileSource(Source):
         return check_image(data, self.names[i]), len(data)
 
     def load(self, i: int) -> bytes:
+        with self._opened(i) as (descriptor, size):
+            content = bytearray(size)
+            _fill(descriptor, memoryview(content), self.names[i])
+            return bytes(content)
+
+    def load_into(self, i: int, buffer: memoryview) -> bytes | memoryview:
+        if self.sizes[i] > len(buffer):
+            return self.load(i)
+        with self._opened(i) as (descriptor, size):
+            _fill(descriptor, buffer[:size], self.names[i])
+            return buffer[:size]
+
+    @contextmanager
+    def _opened(self, i: int) -> Iterator[tuple[int, int]]:
+        """(descriptor, size) of a file that is as it was when it was listed. DataError about it and its reading."""
         name = self.names[i]
         try:
             # O_NONBLOCK: opening a FIFO that carries an image's name must not wait for a writer
-            with open(os.open(os.path.join(self.root, name), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-                info = os.fstat(file.fileno())
+            descriptor = os.open(os.path.join(self.root, name), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                info = os.fstat(descriptor)
                 if not stat.S_ISREG(info.st_mode):
                     raise DataError(f"{name}: not a regular file")
                 if info.st_size > MAX_IMAGE_BYTES:
                     raise DataError(f"{name}: {info.st_size:,} bytes, more than the limit of {MAX_IMAGE_BYTES:,}")
-                data = file.read(info.st_size)
+                if (info.st_size, info.st_mtime_ns) != (self.sizes[i], self.mtimes_ns[i]):
+                    raise _changed(name)
+                yield descriptor, info.st_size
+            finally:
+                os.close(descriptor)
         except (OSError, ValueError) as error:
             raise DataError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
-        if (len(data), info.st_mtime_ns) != (self.sizes[i], self.mtimes_ns[i]):
-            raise DataError(f"{name}: changed since the folder was listed")
-        return data
+
+
+def _fill(descriptor: int, buffer: memoryview, name: str) -> None:
+    while buffer:
+        count = os.readv(descriptor, [buffer])
+        if not count:
+            raise _changed(name)
+        buffer = buffer[count:]
+
+
+def _changed(name: str) -> DataError:
+    return DataError(f"{name}: changed since the folder was listed")
 
 
 def folder_source(root: Path) -> FileSource:
@@ -123,7 +161,7 @@ def folder_source(root: Path) -> FileSource:
         source = FileSource(f"folder {_shown(root)}", root, flat, None, None)
     else:
         for name in classes:
-            _check_class(name)
+            check_class(name)
         source = FileSource(f"folder {_shown(root)}", root, names, np.repeat(np.arange(len(classes)), counts), classes)
     source.folder = root
     return source
@@ -158,7 +196,8 @@ def _shown(path: Path) -> str:
     return os.fsencode(path.absolute()).decode("utf-8", "replace")
 
 
-def _check_class(name: str) -> None:
+def check_class(name: str) -> None:
+    """UsageError unless `name` can be written into our files."""
     if not name.isprintable():  # also the surrogates of a name that is no UTF-8, which JSON files cannot carry
         raise UsageError(f"the class name {name!r} has characters that cannot be written", "rename the class")
 
@@ -189,19 +228,20 @@ def list_source(path: Path) -> FileSource:
             given.append(label.strip())
     if not names:
         raise DataError(f"{path} lists no image", "write one path a line, or path<TAB>label")
-    labels, classes = _numbered(given, path) if given else (None, None)
+    labels, classes = numbered(given, str(path)) if given else (None, None)
     return FileSource(f"list {_shown(path)}", path.parent, names, labels, classes)
 
 
-def _numbered(given: list[str], path: Path) -> tuple[np.ndarray, list[str]]:
+def numbered(given: list[str], where: str) -> tuple[np.ndarray, list[str]]:
+    """Labels as they are written, class indices or names -> indices, int64 (N,), and the classes."""
     if all(label.isascii() and label.isdecimal() for label in given):
         indices = np.array([int(label[:20]) for label in given], dtype=object)
         if indices.max() >= MAX_CLASSES:
-            raise UsageError(f"{path}: class index {indices.max()} is not below {MAX_CLASSES:,}", "number from 0 on")
+            raise UsageError(f"{where}: class index {indices.max()} is not below {MAX_CLASSES:,}", "number from 0 on")
         return indices.astype(np.int64), [str(i) for i in range(int(indices.max()) + 1)]
     classes = sorted(set(given))
     for name in classes:
-        _check_class(name)
+        check_class(name)
     index = {name: i for i, name in enumerate(classes)}
     return np.array([index[label] for label in given], np.int64), classes
 

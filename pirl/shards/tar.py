@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 BLOCK = 512
 END = bytes(2 * BLOCK)  # of an archive
-WRITE_BYTES = 4 * 2**20  # collected before a write: far fewer system calls for small images
+BUFFER_BYTES = 2 * 2**20  # filled, hashed and written while it is still in the processor's cache
 
 # A USTAR header with everything that could differ between two machines set to zero: time, owner, group, devices.
 _AFTER_NAME = b"0000644\0" + b"0000000\0" * 2
@@ -19,13 +18,25 @@ _CONSTANT_SUM = sum(_AFTER_NAME) + sum(_AFTER_SIZE)
 _CHECKSUM_AT = 148
 
 
+class Digest(Protocol):
+    """What hashlib's objects can do."""
+
+    def update(self, data: memoryview, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
 class Written(NamedTuple):
-    """What is in a tar file: where each member's bytes lie in it, its size, its SHA-256."""
+    """What is in a tar file: where each member's bytes lie in it, its size, the digest of the whole."""
 
     offsets: list[int]
     sizes: list[int]
     bytes: int
-    sha256: str
+    digest: str
+
+
+Load = Callable[[memoryview], bytes | memoryview]
+"""Gives a member's content: in the front of the buffer that it is handed, as a view of that, or else as bytes."""
 
 
 def padded(size: int) -> int:
@@ -42,35 +53,45 @@ def tar_header(name: str, size: int) -> bytes:
     return header[:_CHECKSUM_AT] + checksum + header[_CHECKSUM_AT + 8 :]
 
 
-def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Written:
-    """Write (name, content) members to a new file, synced to the disk."""
-    digest = hashlib.sha256()
+def write_tar(path: Path, members: Iterable[tuple[str, Load]], digest: Digest) -> Written:
+    """Write (name, content) members to a new file, synced to the disk.
+
+    A file of up to half of the buffer goes through memory once: read into its place, hashed and written with others.
+    """
     offsets: list[int] = []
     sizes: list[int] = []
-    position = 0
+    position = held = 0
+    buffer = memoryview(bytearray(BUFFER_BYTES + len(END)))  # the rest is for padding and the end
     with open(path, "wb", buffering=0) as file:
-        pieces: list[bytes] = []
-        held = 0
 
-        def flush() -> None:
-            data = b"".join(pieces)
+        def put(data: memoryview) -> None:
             digest.update(data)
-            left = memoryview(data)
-            while left:
-                left = left[os.write(file.fileno(), left) :]
-            pieces.clear()
+            while data:
+                data = data[os.write(file.fileno(), data) :]
 
-        for name, content in members:
+        for name, load in members:
+            start = held + BLOCK
+            content = load(buffer[start:BUFFER_BYTES])
             size = len(content)
             offsets.append(position + BLOCK)
             sizes.append(size)
-            pieces += (tar_header(name, size), content, bytes(-size % BLOCK))
             position += padded(size)
-            held += padded(size)
-            if held >= WRITE_BYTES:
-                flush()
+            buffer[held:start] = tar_header(name, size)
+            held = start + size
+            if not isinstance(content, memoryview):
+                if held <= BUFFER_BYTES:
+                    buffer[start:held] = content
+                else:
+                    put(buffer[:start])
+                    put(memoryview(content))
+                    held = 0
+            padding = -size % BLOCK
+            buffer[held : held + padding] = END[:padding]
+            held += padding
+            if held >= BUFFER_BYTES // 2:
+                put(buffer[:held])
                 held = 0
-        pieces.append(END)
-        flush()
+        buffer[held : held + len(END)] = END
+        put(buffer[: held + len(END)])
         os.fsync(file.fileno())
     return Written(offsets, sizes, position + len(END), digest.hexdigest())

@@ -11,16 +11,11 @@ A run on another input is kept out by a claim (`_work/claim.json`, created atomi
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import os
 import re
 import shutil
-import tempfile
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,12 +24,12 @@ from pirl.errors import DataError, StorageError, StorageNotFoundError, UsageErro
 from pirl.shards.manifest import FORMAT, MANIFEST, QUARANTINE, Manifest, Shard
 from pirl.shards.parallel import Workers
 from pirl.shards.sources import Source
-from pirl.shards.tar import END, padded, write_tar
-from pirl.storage import Storage, encode_json, local_path, open_storage
+from pirl.shards.tar import END, padded
+from pirl.shards.work import WORK, PartWorker, Plan, ascii_json, record_name
+from pirl.storage import Storage, encode_json, local_path
 
 SHARD_BYTES = 256 * 2**20
 CHUNK_IMAGES = 1024  # checked between two records
-WORK = "_work"
 CLAIM = f"{WORK}/claim.json"
 
 Progress = Callable[[int, int], None]
@@ -65,6 +60,8 @@ def write_shards(
     folder = local_path(out)
     if folder and source.folder and folder.resolve().is_relative_to(source.folder.resolve()):
         raise UsageError(f"the output {folder} lies inside the images {source.folder}", "choose a folder outside")
+    if source.uri and f"{out.uri}/".startswith(f"{source.uri}/"):
+        raise UsageError(f"the output {out.uri} lies inside the images {source.uri}", "choose a prefix outside")
     if len(source) == 0:
         raise DataError(f"{source.description} has no images", "give one with images")
     wanted = np.arange(len(source))
@@ -80,20 +77,6 @@ def write_shards(
         if done := run.finished():  # another run of the same input finished meanwhile and cleared the records
             return done
         raise
-
-
-@dataclass
-class _Plan:
-    """One shard to be written: which images of the source, under which ids."""
-
-    number: int
-    first_id: int
-    images: np.ndarray  # int64, indices into the source
-    extensions: list[str]
-
-    @property
-    def name(self) -> str:
-        return f"shard-{self.number:06d}.tar"
 
 
 class _Run:
@@ -128,14 +111,14 @@ class _Run:
         return UsageError(f"{self.out.uri} holds shards of another input{note}: {other}; this is {self.origin}", hint)
 
     def all(self, processes: int, max_bad_share: float) -> Manifest:
-        with Workers(_Worker(self.source, self.out.uri, self.key), processes) as workers:
+        with Workers(PartWorker(self.source, self.out.uri, self.key), processes) as workers:
             extensions, sizes, bad = self._check(workers, max_bad_share)
             plans = self._plans(extensions, sizes)
             self._claim()
             shards = self._write(workers, plans)
         report = [{"name": self.source.names[i], "reason": reason} for i, reason in sorted(bad.items())]
         quarantine = {"quarantined": len(report), "of": len(self.wanted), "images": report}
-        self.out.write_bytes(QUARANTINE, _json_bytes(quarantine, indent=2))
+        self.out.write_bytes(QUARANTINE, ascii_json(quarantine, indent=2))
         manifest = Manifest.of(shards, self.source.classes, self.origin, len(report))
         self.out.write_bytes(MANIFEST, encode_json(manifest.model_dump()))
         self.clear()
@@ -156,7 +139,7 @@ class _Run:
         for k, result in workers.run("check", parts, alone=self.source.in_memory):
             number = missing[k]
             results[number] = result
-            self.records.write_bytes(_checked_name(number), _json_bytes(result))
+            self.records.write_bytes(_checked_name(number), ascii_json(result))
             bad |= {int(i): reason for i, reason in result["bad"].items()}
             if len(bad) > max_bad_share * len(self.wanted):
                 break
@@ -179,18 +162,18 @@ class _Run:
             "repair or remove them, or allow a larger share (max_bad_share)",
         )
 
-    def _plans(self, extensions: list[str], sizes: np.ndarray) -> list[_Plan]:
+    def _plans(self, extensions: list[str], sizes: np.ndarray) -> list[Plan]:
         """Cut the readable images into shards: each as long as fits into shard_bytes, at least one image."""
         good = np.flatnonzero(sizes >= 0)
         label_bytes = 0 if self.source.labels is None else padded(1)
         ends = np.cumsum([padded(size) + label_bytes for size in sizes[good].tolist()])
-        plans: list[_Plan] = []
+        plans: list[Plan] = []
         start = 0
         while start < len(good):
             used = ends[start - 1] if start else 0
             stop = max(int(np.searchsorted(ends, used + self.shard_bytes - len(END), "right")), start + 1)
             part = good[start:stop]
-            plans.append(_Plan(len(plans), start, self.wanted[part], [extensions[i] for i in part]))
+            plans.append(Plan(len(plans), start, self.wanted[part], [extensions[i] for i in part]))
             start = stop
         return plans
 
@@ -213,12 +196,12 @@ class _Run:
                 "remove them, or choose another output",
             )
 
-    def _write(self, workers: Workers, plans: list[_Plan]) -> list[Shard]:
+    def _write(self, workers: Workers, plans: list[Plan]) -> list[Shard]:
         """Pass 2. Write every shard that has no record yet."""
         there = set(self.records.list("shard-"))
         shards: dict[int, Shard] = {}
         for plan in plans:
-            if _written_name(plan.number) in there and (shard := self._written(plan)):
+            if record_name(plan.number) in there and (shard := self._written(plan)):
                 shards[plan.number] = shard
                 self._advance(shard.images)
         missing = [plan for plan in plans if plan.number not in shards]
@@ -227,8 +210,8 @@ class _Run:
             self._advance(shard.images)
         return [shards[number] for number in range(len(plans))]
 
-    def _written(self, plan: _Plan) -> Shard | None:
-        record = self._record(_written_name(plan.number))
+    def _written(self, plan: Plan) -> Shard | None:
+        record = self._record(record_name(plan.number))
         if record is None:
             return None
         shard = Shard.model_validate(record)
@@ -262,103 +245,3 @@ class _Run:
 
 def _checked_name(number: int) -> str:
     return f"checked-{number:06d}.json"
-
-
-def _written_name(number: int) -> str:
-    return f"shard-{number:06d}.json"
-
-
-def _json_bytes(value: Any, indent: int | None = None) -> bytes:
-    """ASCII JSON, so that file names that are no UTF-8 (lone surrogates) survive the round trip."""
-    separators = (",", ":") if indent is None else None
-    return (json.dumps(value, indent=indent, separators=separators) + "\n").encode("ascii")
-
-
-class _Worker:
-    """The work on one part, in whichever process. Methods take one task and return something small."""
-
-    def __init__(self, source: Source, uri: str, key: str) -> None:
-        self.source, self.uri, self.key = source, uri, key
-
-    def check(self, images: np.ndarray) -> dict[str, Any]:
-        """Decode images (int64 indices) -> columns "ext" and "size" (-1: unreadable), and "bad" {index: reason}."""
-        extensions: list[str] = []
-        sizes: list[int] = []
-        bad: dict[str, str] = {}
-        for i in images.tolist():
-            try:
-                extension, size = self.source.check(i)
-            except DataError as error:
-                extension, size = "", -1
-                bad[str(i)] = error.what.removeprefix(f"{self.source.names[i]}: ")
-            extensions.append(extension)
-            sizes.append(size)
-        return {"ext": extensions, "size": sizes, "bad": bad}
-
-    def write(self, plan: _Plan) -> Shard:
-        """Write one shard, its index and its record, each published whole and in this order."""
-        out = open_storage(self.uri)
-        folder = local_path(out)
-        try:
-            with _temporary(folder / WORK if folder else None) as path:
-                tar = write_tar(path, self._members(plan))
-                if folder:
-                    os.replace(path, folder / plan.name)
-                else:
-                    out.upload(path, plan.name)
-        except OSError as error:
-            raise StorageError(
-                f"{out.uri}/{plan.name} cannot be written: {error.strerror or error}",
-                "make room or choose another place, then run the same command again; it continues where it was",
-            ) from error
-        images = plan.images.tolist()
-        step = 1 if self.source.labels is None else 2  # members per image
-        index = {
-            "offset": tar.offsets[::step],
-            "size": tar.sizes[::step],
-            "label": None if self.source.labels is None else self.source.labels[plan.images].tolist(),
-            "name": [self.source.names[i] for i in images],
-        }
-        data = _json_bytes(index)
-        shard = Shard(
-            name=plan.name,
-            first_id=plan.first_id,
-            images=len(images),
-            bytes=tar.bytes,
-            sha256=tar.sha256,
-            index_sha256=hashlib.sha256(data).hexdigest(),
-        )
-        out.write_bytes(shard.index_name, data)
-        (out / WORK / self.key[:16]).write_bytes(_written_name(plan.number), encode_json(shard.model_dump()))
-        return shard
-
-    def _members(self, plan: _Plan) -> Iterator[tuple[str, bytes]]:
-        for id, i, extension in zip(itertools.count(plan.first_id), plan.images.tolist(), plan.extensions):
-            try:
-                data = self.source.load(i)
-            except DataError as error:
-                raise DataError(
-                    f"{error.what} (it was readable when it was checked)",
-                    "leave the images alone while they are sharded, then run this again",
-                ) from None
-            yield f"{id:09d}.{extension}", data
-            if self.source.labels is not None:
-                yield f"{id:09d}.cls", str(self.source.labels[i]).encode()
-
-
-class _temporary:
-    """A path for an unfinished shard, beside the output so that it can be renamed, or in TMPDIR."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self.own = None if folder else tempfile.mkdtemp(prefix="pirl-shard-")
-        self.folder = folder or Path(self.own or "")
-
-    def __enter__(self) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.path = self.folder / f"unfinished-{uuid.uuid4().hex}"
-        return self.path
-
-    def __exit__(self, *_: object) -> None:
-        self.path.unlink(missing_ok=True)
-        if self.own:
-            shutil.rmtree(self.own, ignore_errors=True)

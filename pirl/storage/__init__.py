@@ -20,9 +20,19 @@ from urllib.parse import unquote_to_bytes
 from pirl.errors import UsageError, did_you_mean
 from pirl.storage.base import Storage, encode_json, sha256_file, without_login
 from pirl.storage.local import LocalStorage
-from pirl.storage.s3 import S3Storage
+from pirl.storage.s3 import Entry, S3Storage, retries
 
-__all__ = ["LocalStorage", "S3Storage", "Storage", "encode_json", "local_path", "open_storage", "sha256_file"]
+__all__ = [
+    "Entry",
+    "LocalStorage",
+    "S3Storage",
+    "Storage",
+    "encode_json",
+    "local_path",
+    "open_storage",
+    "retries",
+    "sha256_file",
+]
 
 
 def open_storage(uri: str | Path) -> Storage:

@@ -13,6 +13,7 @@ from pirl.errors import StorageError, StorageNotFoundError
 
 Names = list[str]  # inside the classes `list` is the method
 TEMPORARY = ".pirl-tmp-"  # files of this prefix are unfinished and no objects
+MAX_SMALL_BYTES = 256 * 2**20  # of a record; the manifest of a billion images in shards of 1 GB has about 25 MB
 FULL_HINT = "Free some space or choose another place, then run the same command again; what was there is untouched."
 
 
@@ -34,7 +35,11 @@ class Storage(ABC):
         """`length` bytes from `offset`; fewer where the object ends."""
 
     @abstractmethod
-    def write_bytes(self, name: str, data: bytes) -> None:
+    def read_into(self, name: str, buffer: memoryview) -> None:
+        """Fill `buffer`, as large as the whole object, with it; a `StorageError` where the object is smaller."""
+
+    @abstractmethod
+    def write_bytes(self, name: str, data: bytes | memoryview) -> None:
         """Write or replace the object as one atomic step."""
 
     @abstractmethod
@@ -72,8 +77,21 @@ class Storage(ABC):
             return False
         return True
 
+    def read_small(self, name: str) -> bytes:
+        """The whole object, which describes something and so is small; `StorageError` if it is not.
+
+        No more is read than may be: who can write a record cannot fill the memory of those who read it.
+        """
+        data = self.read_range(name, 0, MAX_SMALL_BYTES + 1)
+        if len(data) > MAX_SMALL_BYTES:
+            raise StorageError(
+                f"{self.uri}/{name} has more than {MAX_SMALL_BYTES:,} bytes; what it describes takes far less.",
+                "It was changed or damaged by something else; restore it, or delete it if it can be made again.",
+            )
+        return data
+
     def read_json(self, name: str) -> Any:
-        data = self.read_bytes(name)
+        data = self.read_small(name)
         try:
             return json.loads(data)
         except ValueError as error:

@@ -47,7 +47,13 @@ class LocalStorage(Storage):
             file.seek(offset)
             return io.BufferedReader(file).read(length)
 
-    def write_bytes(self, name: str, data: bytes) -> None:
+    def read_into(self, name: str, buffer: memoryview) -> None:
+        path = self._file(name)
+        with local_errors("read", path, reading=True), path.open("rb") as file:
+            if file.readinto(buffer) != len(buffer):
+                raise OSError(errno.EIO, "it is shorter than expected")
+
+    def write_bytes(self, name: str, data: bytes | memoryview) -> None:
         path = self._file(name)
         with local_errors("write", path), replacing(path) as file:
             file.write(data)

@@ -10,16 +10,29 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from pirl.errors import PirlError, StorageError, StorageNotFoundError, UsageError
 from pirl.storage.base import FULL_HINT, Names, Storage, checked, checked_prefix, is_name, without_login
 from pirl.storage.local import local_errors, reading_local, replacing
 
+_PARALLEL = 8  # requests of one transfer
 _PART_BYTES = 16 << 20  # S3 allows 10,000 parts; s3transfer enlarges them by itself above 160 GB
+
+
+class Entry(NamedTuple):
+    """An object as it was when it was listed."""
+
+    name: str
+    bytes: int
+    version: str
+
+
+Entries = list[Entry]  # inside the class `list` is the method
 
 
 class S3Storage(Storage):
@@ -51,6 +64,20 @@ class S3Storage(Storage):
             return b""
         return self._get(name, Range=f"bytes={offset}-{offset + length - 1}")
 
+    def read_into(self, name: str, buffer: memoryview) -> None:
+        def read(start: int) -> None:
+            piece = buffer[start : start + _PART_BYTES]
+            found = self.read_range(name, start, len(piece))
+            if len(found) != len(piece):
+                raise StorageError(
+                    f"{self.uri}/{name} is shorter than expected.", "It was changed while it was read: try again."
+                )
+            piece[:] = found
+
+        with ThreadPoolExecutor(_PARALLEL) as pool:
+            for _ in pool.map(read, range(0, len(buffer), _PART_BYTES)):
+                pass
+
     def _get(self, name: str, **arguments: str) -> bytes:
         key = self._key(name)
         with self._errors("read", name) as client:
@@ -69,13 +96,14 @@ class S3Storage(Storage):
                 except (boto.HTTPClientError, boto.IncompleteReadError, boto.FlexibleChecksumError):
                     if attempt >= _attempts():
                         raise
+                    _count_retries(1)
                     time.sleep(random.uniform(0.5, 1) * min(0.1 * 2**attempt, 10))
         raise AssertionError  # the loop has no end
 
-    def write_bytes(self, name: str, data: bytes) -> None:
+    def write_bytes(self, name: str, data: bytes | memoryview) -> None:
         key = self._key(name)
         with self._errors("write", name) as client:
-            client.upload_fileobj(io.BytesIO(data), self.bucket, key, Config=_transfer())
+            client.upload_fileobj(_View(data), self.bucket, key, Config=_transfer())
 
     def create(self, name: str, data: bytes) -> bool:
         key = self._key(name)
@@ -106,14 +134,33 @@ class S3Storage(Storage):
         with local_errors("write", path), self._errors("read", name) as client, replacing(path) as file:
             client.download_fileobj(self.bucket, key, file, Config=_transfer())
 
+    def read_version(self, name: str, version: str, offset: int, length: int) -> bytes | None:
+        """As `read_range`; None when the object is not the one that `entries` has listed any more."""
+        if length <= 0:
+            return b""
+        try:
+            return self._get(name, IfMatch=version, Range=f"bytes={offset}-{offset + length - 1}")
+        except StorageError as error:
+            if isinstance(error.__cause__, Exception) and _code(error.__cause__) == "PreconditionFailed":
+                return None
+            raise
+
     def list(self, prefix: str = "") -> Names:
+        return [entry.name for entry in self.entries(prefix)]
+
+    def entries(self, prefix: str = "") -> Entries:
+        """What `list` names, with sizes and versions."""
         start = f"{self.prefix}/" if self.prefix else ""
         with self._errors("list", prefix) as client:
             pages = client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=start + checked_prefix(prefix, self.uri)
             )
-            names = [entry["Key"][len(start) :] for page in pages for entry in page.get("Contents", ())]
-        return sorted(filter(is_name, names))  # other tools leave markers ("folder/") that are no objects of ours
+            entries = [
+                Entry(entry["Key"][len(start) :], int(entry["Size"]), entry["ETag"])
+                for page in pages
+                for entry in page.get("Contents", ())
+            ]
+        return sorted(entry for entry in entries if is_name(entry.name))  # others' markers ("folder/") are no objects
 
     def size(self, name: str) -> int:
         key = self._key(name)
@@ -144,6 +191,33 @@ class S3Storage(Storage):
             raise explained from error
 
 
+class _View(io.RawIOBase):
+    """A file over bytes in memory; unlike `BytesIO` it copies only what is read."""
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self._data = memoryview(data).cast("B")
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._position = max(0, offset + (0, self._position, len(self._data))[whence])
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._data[self._position : self._position + len(buffer)]
+        buffer[: len(piece)] = piece
+        self._position += len(piece)
+        return len(piece)
+
+
 def _has_bucket(client: Any, bucket: str) -> bool:
     """Tells an absent object from an absent bucket where the answer to a HEAD (it has no body) could mean both."""
     try:
@@ -156,6 +230,7 @@ def _has_bucket(client: Any, bucket: str) -> bool:
 _ABSENT = ("404", "NoSuchKey", "NotFound")
 _client_lock = threading.Lock()
 _client: tuple[int, Any] | None = None
+_retries = 0
 
 
 def _s3_client() -> Any:
@@ -176,12 +251,31 @@ def _s3_client() -> Any:
             )
             try:
                 _client = environment, boto3.session.Session().client("s3", config=config)
+                _client[1].meta.events.register("needs-retry.s3", _count_attempt, unique_id="pirl")
             except ValueError as error:
                 raise UsageError(
                     "The S3 endpoint is not a valid URL.",
                     "Set AWS_ENDPOINT_URL to something like https://s3.example.org.",
                 ) from error
         return _client[1]
+
+
+def retries() -> int:
+    """Requests that this process has repeated, or given up, because the server or the network failed them."""
+    return _retries
+
+
+def _count_attempt(attempts: int, response: Any, caught_exception: Any, **_: Any) -> None:
+    """botocore asks after every attempt; told of a failure that it repeats, and answers nothing itself."""
+    status = response[0].status_code if response else 0
+    if caught_exception is not None or status in (429, 500, 502, 503, 504):
+        _count_retries(1)
+
+
+def _count_retries(number: int) -> None:
+    global _retries
+    with _client_lock:
+        _retries += number
 
 
 def _forget_client() -> None:
@@ -214,7 +308,7 @@ def _transfer() -> Any:
     return TransferConfig(
         multipart_threshold=2 * _PART_BYTES,
         multipart_chunksize=_PART_BYTES,
-        max_concurrency=8,
+        max_concurrency=_PARALLEL,
         num_download_attempts=_attempts(),
         preferred_transfer_client="classic",  # the other one would not follow the retries and timeouts set above
     )
