@@ -117,7 +117,9 @@ class CropDataset(Dataset[Batch]):
     def fill(self, epoch: int, rows: np.ndarray, images: Tensor, patches: Tensor) -> None:
         """Write the crops of `rows` into (B, S, S, 3) and (B, patches, P, P, 3) uint8."""
         ids, cfg = self.image_ids(rows).tolist(), self.recipe.views
-        sources = [self._decoded[id] if id in self._decoded else self.reader.read(id) for id in ids]
+        unread = [id for id in ids if id not in self._decoded]
+        read = dict(zip(unread, self.reader.read_many(unread)))
+        sources = [self._decoded[id] if id in self._decoded else read[id] for id in ids]
         sizes = [
             source.shape[:2] if isinstance(source, np.ndarray) else image_size(source, self._name(id))
             for id, source in zip(ids, sources)

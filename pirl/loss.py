@@ -26,6 +26,7 @@ from .memory import MemoryBank
 
 EPSILON = 1.1920929e-07  # float32's, as the reference adds it, in either precision
 CHUNK_BYTES = 2 << 20  # of gathered rows at a time: they are still in the cache when their scores are taken
+PART = 128  # rows that a GPU adds up one after the other
 
 
 @dataclass
@@ -103,7 +104,8 @@ class ContrastTerm(torch.autograd.Function):
         positive and negatives times T, which are cosines."""
         embeddings, own, temperature = embeddings.detach(), memory[ids], config.temperature
         positive = (own * embeddings).sum(1).div_(temperature)
-        negative = negative_scores(memory, negatives, embeddings).div_(temperature)
+        products = products_at_once if memory.is_cuda else products_in_cache
+        negative = products(memory, negatives, embeddings).div_(temperature)
         similarity = torch.stack([positive, negative.mean(1)], dim=1).mul_(temperature)
         if config.kind == "cross_entropy":
             negative -= positive[:, None]
@@ -120,7 +122,7 @@ class ContrastTerm(torch.autograd.Function):
             losses = softplus(negative).sum(1) + softplus(-positive) + constant
             slopes = negative.sigmoid_()
             own_slope = -torch.sigmoid(-positive)
-        gradient = F.embedding_bag(negatives, memory, mode="sum", per_sample_weights=slopes)
+        gradient = (sums_in_parts if memory.is_cuda else weighted_sums)(memory, negatives, slopes)
         gradient.addcmul_(own, own_slope[:, None]).div_(temperature)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(similarity)
@@ -132,7 +134,7 @@ class ContrastTerm(torch.autograd.Function):
         return grads[0][:, None] * gradient, None, None, None, None, None
 
 
-def negative_scores(memory: Tensor, negatives: Tensor, embeddings: Tensor) -> Tensor:
+def products_in_cache(memory: Tensor, negatives: Tensor, embeddings: Tensor) -> Tensor:
     """(B, K) products of the rows `negatives` (B, K) and the embeddings (B, D), a few thousand rows at a time."""
     products = embeddings.new_empty(negatives.shape)
     columns = max(1, CHUNK_BYTES // (memory.shape[1] * memory.element_size()))
@@ -141,6 +143,38 @@ def negative_scores(memory: Tensor, negatives: Tensor, embeddings: Tensor) -> Te
             # bags of one row: a gather that fetches ahead, faster than index_select
             torch.mv(F.embedding_bag(chosen[:, None], memory, mode="sum"), embedding, out=out)
     return products
+
+
+def products_at_once(memory: Tensor, negatives: Tensor, embeddings: Tensor) -> Tensor:
+    """The same in one kernel, for a GPU: they are the slopes of a weighted sum of rows by its weights."""
+    batch, count = negatives.shape
+    bags = torch.arange(batch, device=negatives.device)
+    bag_of_each = bags[:, None].expand(batch, count).reshape(-1)
+    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        embeddings, memory, negatives.contiguous().view(-1), bags * count, bag_of_each, 0
+    )
+    return products.view(batch, count)
+
+
+def weighted_sums(memory: Tensor, negatives: Tensor, weights: Tensor) -> Tensor:
+    """(B, D) sums of the rows `negatives` (B, K) times `weights` (B, K)."""
+    return F.embedding_bag(negatives, memory, mode="sum", per_sample_weights=weights)
+
+
+def sums_in_parts(memory: Tensor, negatives: Tensor, weights: Tensor) -> Tensor:
+    """The same for a GPU, which adds up a bag one row after the other: many small bags keep it busy."""
+    batch, count = negatives.shape
+    samples, parts = (
+        torch.arange(0, end, step, device=negatives.device) for end, step in ((batch * count, count), (count, PART))
+    )
+    sums = F.embedding_bag(
+        negatives.contiguous().view(-1),
+        memory,
+        (samples[:, None] + parts).view(-1),
+        mode="sum",
+        per_sample_weights=weights.contiguous().view(-1),
+    )
+    return sums.view(batch, len(parts), -1).sum(1)
 
 
 def softplus(x: Tensor) -> Tensor:

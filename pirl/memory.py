@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MemoryConfig
+from .distributed import World
 
 
 class MemoryBank(nn.Module):
@@ -39,6 +40,22 @@ class MemoryBank(nn.Module):
         """
         rows = self.momentum * self.memory[ids] + (1 - self.momentum) * embeddings.to(self.memory.dtype)
         self.memory[ids] = F.normalize(rows)
+
+
+def gather_updates(world: World, ids: Tensor, embeddings: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """All ranks' ids (B,) int64 and embeddings (B, D) in rank order, where rank r has `counts[r]`: in one message.
+
+    Both travel as the 32-bit words that they consist of, bit by bit.
+    """
+    if world.size == 1:
+        return ids, embeddings
+    words = torch.cat([embeddings.contiguous().view(torch.int32), ids[:, None].contiguous().view(torch.int32)], dim=1)
+    everyone = world.all_gather(words, counts)
+    width = words.shape[1] - 2
+    return (
+        everyone[:, width:].contiguous().view(torch.int64)[:, 0],
+        everyone[:, :width].contiguous().view(embeddings.dtype),
+    )
 
 
 def _random_rows(images: int, dim: int, seed: int) -> Tensor:

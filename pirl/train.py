@@ -13,8 +13,8 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,19 +22,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import __version__
-from .checkpoint import Checkpoints, Commit, Cursor
+from . import __version__, logs
+from .checkpoint import Checkpoints, Commit, Cursor, Lease
 from .config import Recipe, load_recipe, parse_recipe
 from .data import Batch, Loader, Share, negative_seeds
 from .distributed import World, default_processes, report_outcome, run_ranks, start_world, stop_world
-from .errors import CheckpointError, PreemptedError, StorageNotFoundError, TrainingError, UsageError
+from .errors import CheckpointError, PirlError, PreemptedError, StorageNotFoundError, TrainingError, UsageError
 from .loss import StepLoss, contrast, draw_negatives
-from .memory import MemoryBank
-from .metrics import Log, duration, say
+from .memory import MemoryBank, gather_updates
+from .metrics import Log, TrainingMetrics, duration, say
 from .model import PIRL, build_model, memory_format
 from .optim import build_optimizer, learning_rate, set_learning_rate
 from .shards import Manifest
-from .storage import open_storage
+from .storage import Storage, open_storage
 from .views import apply_photometrics, draw_photometrics
 
 INCOMPLETE = ("trunk only", "no bank", "no optimizer")  # in place of the data's digest in an import that lacks the rest
@@ -57,15 +57,30 @@ class Options:
     """Steps."""
     checkpoint_every_s: float = 300.0
     keep: int = 2
+    """Newest checkpoints to keep."""
+    keep_every_epochs: int = 0
+    """Also save and keep for good one checkpoint every so many epochs; 0: none."""
+    keep_best: bool = False
+    """Also keep the one of the lowest loss."""
 
     def arguments(self) -> list[str]:
         """As `python -m pirl.train` takes them."""
         given = {f"--{name.replace('_', '-')}": value for name, value in vars(self).items() if value is not None}
-        return [text for flag, value in given.items() for text in (flag, str(value))]
+        flags = [flag for flag, value in given.items() if value is True]
+        return flags + [
+            text for flag, value in given.items() if not isinstance(value, bool) for text in (flag, str(value))
+        ]
 
     def check(self) -> None:
         """Refuse numbers that cannot work, all at once."""
-        least = {"processes": 1, "workers": 0, "log_every": 1, "checkpoint_every_s": 0, "keep": 1}
+        least = {
+            "processes": 1,
+            "workers": 0,
+            "log_every": 1,
+            "checkpoint_every_s": 0,
+            "keep": 1,
+            "keep_every_epochs": 0,
+        }
         values = {name: getattr(self, name) for name in least}
         wrong = [f"--{name.replace('_', '-')} {value}" for name, value in values.items() if (value or 0) < least[name]]
         if self.processes is None:
@@ -86,9 +101,39 @@ def train(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
         check_same_run(options.out, recipe, manifest.digest)
         say("this run is complete: nothing to do") if world.is_main else None
         return run.read_json("DONE.json")
-    torch.manual_seed(recipe.train.seed)
+    loader = Loader(options.data, recipe, world, options.workers)  # looks at the shards before anything is written
+    with sole_writer(run, world) as lease:
+        return train_alone(recipe, options, world, run, manifest.digest, loader, lease)
 
-    loader = Loader(options.data, recipe, world, options.workers)
+
+@contextmanager
+def sole_writer(run: Storage, world: World) -> Iterator[Lease | None]:
+    """Rank 0 holds the lease of the run; where it does not get it, all ranks end."""
+    lease, refused = None, None
+    if world.is_main:
+        try:
+            lease = Lease.claim(run)
+        except PirlError as error:
+            refused = error
+    if refused := world.broadcast_object(refused):
+        raise refused
+    with lease or nullcontext():
+        yield lease
+
+
+def train_alone(
+    recipe: Recipe,
+    options: Options,
+    world: World,
+    run: Storage,
+    data_digest: str,
+    loader: Loader,
+    lease: Lease | None,
+) -> dict[str, Any]:
+    """`train`, where no other training writes to the run; `lease` is rank 0's."""
+    torch.manual_seed(recipe.train.seed)
+    logs.about(run=run.uri.rpartition("/")[2], rank=world.rank)
+
     model = build_model(recipe).to(world.device)
     model = model.to(memory_format=memory_format(model.trunk))
     bank = MemoryBank(loader.dataset.rows, recipe.model.embedding_dim, recipe.memory, recipe.train.seed, world.size).to(
@@ -98,13 +143,18 @@ def train(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
     scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.train.precision == "fp16")
     state = TrainState(model, bank, optimizer, scaler)
 
-    checkpoints = Checkpoints(run / "checkpoints", options.keep)
-    resumed = resume(state, checkpoints, recipe, manifest.digest, options, world)
+    guard = lease.confirm if lease else lambda: None
+    checkpoints = Checkpoints(run / "checkpoints", options.keep, world, keep_best=options.keep_best, guard=guard)
+    resumed = resume(state, checkpoints, recipe, data_digest, options, world)
     cursor = resumed or Cursor()
-    log = Log(run)
+    rows = loader.dataset.rows
+    live = TrainingMetrics(run.uri, world, recipe.train.epochs * recipe.steps_per_epoch(rows), recipe.train.epochs)
+    log = Log(run, live)
     log.resume_at(cursor.step)
     if world.is_main:
         run.write_bytes("config.toml", recipe.to_toml().encode())
+        if checkpoints.skipped:
+            log.event("checkpoint_skipped", checkpoints=checkpoints.skipped)
         log.event("resume" if resumed else "start", step=cursor.step, ranks=world.size, version=__version__)
     network = (
         model
@@ -115,27 +165,42 @@ def train(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
     )
     if world.size > 1:
         settle_buckets(network, recipe, world)
+    live.watch(network, bank)
     stop = StopSignal(world)
-    meter = Meter(recipe, loader.dataset.rows, cursor, world, options, log)
+    meter = Meter(recipe, loader.dataset.rows, cursor, world, options, log, live)
     result: StepLoss | None = None
 
-    def save() -> None:
-        """All ranks come here; rank 0 writes."""
-        check_state(bank, result.loss if result else None, world)
+    # batch statistics are each rank's own, and rank 0's are what counts
+    buffers = {f"model/{name}" for name, _ in model.named_buffers()}
+
+    def save(milestone: bool = False) -> None:
+        """All ranks come here, and each writes its share."""
+        loss = check_state(bank, result.loss if result else None, world)
+        if error := checkpoints.wait():
+            warnings.warn(f"the last checkpoint was not saved, training goes on: {error}", stacklevel=2)
+            log.event("checkpoint_failed", error=error.what)
+        content = state.to_dict(recipe, data_digest), cursor, recipe.digest(), data_digest, meter.saved
+        checkpoints.save(*content, loss=loss, milestone=milestone, of_main=buffers)
         if world.is_main:
-            if error := checkpoints.wait():
-                warnings.warn(f"the last checkpoint was not saved, training goes on: {error}", stacklevel=2)
-                log.event("checkpoint_failed", error=error.what)
-            checkpoints.save(
-                state.to_dict(recipe, manifest.digest), cursor, recipe.digest(), manifest.digest, meter.saved
-            )
             log.flush()
+
+    def save_for_sure() -> None:
+        """The last chance: a storage that was away is asked once more."""
+        save()
+        error = checkpoints.wait()
+        if world.broadcast_object(error is not None):
+            time.sleep(5)
+            save()
+            error = checkpoints.wait()
+        if error:
+            raise error
 
     try:
         if resumed is None:
             save()
         saved_at = time.monotonic()
         model.train()
+        live.clock.wait()
         for epoch, seen, share, batch in loader.batches(cursor.epoch, cursor.samples):
             rate = learning_rate(recipe, epoch + seen / loader.dataset.rows)
             set_learning_rate(optimizer, rate)
@@ -145,25 +210,26 @@ def train(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
                 cursor, epoch=epoch, samples=seen + share.size, step=cursor.step + 1, seconds=meter.seconds()
             )
             meter.end_step(cursor, rate, result, spread, share)
-            stopping, time_to_save = stop.agreed(time.monotonic() - saved_at > options.checkpoint_every_s)
+            if lease:
+                lease.check()
+            every_s = min(options.checkpoint_every_s, 30) if checkpoints.failed else options.checkpoint_every_s
+            stopping, time_to_save = stop.agreed(time.monotonic() - saved_at > every_s)
             if stopping:
-                save()
-                if world.is_main and (error := checkpoints.wait()):
-                    raise error
+                save_for_sure()
                 world.barrier()  # no rank leaves before the state is safe: the launcher ends all when one ends
                 log.event("preempted", step=cursor.step)
                 raise PreemptedError(
                     f"stopped by a signal at step {cursor.step}; the state is saved in {options.out}",
                     "run the same command again to go on",
                 )
-            if time_to_save:
-                save()
+            milestone = ends_milestone(cursor, options.keep_every_epochs, recipe, loader.dataset.rows)
+            if time_to_save or milestone:
+                save(milestone)
                 saved_at = time.monotonic()
-        save()
+            live.clock.wait()
+        save_for_sure()
         done: dict[str, Any] = {}
         if world.is_main:
-            if error := checkpoints.wait():
-                raise error
             done = {
                 "steps": cursor.step,
                 "epochs": recipe.train.epochs,
@@ -172,7 +238,7 @@ def train(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
                 "checkpoint": f"{checkpoints.storage.uri}/{checkpoints.newest()}",
                 "recipe": recipe.name,
                 "recipe_digest": recipe.digest(),
-                "data_digest": manifest.digest,
+                "data_digest": data_digest,
                 "ranks": world.size,
                 "version": __version__,
             }
@@ -183,8 +249,8 @@ def train(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
         stop.release()
         return done
     finally:
+        checkpoints.close()
         if world.is_main:
-            checkpoints.wait()
             log.flush()
 
 
@@ -214,10 +280,12 @@ def train_step(
     seed, views, device = recipe.train.seed, recipe.views, world.device
     ids = batch.ids.numpy()
     images, patches = (
-        apply_photometrics(pixels.to(device), draw_photometrics(views, seed, epoch, ids, elements), views)
+        apply_photometrics(
+            pixels.to(device, non_blocking=True), draw_photometrics(views, seed, epoch, ids, elements), views
+        )
         for pixels, elements in ((batch.images, [0]), (batch.patches, range(1, 1 + views.patches)))
     )
-    rows = batch.rows.to(device)
+    rows = batch.rows.to(device, non_blocking=True)
     patch_negatives, image_negatives = (
         draw_negatives(recipe.loss, len(state.bank.memory), rows, negative_seeds(seed, epoch, ids, view))
         for view in (0, 1)
@@ -238,8 +306,8 @@ def train_step(
         weights,
     )
     mine = share.counts[world.rank]
-    everyone = world.all_gather(embeddings[:mine], share.counts)
-    state.bank.update(world.all_gather(rows[:mine], share.counts), everyone)
+    everywhere, everyone = gather_updates(world, rows[:mine], embeddings[:mine], share.counts)
+    state.bank.update(everywhere, everyone)
 
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(result.loss).backward()
@@ -271,6 +339,10 @@ class TrainState:
         self.model.load_state_dict(saved["model"])
         self.bank.load_state_dict(saved["bank"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        for parameter, values in self.optimizer.state.items():
+            if (momentum := values.get("momentum_buffer")) is not None:
+                # the fused step takes it to lie in memory as the parameter does (channels last), and would not notice
+                values["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
         self.scaler.load_state_dict(saved["scaler"])
 
 
@@ -326,14 +398,24 @@ def check_same_data(out: str, commit: Commit, data_digest: str) -> None:
         )
 
 
-def check_state(bank: MemoryBank, loss: Tensor | None, world: World) -> None:
-    """Refuse to save what is broken: every rank applies the same updates, so every rank must hold the same bank."""
+def ends_milestone(cursor: Cursor, every_epochs: int, recipe: Recipe, rows: int) -> bool:
+    """Whether this step ends an epoch whose checkpoint is kept for good."""
+    at_end = cursor.step % recipe.steps_per_epoch(rows) == 0
+    return every_epochs > 0 and at_end and (cursor.epoch + 1) % every_epochs == 0
+
+
+def check_state(bank: MemoryBank, loss: Tensor | None, world: World) -> float | None:
+    """Refuse to save what is broken: every rank applies the same updates, so every rank must hold the same bank.
+
+    Returns the loss of the global batch.
+    """
     losses = world.gather_objects(0.0 if loss is None else loss.item())
     sums = world.gather_objects(bank.memory.double().sum().item())
     if not all(map(math.isfinite, [*losses, *sums])):
         raise not_finite(losses)
     if len(set(sums)) > 1:
         raise TrainingError(f"the ranks' memory banks differ (sums {sums})", "this is a bug: please report it")
+    return None if loss is None else sum(losses) / len(losses)
 
 
 def not_finite(losses: list[float]) -> TrainingError:
@@ -376,8 +458,10 @@ class StopSignal:
 class Meter:
     """Measures steps, and reports the mean of each interval; values are read from the device only then."""
 
-    def __init__(self, recipe: Recipe, rows: int, cursor: Cursor, world: World, options: Options, log: Log) -> None:
-        self.recipe, self.world, self.options, self.log = recipe, world, options, log
+    def __init__(
+        self, recipe: Recipe, rows: int, cursor: Cursor, world: World, options: Options, log: Log, live: TrainingMetrics
+    ) -> None:
+        self.recipe, self.world, self.options, self.log, self.live = recipe, world, options, log, live
         self.total_steps = recipe.train.epochs * recipe.steps_per_epoch(rows)
         self.rows = rows
         self.images_seen = cursor.epoch * (
@@ -399,6 +483,7 @@ class Meter:
 
     def begin_step(self) -> None:
         self._step_started = time.perf_counter()
+        self.live.clock.begin()
 
     def end_step(self, cursor: Cursor, rate: float, result: StepLoss, spread: Tensor, share: Share) -> None:
         self._compute_s += time.perf_counter() - self._step_started
@@ -408,6 +493,7 @@ class Meter:
         self._steps += 1
         self._images += share.size
         self.images_seen += share.size
+        self.live.stepped(share.size)
         if cursor.step % self.options.log_every == 0 or cursor.step == self.total_steps:
             self.report(cursor, rate, spread)
 
@@ -415,31 +501,35 @@ class Meter:
         means = (self.world.sum(self.sums.double()) / (self._steps * self.world.size)).tolist()
         self.sums.zero_()
         elapsed = time.perf_counter() - self._interval
+        self.live.interval()
         if not math.isfinite(means[0]):
+            self.log.event("not_finite", step=cursor.step)
             raise not_finite([means[0]])
         if self.world.is_main:
             position = cursor.epoch + cursor.samples / self.rows
             speed = self._images / elapsed
             left = (self.total_steps - cursor.step) * elapsed / self._steps
-            self.log.step(
-                step=cursor.step,
-                epoch=position,
-                loss=means[0],
-                loss_patches=means[1],
-                loss_images=means[2],
-                lr=rate,
-                images_per_s=speed,
-                step_s=elapsed / self._steps,
-                data_wait_s=(elapsed - self._compute_s) / self._steps,
-                time_s=cursor.seconds,
-                pos_similarity=means[3],
-                neg_similarity=means[4],
-                embedding_std=float(embeddings.float().std(0).mean() * math.sqrt(embeddings.shape[1])),
-            )
+            line = {
+                "step": cursor.step,
+                "epoch": position,
+                "loss": means[0],
+                "loss_patches": means[1],
+                "loss_images": means[2],
+                "lr": rate,
+                "images_per_s": speed,
+                "step_s": elapsed / self._steps,
+                "data_wait_s": (elapsed - self._compute_s) / self._steps,
+                "time_s": cursor.seconds,
+                "pos_similarity": means[3],
+                "neg_similarity": means[4],
+                "embedding_std": float(embeddings.float().std(0).mean() * math.sqrt(embeddings.shape[1])),
+            }
+            self.log.step(**line)
             say(
                 f"epoch {position:6.2f}/{self.recipe.train.epochs}  step {cursor.step}/{self.total_steps}  "
                 f"loss {means[0]:.4f}  lr {rate:.4g}  {speed:.0f} images/s  "
-                f"waited {(1 - self._compute_s / elapsed) * 100:.0f}%  left {duration(left)}"
+                f"waited {(1 - self._compute_s / elapsed) * 100:.0f}%  left {duration(left)}",
+                **line,
             )
         self._reset()
 
@@ -486,6 +576,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--log-every", type=int, default=Options.log_every, help="steps between two log lines")
     parser.add_argument("--checkpoint-every-s", type=float, default=Options.checkpoint_every_s, help="seconds")
     parser.add_argument("--keep", type=int, default=Options.keep, help="complete checkpoints to keep")
+    parser.add_argument("--keep-every-epochs", type=int, default=Options.keep_every_epochs, help="keep these for good")
+    parser.add_argument("--keep-best", action="store_true", help="also keep the one of the lowest loss")
     values = vars(parser.parse_intermixed_args(argv))
     recipe, overrides = values.pop("recipe"), values.pop("overrides")
     options = Options(**values)
@@ -493,6 +585,7 @@ def main(argv: list[str] | None = None) -> int:
         return report_outcome(lambda: launch(recipe, options, overrides))
 
     def work() -> int:
+        logs.start()
         world = start_world()
         try:
             train(load_recipe(recipe, overrides), options, world)

@@ -17,8 +17,20 @@ from pirl import loss as loss_module
 from pirl.config import LossConfig, MemoryConfig
 from pirl.data import negative_seeds
 from pirl.distributed import World
-from pirl.loss import ContrastTerm, StepLoss, contrast, draw_negatives, plain_term, scores, splitmix64
-from pirl.memory import MemoryBank
+from pirl.loss import (
+    ContrastTerm,
+    StepLoss,
+    contrast,
+    draw_negatives,
+    plain_term,
+    products_at_once,
+    products_in_cache,
+    scores,
+    splitmix64,
+    sums_in_parts,
+    weighted_sums,
+)
+from pirl.memory import MemoryBank, gather_updates
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "contrast.npz")
 KINDS = ("nce", "cross_entropy")
@@ -211,6 +223,32 @@ def test_chunks_change_nothing(kind: str, columns: int, monkeypatch: pytest.Monk
     monkeypatch.setattr(loss_module, "CHUNK_BYTES", columns * 8 * 8)
     for value, expected in zip(results(), whole):
         torch.testing.assert_close(value, expected, rtol=1e-14, atol=1e-16)
+
+
+@pytest.mark.parametrize("count", [1, 128, 300])
+def test_the_ways_of_a_gpu_give_the_same(count: int) -> None:
+    """On this machine's processor, against the plain products and sums; 300 is no multiple of the parts."""
+    generator = torch.Generator().manual_seed(count)
+    embeddings, memory = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (3, 50))
+    negatives = torch.randint(50, (3, count + 1), generator=generator)[:, 1:]  # a view, as after a concatenation
+    weights = torch.randn(3, count, generator=generator, dtype=torch.float64)
+    products = torch.einsum("bkd,bd->bk", memory[negatives], embeddings)
+    torch.testing.assert_close(products_in_cache(memory, negatives, embeddings), products, rtol=0, atol=1e-13)
+    torch.testing.assert_close(products_at_once(memory, negatives, embeddings), products, rtol=0, atol=1e-13)
+    sums = torch.einsum("bkd,bk->bd", memory[negatives], weights)
+    torch.testing.assert_close(weighted_sums(memory, negatives, weights), sums, rtol=0, atol=1e-12)
+    torch.testing.assert_close(sums_in_parts(memory, negatives, weights), sums, rtol=0, atol=1e-12)
+
+
+def test_scores_that_overflow_the_reference() -> None:
+    """Below a temperature of 0.0113 exp(score) is infinite in float32, and the reference's loss no number; ours is."""
+    config = LossConfig(kind="nce", temperature=0.01, negatives=2)
+    memory = torch.tensor([[1.0, 0], [-1, 0], [0.9, math.sqrt(0.19)]])
+    x, z, indices = torch.tensor([[1.0, 0]]), torch.tensor(1e30), torch.tensor([[0, 1, 2]])
+    assert plain_term(config, scores(memory, indices, x, 0.01), len(memory), z).isnan().all()
+    losses, _ = ContrastTerm.apply(x, memory, indices[:, 0], indices[:, 1:], config, z)
+    exact = plain_term(config, scores(memory.double(), indices, x.double(), 0.01), len(memory), z.double())
+    assert losses.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
 def test_cross_entropy_of_a_sure_positive_keeps_its_digits() -> None:
@@ -480,8 +518,8 @@ def one_step(world: World, kind: str, counts: list[int] | None) -> tuple[float, 
         torch.full((len(part),), weight, dtype=torch.float64),
     )
     result.loss.backward()
-    rows = world.all_gather(ids[part][: len(mine)], counts)
-    bank.update(rows, world.all_gather(update[: len(mine)], counts))
+    rows, updates = gather_updates(world, ids[part][: len(mine)], update[: len(mine)], counts)
+    bank.update(rows, updates)
     loss = world.sum(result.loss.detach().clone()).item() / world.size
     assert images.grad is not None
     gradient = world.all_gather(images.grad[: len(mine)], counts) / world.size  # as DDP averages over ranks

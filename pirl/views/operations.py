@@ -21,7 +21,7 @@ def on_some(x: Tensor, mask: np.ndarray, op: Callable[[Tensor, np.ndarray], obje
     if len(index) == len(x):
         op(x, index)
     elif len(index):
-        where = torch.from_numpy(index).to(x.device)
+        where = torch.from_numpy(index).to(x.device, non_blocking=True)
         part = x.index_select(0, where)
         op(part, index)
         x.index_copy_(0, where, part)
@@ -29,7 +29,7 @@ def on_some(x: Tensor, mask: np.ndarray, op: Callable[[Tensor, np.ndarray], obje
 
 def _column(x: Tensor, values: np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
     """One value for each element, to broadcast over its pixels."""
-    return torch.as_tensor(values, dtype=dtype).to(x.device).view(-1, 1, 1, 1)
+    return torch.as_tensor(values, dtype=dtype).to(x.device, non_blocking=True).view(-1, 1, 1, 1)
 
 
 def _blend_(x: Tensor, degenerate: Tensor, factor: np.ndarray) -> None:

@@ -121,8 +121,8 @@ def apply_photometrics(pixels: Tensor, params: Photometrics, cfg: ViewsConfig) -
     blur: flip, then jitter, then gray, then Gaussian blur.
     """
     n, height, width, _ = pixels.shape
-    scale = torch.tensor([1 / (255 * s) for s in cfg.std], device=pixels.device).view(1, 3, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(cfg.mean, cfg.std)], device=pixels.device).view(1, 3, 1, 1)
+    factors = torch.tensor([[1 / (255 * s) for s in cfg.std], [-m / s for m, s in zip(cfg.mean, cfg.std)]])
+    scale, shift = factors.to(pixels.device, non_blocking=True).view(2, 1, 3, 1, 1)
     channels = 1 if _is_gray(pixels) else 3
     plans = _jitter_plans(params, cfg)
     # elements with the same jitter operations in the same order stand together: one slice then serves them all
@@ -131,7 +131,7 @@ def apply_photometrics(pixels: Tensor, params: Photometrics, cfg: ViewsConfig) -
     out = torch.empty((n, 3, height, width), device=pixels.device)
     for first in range(0, n, chunk):
         index = order[first : first + chunk]
-        where = torch.from_numpy(index).to(pixels.device)
+        where = torch.from_numpy(index).to(pixels.device, non_blocking=True)
         chosen = pixels.index_select(0, where).permute(0, 3, 1, 2)[:, :channels]
         x = chosen.to(torch.float32, memory_format=torch.contiguous_format)
         _chain(x, params[index], plans[index], cfg)
