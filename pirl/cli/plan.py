@@ -1,0 +1,154 @@
+"""`pirl plan`: what a training will take."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UsageError
+from .app import Json, Overrides, RecipeName, app, console, show_rows
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+
+SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+def parse_count(text: str) -> int:
+    """1281167, 1_281_167, 70k, 1.28M or 1B, as a number."""
+    match = re.fullmatch(r"([\d_,]*\.?\d+)([kmb]?)", text.strip().lower())
+    count = round(float(re.sub("[_,]", "", match[1])) * SUFFIXES[match[2]]) if match else 0
+    if count < 1:
+        raise UsageError(f"--images {text!r} is not a number of images", "e.g. 70000, 70k, 1.28M or 1B")
+    return count
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(help="Machines.", min=1)] = 4,
+    gpus: Annotated[int, typer.Option(help="GPUs of each.", min=1)] = 8,
+    images: Annotated[str, typer.Option(help="Images of the data set: 70000, 1.28M, 1B.")] = "1281167",
+    price: Annotated[float, typer.Option(help="Of a GPU for an hour.", min=0)] = 3.5,
+    images_per_s: Annotated[
+        float | None, typer.Option(help="Measured speed of one GPU; else estimated for an H200.", min=0.01)
+    ] = None,
+    gpu_gb: Annotated[float, typer.Option(help="Memory of a GPU.", min=0.1)] = 141.0,
+    cpus: Annotated[int | None, typer.Option(help="Cores of a node that load data; else as many as needed.", min=1)] = (
+        None
+    ),
+    worker_images_per_s: Annotated[float, typer.Option(help="Speed of one loading process.", min=0.01)] = 320.0,
+    network_gbit: Annotated[float, typer.Option(help="Network of a node, Gbit/s.", min=0.01)] = 100.0,
+    storage_mb: Annotated[float, typer.Option(help="Speed of writing a checkpoint, MB/s.", min=0.01)] = 1000.0,
+    image_kb: Annotated[float, typer.Option(help="Mean size of an image file.", min=0.01)] = 110.0,
+    mtbf_hours: Annotated[
+        float, typer.Option(help="Hours between failures of one GPU; a few hundred if preemptible.", min=0.01)
+    ] = 50_700.0,
+    as_json: Json = False,
+) -> None:
+    """Tell what a training will take, before anything runs: hours, cost, memory, network, checkpoints.
+
+    Sizes are counted on the recipe's network. Times rest on the rates given: measure yours and give them.
+
+    Example: pirl plan r50-200ep-mlp --nodes 4 --gpus 8 --images 1.28M --price 3.5
+    """
+    from ..config import load_recipe
+    from ..plan import Machine, growth, plan_training
+
+    chosen = load_recipe(recipe, overrides or [])
+    machine = Machine(
+        images_per_s=images_per_s,
+        gpu_bytes=gpu_gb * 1e9,
+        worker_images_per_s=worker_images_per_s,
+        cpus=cpus,
+        network_bytes_per_s=network_gbit * 1e9 / 8,
+        storage_bytes_per_s=storage_mb * 1e6,
+        image_bytes=image_kb * 1e3,
+        gpu_hours_between_failures=mtbf_hours,
+        price=price,
+    )
+    found = plan_training(chosen, nodes, gpus, parse_count(images), machine)
+    grown = growth(chosen, gpus, -(-found.batch_size // (nodes * gpus)), machine)
+    if as_json:
+        print(json.dumps({"plan": asdict(found), "growth": [asdict(each) for each in grown]}))
+        return
+    show_rows([{"what": name, chosen.name: text} for name, text in summary(found, chosen.train.epochs)], False)
+    console.print("\nthe same with more images and nodes, the batch growing with the GPUs:", highlight=False)
+    show_rows([growth_row(each) for each in grown], False)
+    estimate = "given" if images_per_s else "estimated for an H200: give yours by --images-per-s"
+    console.print(
+        f"speed of a GPU: {estimate}. The bank is held whole by every rank; where that does not fit (!), `sharded` is "
+        "what a rank would hold of one cut by rows, which this version cannot do. A row is written once an epoch, so a "
+        "bank needs several.",
+        highlight=False,
+    )
+
+
+def summary(plan: Plan, epochs: int) -> list[tuple[str, str]]:
+    fits = "fits" if plan.fits else "DOES NOT FIT"
+    return [
+        ("machines", f"{plan.nodes} nodes x {plan.gpus} GPUs, {plan.images:,} images, batch {plan.batch_size:,}"),
+        ("speed", f"{plan.images_per_s:,.0f} images/s, limited by: {plan.limited_by}"),
+        ("time", f"{plan.hours:,.2f} h: {epochs} epochs of {plan.epoch_s:,.1f} s, {plan.steps_per_epoch:,} steps each"),
+        ("cost", f"{plan.cost:,.2f}: {plan.cost_per_epoch:,.3f} an epoch"),
+        ("memory of a rank", f"{size(plan.memory_bytes_per_rank)}, {fits}"),
+        ("- memory bank", size(plan.bank_bytes_per_rank)),
+        ("- weights, gradients, momentum", size(plan.weights_bytes_per_rank)),
+        ("- activations", size(plan.activation_bytes_per_rank)),
+        ("loading processes", f"{plan.workers_per_gpu} for each GPU, {plan.workers_per_gpu * plan.gpus} a node"),
+        (
+            "reading, each node",
+            f"{size(plan.loader_bytes_per_s_per_node)}/s of a data set of {size(plan.dataset_bytes)}",
+        ),
+        (
+            "network, each step",
+            f"gradients {size(plan.gradient_bytes_per_rank)}, bank rows {size(plan.gathered_bytes_per_rank)}; a node "
+            f"sends {size(plan.network_bytes_per_node)} in {plan.network_s * 1e3:.1f} of {plan.step_s * 1e3:.1f} ms",
+        ),
+        (
+            "checkpoint",
+            f"{size(plan.checkpoint_bytes)}, stops training for {plan.checkpoint_stall_s:.2f} s, written in "
+            f"{plan.checkpoint_write_s:.1f} s",
+        ),
+        (
+            "checkpoint every",
+            f"{plan.checkpoint_interval_s / 60:,.1f} min; stalls, lost work and restarts take {plan.lost_share:.3%}",
+        ),
+    ]
+
+
+def growth_row(plan: Plan) -> dict[str, Any]:
+    return {
+        "images": short_count(plan.images),
+        "nodes": plan.nodes,
+        "bank": size(plan.bank_bytes_per_rank),
+        "rank's memory": size(plan.memory_bytes_per_rank) + ("" if plan.fits else " (!)"),
+        "sharded": size(plan.sharded_bank_bytes_per_rank),
+        "sent a step": size(plan.network_bytes_per_node),
+        "node reads": f"{size(plan.loader_bytes_per_s_per_node)}/s",
+        "data set": size(plan.dataset_bytes),
+        "checkpoint": size(plan.checkpoint_bytes),
+        "epoch": f"{plan.epoch_s / 60:,.1f} min",
+        "epoch's cost": f"{plan.cost_per_epoch:,.2f}",
+    }
+
+
+def short_count(count: int) -> str:
+    for unit, times in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= times:
+            return f"{count / times:.3g}{unit}"
+    return str(count)
+
+
+def size(count: float) -> str:
+    """Bytes with a decimal unit and three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB" if count < 1000 else f"{count:,.0f} TB"

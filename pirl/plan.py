@@ -1,0 +1,253 @@
+"""What a training will take before any of it is paid for: time, money, memory, network and storage, per rank and node.
+
+Sizes are exact: the recipe's own network is built without memory (on PyTorch's meta device) and counted. Times follow
+from the rates in `Machine`, which are assumptions until they are measured where the training will run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import Recipe
+from .errors import UsageError
+from .model import build_model
+
+ROW_ID_BYTES = 8
+BACKWARD_SHARE = 2 / 3  # of a step's arithmetic; gradients travel during it
+PASSES = 14  # over each convolution's output in a step, forward and backward, with batch norm and ReLU fused
+GROWTH = ((1_281_167, 4), (10_000_000, 4), (100_000_000, 16), (1_000_000_000, 64))  # images and nodes
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a GPU, a node and the storage are assumed to do."""
+
+    images_per_s: float | None = None
+    """Of one GPU in training; None: `step_bytes_per_s` over the bytes that the recipe's network moves."""
+    step_bytes_per_s: float = 1.46e12
+    """Memory traffic that a training step sustains: a third of an H200's bandwidth, 2,700 images/s of a bf16 R50."""
+    gpu_bytes: float = 141e9
+    worker_images_per_s: float = 320.0
+    """Views of one loading process: measured by `benchmarks/g3_loader.py` on photographs of 500x375, exact pixels."""
+    cpus: int | None = None
+    """Cores of a node that load data; None: as many as are needed."""
+    network_bytes_per_s: float = 12.5e9
+    """Of one node."""
+    storage_bytes_per_s: float = 1e9
+    """Of one writer."""
+    copy_bytes_per_s: float = 5e9
+    """From the GPU into the host's memory, which is all that a checkpoint stops training for."""
+    image_bytes: float = 110e3
+    gpu_hours_between_failures: float = 50_700.0
+    """Of one GPU; a few hundred where machines are preempted."""
+    restart_s: float = 300.0
+    """From a failure to the next new step."""
+    price: float = 3.5
+    """Of a GPU for an hour."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Counted on the recipe's network."""
+
+    parameters: int
+    buffer_bytes: int
+    """Batch norm's running statistics."""
+    convolution_values: float
+    """Outputs of all convolutions for one image with its patches."""
+    saved_bytes: float
+    """Held for the backward pass, for one image with its patches, in the recipe's precision."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training on one set of machines. Bytes, seconds and hours as the names say; a rank is a GPU."""
+
+    nodes: int
+    gpus: int
+    images: int
+    batch_size: int
+    steps_per_epoch: int
+    images_per_s: float
+    """Of all GPUs together."""
+    limited_by: str
+    step_s: float
+    epoch_s: float
+    hours: float
+    cost_per_epoch: float
+    cost: float
+    bank_bytes_per_rank: int
+    sharded_bank_bytes_per_rank: int
+    """What a bank cut by rows over all ranks would need; this version holds all of it on every rank."""
+    weights_bytes_per_rank: int
+    """Parameters, gradients and momentum."""
+    activation_bytes_per_rank: int
+    memory_bytes_per_rank: int
+    fits: bool
+    workers_per_gpu: int
+    """Loading processes that keep up with a GPU."""
+    loader_bytes_per_s_per_node: float
+    """Compressed images read."""
+    gradient_bytes_per_rank: int
+    """Summed over all ranks in each step."""
+    gathered_bytes_per_rank: int
+    """New rows of the bank and their ids, from all ranks, in each step."""
+    network_bytes_per_node: float
+    """Sent between nodes in each step."""
+    network_s: float
+    dataset_bytes: float
+    checkpoint_bytes: int
+    checkpoint_stall_s: float
+    checkpoint_write_s: float
+    checkpoint_interval_s: float
+    lost_share: float
+    """Of the time: stalls, work done twice and restarts."""
+
+
+def measure(recipe: Recipe) -> Sizes:
+    """Count the recipe's network on two images without weights or pixels."""
+    views, images = recipe.views, 2  # batch norm wants more than one value for each channel
+    convolutions = 0
+
+    def count(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        nonlocal convolutions
+        convolutions += output.numel()
+
+    with torch.device("meta"):
+        model = build_model(recipe)
+        inputs = (
+            torch.empty(images, 3, views.image_size, views.image_size),
+            torch.empty(images * views.patches, 3, views.patch_size, views.patch_size),
+        )
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(count)
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    with saved_storages() as saved:
+        model(*inputs)
+    held = sum(size for storage, size in saved.items() if storage not in weights)
+    return Sizes(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
+        convolution_values=convolutions / images,
+        saved_bytes=held / images * value_bytes(recipe) / 4,
+    )
+
+
+@contextmanager
+def saved_storages() -> Iterator[dict[int, int]]:
+    """Bytes of every storage that autograd holds for the backward pass of what is computed inside, by its address."""
+    found: dict[int, int] = {}
+    kept = []  # an address is only its own as long as its storage lives
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept.append(storage)
+        found[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield found
+
+
+def value_bytes(recipe: Recipe) -> int:
+    """Of one activation."""
+    return 4 if recipe.train.precision == "fp32" else 2
+
+
+def plan_training(recipe: Recipe, nodes: int, gpus: int, images: int, machine: Machine = Machine()) -> Plan:
+    """`gpus` are those of a node; `images` those of the data set."""
+    recipe.check_data(images)
+    return predict(recipe, measure(recipe), nodes, gpus, images, machine)
+
+
+def predict(recipe: Recipe, sizes: Sizes, nodes: int, gpus: int, images: int, machine: Machine) -> Plan:
+    """The plan of a network that has been measured."""
+    ranks, batch, dim = nodes * gpus, recipe.train.batch_size, recipe.model.embedding_dim
+    if batch < ranks:
+        raise UsageError(
+            f"a batch of {batch} images cannot be dealt to {ranks} GPUs", f"e.g. train.batch_size={32 * ranks}"
+        )
+    rows = recipe.rows(images)
+    share = -(-batch // ranks)
+
+    traffic = sizes.convolution_values * PASSES * value_bytes(recipe)
+    gpu_rate = machine.images_per_s or machine.step_bytes_per_s / traffic
+    compute_s = share / gpu_rate
+    gradients = 4 * sizes.parameters
+    gathered = batch * (4 * dim + ROW_ID_BYTES)
+    sent = 2 * (nodes - 1) / nodes * gradients + (nodes - 1) / nodes * gathered
+    network_s = sent / machine.network_bytes_per_s
+    # gradients travel while the backward pass goes on, so only what is longer than that is waited for
+    stepping_s = compute_s * (1 - BACKWARD_SHARE) + max(compute_s * BACKWARD_SHARE, network_s)
+    loading_s = batch / nodes / (machine.cpus * machine.worker_images_per_s) if machine.cpus else 0.0
+    reading_s = batch / nodes * machine.image_bytes / machine.network_bytes_per_s
+    step_s, limit = max((stepping_s, "gpu"), (loading_s, "decoding"), (reading_s, "reading"))
+    if limit == "gpu" and network_s > compute_s * BACKWARD_SHARE:
+        limit = "network"
+
+    bank = 4 * rows * dim
+    weights = 3 * gradients + sizes.buffer_bytes
+    activations = round(share * sizes.saved_bytes)
+    memory = bank + weights + activations
+
+    checkpoint = bank + 2 * gradients + sizes.buffer_bytes
+    stall_s, write_s = checkpoint / machine.copy_bytes_per_s, checkpoint / machine.storage_bytes_per_s
+    between_s = machine.gpu_hours_between_failures * 3600 / ranks
+    # Young's optimum, but no save begins before the last one is written
+    interval_s = max(math.sqrt(2 * stall_s * between_s), write_s)
+    lost = stall_s / interval_s + (interval_s / 2 + machine.restart_s) / between_s
+
+    steps = recipe.steps_per_epoch(rows)
+    epoch_s = steps * step_s * (1 + lost)
+    epoch_cost = epoch_s / 3600 * ranks * machine.price
+    return Plan(
+        nodes=nodes,
+        gpus=gpus,
+        images=images,
+        batch_size=batch,
+        steps_per_epoch=steps,
+        images_per_s=batch / step_s,
+        limited_by=limit,
+        step_s=step_s,
+        epoch_s=epoch_s,
+        hours=epoch_s * recipe.train.epochs / 3600,
+        cost_per_epoch=epoch_cost,
+        cost=epoch_cost * recipe.train.epochs,
+        bank_bytes_per_rank=bank,
+        sharded_bank_bytes_per_rank=-(-rows // ranks) * 4 * dim,
+        weights_bytes_per_rank=weights,
+        activation_bytes_per_rank=activations,
+        memory_bytes_per_rank=memory,
+        fits=memory <= machine.gpu_bytes,
+        workers_per_gpu=math.ceil(share / stepping_s / machine.worker_images_per_s),
+        loader_bytes_per_s_per_node=batch / nodes / step_s * machine.image_bytes,
+        gradient_bytes_per_rank=gradients,
+        gathered_bytes_per_rank=gathered,
+        network_bytes_per_node=sent,
+        network_s=network_s,
+        dataset_bytes=images * machine.image_bytes,
+        checkpoint_bytes=checkpoint,
+        checkpoint_stall_s=stall_s,
+        checkpoint_write_s=write_s,
+        checkpoint_interval_s=interval_s,
+        lost_share=lost,
+    )
+
+
+def growth(recipe: Recipe, gpus: int, images_per_gpu: int, machine: Machine = Machine()) -> list[Plan]:
+    """The recipe on more images and nodes, the batch growing with the GPUs as in the reference."""
+    sizes = measure(recipe)
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"images": 0})})
+    plans = []
+    for images, nodes in GROWTH:
+        train = recipe.train.model_copy(update={"batch_size": images_per_gpu * nodes * gpus})
+        plans.append(predict(recipe.model_copy(update={"train": train}), sizes, nodes, gpus, images, machine))
+    return plans
