@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pirl import __version__
+from pirl import __version__, logs
 from pirl.distributed import die_with_parent
 from pirl.errors import PirlError
-from pirl.metrics import peak_memory_bytes
+from pirl.metrics import peak_memory_bytes, task
 from pirl.storage import open_storage
 
 IMAGE = os.environ.get("PIRL_STEPS_IMAGE", f"localhost/pirl-python-steps:{__version__.replace('+', '-')}")
@@ -20,19 +19,26 @@ IMAGE = os.environ.get("PIRL_STEPS_IMAGE", f"localhost/pirl-python-steps:{__vers
 
 
 @contextmanager
-def step(run: str, name: str) -> Iterator[None]:
-    """Time the step `name` of a run into its `steps/NAME.json`; end with the runner that started it.
-
-    A repeated step that finds its work done keeps the time that the work took, and says when it last ran. What a user
-    can act on is told in a line or two, without a traceback.
-    """
+def told(name: str) -> Iterator[None]:
+    """The step `name` ends with the runner that started it, and tells what a user can act on without a traceback."""
     die_with_parent()
-    started, clock = time.time(), time.perf_counter()
+    logs.start()
     try:
         yield
     except PirlError as error:
-        print(f"error: step {name}: {error}", file=sys.stderr, flush=True)
+        logs.complain(f"step {name}: {error}")
         raise SystemExit(error.exit_code) from None
+
+
+@contextmanager
+def step(run: str, name: str) -> Iterator[None]:
+    """What `told` does, and time the step `name` of a run into its `steps/NAME.json`.
+
+    A repeated step that finds its work done keeps the time that the work took, and says when it last ran.
+    """
+    started, clock = time.time(), time.perf_counter()
+    with told(name), task(name, run):
+        yield
     seconds = round(time.perf_counter() - clock, 2)
     storage, entry = open_storage(run), f"steps/{name}.json"
     record: dict[str, Any] = {

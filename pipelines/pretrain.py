@@ -6,6 +6,8 @@
 Steps hand each other URIs; whatever is large stays in storage. Every step can be repeated: it finds its work done.
 """
 
+from typing import Any
+
 from kfp import dsl
 
 from components.gate import gate
@@ -14,6 +16,23 @@ from components.pretrain import pretrain
 from components.register import register
 from components.report import report
 from components.shard import shard
+from pipelines.cluster import on_cluster
+
+
+def train_to_register(train_data: Any, test_data: Any, training: dict[str, Any], gating: dict[str, Any]) -> None:
+    """The steps from the shards on: those of every pipeline. `training` and `gating` are the steps' parameters."""
+    # a placeholder has to be all of an argument: within a longer text the backend would leave it as it is
+    trained = pretrain(data=train_data, **training, kfp_run=dsl.PIPELINE_JOB_ID_PLACEHOLDER)
+    evaluated = linear_eval(run=trained.output, train_data=train_data, test_data=test_data)
+    checked = gate(run=evaluated.outputs["Output"], **gating)
+    data = {"train_data": train_data, "test_data": test_data}
+    # both branches, on a parameter that is the gate's only output: the local runner skips any other shape silently
+    with dsl.If(checked.output == "promote", name="promote"):
+        registered = register(run=trained.output, root=gating["root"], model=gating["model"])
+        shown = report(run=trained.output, verdict=registered.outputs["Output"], **data)
+    with dsl.Else(name="reject"):
+        explained = report(run=trained.output, verdict=checked.output, **data)
+    on_cluster(trained, evaluated, checked, registered, shown, explained)
 
 
 @dsl.pipeline(
@@ -30,21 +49,26 @@ def pirl_pretrain(
     model: str = "pirl",
     metric: str = "linear_1pct",
     min_gain: float = 0.01,
+    backend: str = "local",
+    nodes: int = 1,
+    gpus: int = 0,
+    image: str = "",
+    namespace: str = "",
+    queue: str = "",
+    job: str = "",
 ) -> None:
-    """Everything goes below `root` (a folder or an s3:// prefix): data/, runs/RUN/, registry/MODEL/."""
+    """Everything goes below `root` (a folder or an s3:// prefix): data/, runs/RUN/, registry/MODEL/.
+
+    With `backend` "pytorchjob" the training is a PyTorchJob as `nodes` to `job` say; else the step trains by itself.
+    """
     train_data = shard(source=train_source, root=root, run=run, split="train").set_display_name("shard-train")
     test_data = shard(source=test_source, root=root, run=run, split="test").set_display_name("shard-test")
-    trained = pretrain(
-        data=train_data.output, root=root, run=run, recipe=recipe, overrides=overrides, processes=processes
+    on_cluster(train_data, test_data)
+    train_to_register(
+        train_data.output,
+        test_data.output,
+        {"root": root, "run": run, "recipe": recipe, "overrides": overrides, "processes": processes}
+        | {"backend": backend, "nodes": nodes, "gpus": gpus, "image": image, "namespace": namespace}
+        | {"queue": queue, "job": job},
+        {"root": root, "model": model, "metric": metric, "min_gain": min_gain},
     )
-    evaluated = linear_eval(run=trained.output, train_data=train_data.output, test_data=test_data.output)
-    checked = gate(run=evaluated.outputs["Output"], root=root, model=model, metric=metric, min_gain=min_gain)
-    data = {"train_data": train_data.output, "test_data": test_data.output}
-    # both branches, on a parameter that is the gate's only output: the local runner skips any other shape silently
-    with dsl.If(checked.output == "promote", name="promote"):
-        registered = register(run=trained.output, root=root, model=model)
-        shown = report(run=trained.output, verdict=registered.outputs["Output"], **data)
-    with dsl.Else(name="reject"):
-        explained = report(run=trained.output, verdict=checked.output, **data)
-    for task in (train_data, test_data, trained, evaluated, checked, registered, shown, explained):
-        task.set_caching_options(False)  # what a step finds done, it skips itself, by content

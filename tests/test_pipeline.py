@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,13 @@ import pytest
 import yaml
 from conftest import TINY
 from images import folder_of_classes
-from kfp import compiler
+from kfp import local
 
 from pipelines.local import require_steps, run_local
-from pipelines.pretrain import pirl_pretrain
+from pipelines.retrain import pirl_retrain
+from pirl import __version__
 from pirl.errors import PirlError, UsageError
+from pirl.kube.settings import SECRET_NAMES
 from pirl.registry import Registry
 from pirl.storage import Storage
 
@@ -106,14 +111,72 @@ def test_a_failing_step_stops_the_pipeline_with_its_name(
     assert "Traceback" not in shown.out + shown.err
 
 
+@pytest.mark.slow
+def test_a_scheduled_run_registers_and_the_next_has_nothing_to_do(
+    arguments: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = {key: value for key, value in arguments.items() if key not in ("root", "run")}
+    for tick in range(2):
+        local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "kfp"))
+        pirl_retrain(**given, root=str(tmp_path / "out"), min_gain=-1.0)
+        shown = capfd.readouterr()
+        assert ("nothing to do" in shown.out + shown.err) == (tick == 1)
+    assert [version.version for version in Registry(str(tmp_path / "out" / "registry")).versions("pirl")] == ["v0001"]
+
+
 def test_a_word_that_the_local_runner_would_change_is_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="python3"):
         run_local(**{**arguments, "root": "/tmp/python3-stuff"})
 
 
-def test_it_compiles_to_what_a_backend_needs(tmp_path: Path) -> None:
-    compiler.Compiler().compile(pirl_pretrain, str(tmp_path / "dag.yaml"))
-    text = (tmp_path / "dag.yaml").read_text()
+COMMITTED = Path(__file__).parent.parent / "pipelines"
+
+
+def compile_in_another_process(out: Path, **environment: str) -> str:
+    program = "import sys; from pirl.cli import main; sys.argv = ['pirl', 'compile', sys.argv[1]]; main()"
+    kept = {name: value for name, value in os.environ.items() if name != "PIRL_STEPS_IMAGE"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(out)], env={**kept, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return out.read_text()
+
+
+def test_the_committed_yaml_is_current_and_names_an_image_by_version(tmp_path: Path) -> None:
+    text = compile_in_another_process(tmp_path / "a.yaml")
+    committed = (COMMITTED / "pirl-pretrain.yaml").read_text()
+    assert committed == text, "run `pirl compile`, and commit pipelines/pirl-pretrain.yaml"
+    assert f"localhost/pirl-python-steps:{__version__}" in text
+    other = compile_in_another_process(tmp_path / "b.yaml", PIRL_STEPS_IMAGE="registry.example.com/python-steps:7")
+    assert other == text.replace(f"localhost/pirl-python-steps:{__version__}", "registry.example.com/python-steps:7")
+
+
+def test_credentials_come_from_a_secret_that_may_be_absent_and_stand_nowhere(tmp_path: Path) -> None:
+    secrets = {"AWS_ACCESS_KEY_ID": "AKIAPIRLTEST", "AWS_SECRET_ACCESS_KEY": "verysecretpirl"}
+    text = compile_in_another_process(tmp_path / "a.yaml", **secrets)
+    assert not any(value in text for value in secrets.values())
+    pipeline, platform = yaml.safe_load_all(text)
+    inputs = pipeline["root"]["inputDefinitions"]["parameters"]
+    assert [name for name in inputs if SECRET_NAMES.search(name)] == []
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert set(executors) == set(pipeline["deploymentSpec"]["executors"])
+    for executor in executors.values():
+        (secret,) = executor["secretAsEnv"]
+        assert (secret["secretName"], secret["optional"]) == ("pirl-s3", True)
+        assert {key["secretKey"] for key in secret["keyToEnv"]} >= set(secrets)
+
+
+def test_every_setting_of_the_training_is_an_argument_and_the_run_s_id_a_label() -> None:
+    spec = next(yaml.safe_load_all((COMMITTED / "pirl-pretrain.yaml").read_text()))
+    given = spec["root"]["dag"]["tasks"]["pretrain"]["inputs"]["parameters"]
+    assert set(given) == set(spec["components"]["comp-pretrain"]["inputDefinitions"]["parameters"])
+    assert given.pop("kfp_run") == {"runtimeValue": {"constant": "{{$.pipeline_job_uuid}}"}}
+    constants = {name for name, value in given.items() if "runtimeValue" in value}
+    assert constants == set()
+
+
+def test_it_compiles_to_what_a_backend_needs() -> None:
+    text = (COMMITTED / "pirl-pretrain.yaml").read_text()
     spec = next(yaml.safe_load_all(text))
     assert spec["pipelineInfo"]["name"] == "pirl-pretrain"
     branches = {name: task for name, task in spec["root"]["dag"]["tasks"].items() if name.startswith("condition")}

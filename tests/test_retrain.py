@@ -239,3 +239,18 @@ def test_the_command(tmp_path: Path, tiny_toml: Path) -> None:
     registry = str(tmp_path / "root/registry")
     assert pirl("promote", "pirl", "v0001", "--registry", registry) == "pirl: champion v0002 -> v0001\n"
     assert pirl("retrain", *settings).endswith("nothing to do\n")
+
+
+def test_settings_of_a_job_need_the_backend_that_has_jobs(tmp_path: Path) -> None:
+    photos(tmp_path / "photos")
+    command = [str(Path(sys.executable).parent / "pirl"), "retrain", "--train-source", "photos"]
+    command += ["--test-source", "photos", "--nodes", "4"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "add --backend pytorchjob" in done.stderr
+    done = subprocess.run(
+        [*command, "--backend", "pytorchjob"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "is on this machine, where pods cannot see it" in done.stderr
+    assert not list(tmp_path.glob("runs/runs/*"))

@@ -13,14 +13,18 @@ from .app import app
 # each import adds its commands to the program; in this order --help lists them
 from . import dag  # isort: skip
 from . import shard  # isort: skip
+from . import plan  # isort: skip
 from . import train  # isort: skip
 from . import evaluate  # isort: skip
 from . import models  # isort: skip
 from . import retrain  # isort: skip
 from . import look  # isort: skip
 from . import compile  # isort: skip
+from . import submit  # isort: skip
+from . import schedule  # isort: skip
 
-__all__ = ["app", "compile", "dag", "evaluate", "look", "main", "models", "retrain", "shard", "train"]
+__all__ = ["app", "compile", "dag", "evaluate", "look", "main", "models"]
+__all__ += ["plan", "retrain", "schedule", "shard", "submit", "train"]
 
 
 def main() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
-from rich.markup import escape
 
-from .app import DEFAULT_ROOT, DRY_RUN_HELP, Overrides, Processes, app, console
+from ..errors import UsageError
+from .app import DEFAULT_ROOT, DRY_RUN_HELP, Overrides, app, console
 
 
 @app.command()
@@ -29,7 +29,26 @@ def retrain(
             min=-1,
         ),
     ] = -1,
-    processes: Processes = 0,
+    backend: Annotated[
+        Literal["local", "pytorchjob"],
+        typer.Option(envvar="PIRL_BACKEND", help="Train on this machine, or by a PyTorchJob on the current cluster."),
+    ] = "local",
+    nodes: Annotated[int, typer.Option(envvar="PIRL_NODES", help="Pods of the PyTorchJob.", min=0)] = 0,
+    gpus: Annotated[int, typer.Option(envvar="PIRL_GPUS", help="GPUs of each pod.", min=0)] = 0,
+    processes: Annotated[
+        int,
+        typer.Option(
+            envvar="PIRL_PROCESSES", help="Processes here, or of each pod; 0: one for each GPU, else two, in a pod one."
+        ),
+    ] = 0,
+    job: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="PIRL_JOB",
+            metavar="NAME=VALUE",
+            help="Other setting of the PyTorchJob (once for each; in the variable separated by spaces).",
+        ),
+    ] = None,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP)] = False,
 ) -> None:
@@ -40,54 +59,33 @@ def retrain(
 
     Example: pirl retrain --train-source photos/train --test-source photos/test --root runs
     """
-    from ..config import load_recipe
-    from ..errors import UsageError
-    from ..evaluate import evaluate_run
-    from ..registry import data_uri, decide, decide_retrain, register_run
-    from ..shards import open_source, write_shards
-    from ..storage import open_storage
-    from ..train import Options, launch
-    from ..warm import warm_start
+    from ..kube import job_settings
+    from ..retrain import Retraining, keep_up_to_date
 
-    overrides = overrides or []
-    registry = registry or f"{root}/registry"
-    sources = {"train": open_source(train_source), "test": open_source(test_source)}
-    for split, source in sources.items():
-        if source.classes is None:
-            raise UsageError(f"the {split} images have no classes", "the gate asks for an evaluation, which needs them")
-    data = {split: data_uri(root, split, source) for split, source in sources.items()}
-    if dry_run and not open_storage(data["train"]).exists("manifest.json"):
-        console.print(f"new images: {len(sources['train']):,} would be sharded to {data['train']}, then compared")
-        return
-    if not dry_run:
-        write_shards(sources["train"], open_storage(data["train"]))
-    warm = warm_epochs if warm_epochs >= 0 else None
-    decision = decide_retrain(root, registry, model, load_recipe(recipe, overrides), data["train"], warm)
-    for reason in decision.reasons:
-        console.print(escape(reason), soft_wrap=True, highlight=False)
-    if not decision.retrain:
-        console.print("nothing to do")
-        return
-    console.print(f"{'would train' if dry_run else 'training'} {decision.run}", soft_wrap=True)
-    if dry_run:
-        return
-    run = open_storage(decision.run)
-    if decision.warm:
-        if warm:
-            overrides = [*overrides, f"train.epochs={warm}"]
-        if not run.list("checkpoints/"):
-            kept, fresh = warm_start(decision.warm, data["train"], decision.run, decision.recipe)
-            console.print(f"from {decision.warm.run}: {kept:,} rows of the bank kept, {fresh:,} new")
-    if code := launch(recipe, Options(data["train"], decision.run, processes or None), overrides):
+    settings = None
+    if backend == "pytorchjob":
+        settings = job_settings(job or (), {"nodes": nodes or 1, "gpus": gpus, "processes": processes})
+    elif nodes or gpus or job:
+        raise UsageError(
+            "nodes, gpus and job settings are for a PyTorchJob",
+            "add --backend pytorchjob (PIRL_BACKEND), or leave them away (PIRL_NODES, PIRL_GPUS, PIRL_JOB)",
+        )
+    wanted = Retraining(
+        train_source,
+        test_source,
+        root,
+        registry or f"{root}/registry",
+        model,
+        recipe,
+        tuple(overrides or ()),
+        metric,
+        min_gain,
+        warm_epochs if warm_epochs >= 0 else None,
+        processes,
+        settings,
+    )
+    if code := keep_up_to_date(wanted, dry_run):
         raise typer.Exit(code)
-    write_shards(sources["test"], open_storage(data["test"]))
-    evaluate_run(decision.run, data["train"], data["test"])
-    if decide(decision.run, registry, model, metric, min_gain):
-        version = register_run(decision.run, registry, model)
-        console.print(f"{version.model} {version.version}: {version.uri}", soft_wrap=True)
-    else:
-        reasons = "; ".join(run.read_json("gate.json")["reasons"])
-        console.print(f"not registered: {escape(reasons)}", soft_wrap=True)
 
 
 @app.command()

@@ -23,6 +23,12 @@ def train(
     log_every: Annotated[int, typer.Option(help="Steps between two log lines.")] = 50,
     checkpoint_every_s: Annotated[float, typer.Option(help="Seconds between two checkpoints.")] = 300.0,
     keep: Annotated[int, typer.Option(help="Complete checkpoints to keep.", min=1)] = 2,
+    keep_every_epochs: Annotated[
+        int, typer.Option(help="Also save and keep for good one checkpoint every so many epochs; 0: none.", min=0)
+    ] = 0,
+    keep_best: Annotated[
+        bool, typer.Option("--keep-best", help="Also keep the checkpoint of the lowest loss.")
+    ] = False,
     job: Annotated[
         list[str] | None,
         typer.Option(
@@ -40,7 +46,9 @@ def train(
     """
     from ..train import Options, launch, plan
 
-    options = Options(data, out, processes or None, workers, log_every, checkpoint_every_s, keep)
+    options = Options(
+        data, out, processes or None, workers, log_every, checkpoint_every_s, keep, keep_every_epochs, keep_best
+    )
     if backend == "pytorchjob":
         from ..kube import job_settings, launch_job, prepare, to_yaml
 

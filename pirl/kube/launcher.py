@@ -37,6 +37,7 @@ from ..errors import (
     TrainingError,
     UsageError,
 )
+from ..logs import readable
 from ..metrics import duration, say
 from ..shards import Manifest
 from ..storage import S3Storage, open_storage
@@ -420,4 +421,4 @@ def _owner(pod: Object) -> str:
 
 
 def _indent(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines()[-12:])
+    return "\n".join(f"    {readable(line)}" for line in text.splitlines()[-12:])

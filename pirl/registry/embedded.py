@@ -113,12 +113,12 @@ class Registry:
             place = self._place(model, version)
             claim = new_record(model, version, run_id, stamps, record)
             try:  # reading first, since on the way nearly all numbers are taken
-                found = place.read_bytes(_RECORD)
+                found = place.read_small(_RECORD)
             except StorageNotFoundError:
                 if place.create(_RECORD, claim):
                     (self.storage / model).write_json(_CLAIMS, {**claims, version: run_id})
                     return version, claim
-                found = place.read_bytes(_RECORD)
+                found = place.read_small(_RECORD)
             theirs = parse(found, place)
             claims[version] = theirs["run_id"]
             if theirs["run_id"] == run_id:
@@ -128,7 +128,7 @@ class Registry:
 
     def _claims(self, model: str) -> dict[str, str]:
         try:
-            found = json.loads((self.storage / model).read_bytes(_CLAIMS))
+            found = json.loads((self.storage / model).read_small(_CLAIMS))
         except (StorageNotFoundError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
@@ -253,7 +253,7 @@ class Registry:
 
     def _load(self, model: str, version: str) -> Version:
         place = self._place(model, version)
-        record = place.read_bytes(_RECORD)
+        record = place.read_small(_RECORD)
         require_digest(record, place.read_json(_COMMIT)["record_sha256"], place)
         return Version(model, version, place.uri, parse(record, place), place.exists(_GATE))
 

@@ -60,7 +60,7 @@ class KubeflowRegistry(Registry):
         claim = embedded.new_record(model, version, run_id, stamps, record)
         if place.create("model.json", claim):
             return version, claim
-        found = place.read_bytes("model.json")
+        found = place.read_small("model.json")
         embedded.require_same_files(embedded.parse(found, place), stamps, version)
         return version, found
 
@@ -122,7 +122,7 @@ class KubeflowRegistry(Registry):
         found = self._version(model, version)
         place = self._files(model, _get(found, _RUN))
         try:
-            record = place.read_bytes("model.json")
+            record = place.read_small("model.json")
         except StorageNotFoundError as error:
             raise RegistryError(f"{error.what} It belongs to {model} {version}.", embedded.RESTORE) from None
         embedded.require_digest(record, _get(found, _SHA), place)

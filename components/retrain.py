@@ -1,0 +1,56 @@
+"""What has changed -> a new champion; or nothing to do."""
+
+from kfp import dsl
+
+from components.step import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def retrain(
+    train_source: str,
+    test_source: str,
+    root: str,
+    recipe: str,
+    overrides: str,
+    model: str,
+    metric: str,
+    min_gain: float,
+    warm_epochs: int,
+    processes: int,
+    backend: str,
+    nodes: int,
+    gpus: int,
+    image: str,
+    namespace: str,
+    queue: str,
+    job: str,
+) -> None:
+    """Decide within seconds, and train, evaluate and register only if there is something new. As `pirl retrain`."""
+    import shlex
+
+    from components.step import told
+    from pirl.kube import job_settings
+    from pirl.retrain import Retraining, keep_up_to_date
+
+    with told("retrain"):
+        texts = {"image": image, "namespace": namespace, "queue": queue}
+        given = {name: text for name, text in texts.items() if text}
+        settings = job_settings(shlex.split(job), {"nodes": nodes, "gpus": gpus, "processes": processes, **given})
+        code = keep_up_to_date(
+            Retraining(
+                train_source=train_source,
+                test_source=test_source,
+                root=root,
+                registry=f"{root}/registry",
+                model=model,
+                recipe=recipe,
+                overrides=tuple(overrides.split()),
+                metric=metric,
+                min_gain=min_gain,
+                warm_epochs=warm_epochs if warm_epochs >= 0 else None,
+                processes=processes,
+                job=settings if backend == "pytorchjob" else None,
+            )
+        )
+    if code:
+        raise SystemExit(code)

@@ -1,0 +1,43 @@
+"""The pipelines by name, and as the YAML that a KFP backend takes."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from kfp import compiler
+
+from pipelines.pretrain import pirl_pretrain
+from pipelines.retrain import pirl_retrain
+from pirl import __version__
+
+PIPELINES = {"pirl-pretrain": pirl_pretrain, "pirl-retrain": pirl_retrain}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A pipeline's YAML: the pipeline itself, then what Kubernetes has to know of its steps."""
+
+    name: str
+    text: str
+
+    @property
+    def version(self) -> str:
+        """Its name on a backend, made of its content: the same pipeline is never uploaded twice."""
+        return f"{__version__.replace('+', '-')}-{hashlib.sha256(self.text.encode()).hexdigest()[:12]}"
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return next(yaml.safe_load_all(self.text))
+
+
+def compiled(name: str) -> Compiled:
+    """The pipeline of that name, with the image that PIRL_STEPS_IMAGE named when this process began."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pipeline.yaml"
+        compiler.Compiler().compile(PIPELINES[name], str(path))
+        return Compiled(name, path.read_text())

@@ -1,0 +1,111 @@
+"""`pirl submit`: a run of a pipeline on a KFP backend."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from ..errors import PirlError, UsageError, did_you_mean
+from .app import DRY_RUN_HELP, app, console
+
+Pipeline = Annotated[str, typer.Argument(metavar="PIPELINE", help="Name of a pipeline: pirl-pretrain, pirl-retrain.")]
+Arguments = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Arguments of the pipeline.")]
+EndpointOption = Annotated[
+    str,
+    typer.Option(
+        envvar=["KFP_ENDPOINT", "KF_PIPELINES_ENDPOINT"], help="Address of KFP's API; a token for it is in KFP_TOKEN."
+    ),
+]
+Namespace = Annotated[str, typer.Option(help="Your profile's namespace, on a backend of several users.")]
+Experiment = Annotated[str, typer.Option(help="KFP's experiment, made if it is not there.")]
+ServiceAccount = Annotated[str, typer.Option(help="Service account of the steps; else the backend's default.")]
+Upload = Annotated[
+    bool, typer.Option("--upload/--no-upload", help="Upload this code's pipeline if the backend has another.")
+]
+
+
+@app.command()
+def submit(
+    pipeline: Pipeline,
+    arguments: Arguments = None,
+    endpoint: EndpointOption = "",
+    namespace: Namespace = "",
+    experiment: Experiment = "pirl",
+    service_account: ServiceAccount = "",
+    upload: Upload = True,
+    wait: Annotated[bool, typer.Option("--wait", help="Until the run has ended; a failed one is a failure.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the run as JSON.")] = False,
+    dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP)] = False,
+) -> None:
+    """Run a pipeline on KFP: by its name, in its newest version, with arguments that were checked.
+
+    A pipeline of this code is uploaded first, if the backend does not have it as it is here.
+
+    Example: pirl submit pirl-pretrain recipe=r50-200ep-mlp train_source=s3://b/train test_source=s3://b/test \
+root=s3://b/pirl backend=pytorchjob nodes=4 gpus=8 --wait
+    """
+    backend: Any = connect(endpoint, namespace) if endpoint or not dry_run else None
+    version, values = resolve(backend, pipeline, arguments or [], upload, dry_run)
+    name = f"{pipeline} {values['run']}" if values.get("run") else pipeline
+    if dry_run:
+        tell_plan("would run", pipeline, version, values)
+        return
+    run_id = backend.run(version, name, values, experiment, service_account)
+    link = f"{backend.endpoint}/#/runs/details/{run_id}"
+    if as_json:
+        print(json.dumps({"run_id": run_id, "name": name, "version": version.name, "arguments": values, "url": link}))
+    else:
+        console.print(f"{escape(name)}, version {version.name}: {link}", soft_wrap=True, highlight=False)
+    if wait:
+        backend.wait(run_id, lambda state: None if as_json else console.print(state))
+
+
+def connect(endpoint: str, namespace: str) -> Any:
+    """The `Backend` at `endpoint`."""
+    if not endpoint:
+        raise UsageError("no KFP backend is named", "--endpoint http://HOST:8888, or KFP_ENDPOINT in the environment")
+    from pipelines.backend import Backend
+
+    return Backend(endpoint, namespace, os.environ.get("KFP_TOKEN", ""))
+
+
+def resolve(backend: Any, pipeline: str, items: list[str], upload: bool, dry_run: bool) -> tuple[Any, dict[str, Any]]:
+    """The `Version` to run and its checked arguments; nothing is uploaded before they are right, nor in a dry run.
+
+    Only a dry run may go without a backend, or get None: a version that the backend does not have yet.
+    """
+    from pipelines.arguments import complete, inputs_of, require_all, typed_arguments
+    from pipelines.compiled import PIPELINES, compiled
+
+    ours: Any = compiled(pipeline) if pipeline in PIPELINES and upload else None
+    if backend is None and ours is None:
+        raise UsageError(
+            f"there is no pipeline {pipeline!r} in this code.{did_you_mean(pipeline, PIPELINES)}",
+            f"here are {', '.join(PIPELINES)}; --endpoint asks a backend for others",
+        )
+    version: Any = backend.newest(pipeline, ours.version if ours else "") if backend else None
+    if ours is None and version is None:
+        raise PirlError(
+            f"the backend has no pipeline {pipeline!r}.{did_you_mean(pipeline, PIPELINES)}",
+            "look at its name" if pipeline not in PIPELINES else "upload it: leave --no-upload away",
+        )
+    inputs = inputs_of(ours.spec if ours else version.spec)
+    values = typed_arguments(pipeline, inputs, items)
+    if pipeline in PIPELINES:
+        values = complete(values, inputs)
+    require_all(pipeline, inputs, values)
+    if backend and ours and version is None and not dry_run:
+        version = backend.upload(ours)
+    return version, values
+
+
+def tell_plan(what: str, pipeline: str, version: Any, values: dict[str, Any]) -> None:
+    """What a dry run shows."""
+    known = f"version {version.name}" if version else "this code's version, to be uploaded first"
+    console.print(f"{what} {pipeline}, {known}", soft_wrap=True, highlight=False)
+    for name, value in values.items():
+        console.print(f"  {name} = {escape(json.dumps(value))}", soft_wrap=True, highlight=False)
