@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
+from images import folder_of_classes
+from kubernetes.utils import parse_quantity
 
 from pirl import __version__
+from pirl.cli import app
+from pirl.kube import job_settings
 
 MANIFESTS = Path(__file__).parent.parent / "manifests"
 OVERLAYS = sorted(path.name for path in (MANIFESTS / "overlays").iterdir())
 VERSION = __version__.replace("+", "-")
+WORLD = ("nodes", "gpus", "processes")
 BUILT_IN = {"Namespace", "ServiceAccount", "Role", "RoleBinding", "ConfigMap", "NetworkPolicy"}
 NEED_CRDS = {"kueue": {"ResourceFlavor", "ClusterQueue", "LocalQueue"}}
 
@@ -180,9 +188,42 @@ class TestBuilt:
         spec = next(document for document in built("cron") if document["kind"] == "CronJob")["spec"]
         assert spec["concurrencyPolicy"] == "Forbid"
 
-    def test_prod_has_room_for_its_training_and_dev_for_no_gpu(self) -> None:
-        for overlay, gpus in (("prod", 32), ("dev", 0)):
-            objects = {document["kind"]: document for document in built(overlay)}
-            config = objects["ConfigMap"]["data"]
-            assert int(config["PIRL_NODES"]) * int(config["PIRL_GPUS"]) == gpus
-            assert objects["ResourceQuota"]["spec"]["hard"]["requests.nvidia.com/gpu"] == str(gpus)
+    @pytest.mark.parametrize(("overlay", "nodes", "gpus"), [("base", 1, 8), ("dev", 2, 0), ("prod", 4, 8)])
+    def test_the_schedule_trains_as_the_config_map_says(
+        self, overlay: str, nodes: int, gpus: int, tmp_path: Path
+    ) -> None:
+        """The command of the CronJob, with this environment alone, on images that are there."""
+        folder_of_classes(tmp_path / "photos", classes=2, images=2)
+        config = next(document for document in built(overlay) if document["kind"] == "ConfigMap")["data"]
+        here = {"PIRL_TRAIN_SOURCE": "photos", "PIRL_TEST_SOURCE": "photos", "PIRL_ROOT": "root"}
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        cron = next(document for document in built("cron") if document["kind"] == "CronJob")["spec"]
+        container = cron["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]
+        done = subprocess.run(
+            [*container["command"], "--dry-run"],
+            cwd=tmp_path,
+            env={**os.environ, "PATH": path, **config, **here},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"by a PyTorchJob of {nodes} pods, each of {gpus} GPUs and {gpus or 1} ranks" in done.stdout
+
+    @pytest.mark.parametrize("overlay", ["base", "dev", "prod"])
+    def test_every_variable_of_the_config_map_has_a_reader(self, overlay: str) -> None:
+        config = next(document for document in built(overlay) if document["kind"] == "ConfigMap")["data"]
+        command = typer.main.get_command(app).commands["retrain"]  # type: ignore[attr-defined]
+        read = {option.envvar for option in command.params} | {"PIRL_TRAINER_IMAGE", "AWS_REGION", "AWS_ENDPOINT_URL"}
+        assert config.keys() <= read
+
+    @pytest.mark.parametrize("overlay", ["dev", "prod"])
+    def test_the_quota_has_room_for_the_training_and_its_launcher(self, overlay: str) -> None:
+        objects = {document["kind"]: document for document in built(overlay)}
+        config, hard = objects["ConfigMap"]["data"], objects["ResourceQuota"]["spec"]["hard"]
+        job = job_settings(config["PIRL_JOB"].split(), {name: int(config[f"PIRL_{name.upper()}"]) for name in WORLD})
+        assert int(hard["requests.nvidia.com/gpu"]) == job.nodes * job.gpus
+        assert float(parse_quantity(hard["requests.cpu"])) >= job.nodes * parse_quantity(job.cpu) + 1
+        for memory in ("requests.memory", "limits.memory"):
+            assert parse_quantity(hard[memory]) >= job.nodes * parse_quantity(job.memory) + parse_quantity("8Gi")
+        assert job.priority_class in ("", objects.get("PriorityClass", {"metadata": {"name": ""}})["metadata"]["name"])

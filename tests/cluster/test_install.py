@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,10 +43,15 @@ def applied(*arguments: str) -> dict[str, Any]:
 
 
 def left_over() -> list[str]:
-    """Objects of this project that are still there, of every kind that can be listed and deleted."""
+    """Objects of this installation that are still there, of every kind that can be listed and deleted."""
     kinds = kubectl("api-resources", "--verbs=list,delete", "-o", "name").split()
-    found = kubectl("get", ",".join(kinds), "--all-namespaces", "-l", OURS, "-o", "name", "--ignore-not-found")
-    return found.split()
+    found = kubectl("get", ",".join(kinds), "--all-namespaces", "-l", OURS, "-o", "json", "--ignore-not-found")
+    items = json.loads(found)["items"] if found else []
+    return [
+        f"{item['kind']}/{item['metadata']['name']}"
+        for item in items
+        if item["metadata"].get("namespace", "pirl") == "pirl"  # others may hold other installations
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +75,24 @@ def test_applied_twice_changes_nothing_and_deleted_leaves_nothing(installation: 
     assert kubectl("diff", "--server-side", *installation) == ""
     assert "no matches" not in kubectl("get", *installation, "-o", "name")
     kubectl("delete", *installation)
+    assert left_over() == []
+
+
+def test_the_document_for_operators(nothing_there: None, tmp_path: Path) -> None:
+    """All of its commands for the cluster, in their order, from the installation to the last trace of it."""
+    (tmp_path / "manifests").symlink_to(MANIFESTS)
+    (tmp_path / "storage.env").write_text("AWS_ACCESS_KEY_ID=test\nAWS_SECRET_ACCESS_KEY=not-in-use\n")
+    text = (MANIFESTS.parent / "docs" / "operations.md").read_text()
+    blocks = re.findall(r"^```sh cluster\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 6
+    try:
+        for block in blocks:
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, block + done.stdout + done.stderr
+    finally:
+        kubectl("delete", "namespace", "pirl", "--ignore-not-found")
     assert left_over() == []
 
 
