@@ -29,15 +29,18 @@ MEMORY_SHARE = 0.05  # of the reference's temporary memory
 class Sides:
     """Two banks of the same rows, and a step of each side on the same embeddings."""
 
-    def __init__(self, images: int = IMAGES, batch: int = BATCH, negatives: int = NEGATIVES) -> None:
+    def __init__(
+        self, images: int = IMAGES, batch: int = BATCH, negatives: int = NEGATIVES, device: str = "cpu"
+    ) -> None:
         self.config = LossConfig(kind="nce", temperature=TEMPERATURE, negatives=negatives)
-        self.bank = MemoryBank(images, DIM, MemoryConfig())
+        self.bank = MemoryBank(images, DIM, MemoryConfig()).to(device)
         self.bank.z.fill_(Z)
         self.reference = ReferenceNCE(self.bank.memory.clone(), negatives, TEMPERATURE, 0.5, Z)
         generator = torch.Generator().manual_seed(1)
-        self.ids = torch.randperm(images, generator=generator)[:batch]
-        self.raw = [torch.randn(batch, DIM, generator=generator) for _ in range(2)]
-        self.weights = torch.full((batch,), 1 / batch)
+        self.host_ids = torch.randperm(images, generator=generator)[:batch]
+        self.ids = self.host_ids.to(device)
+        self.raw = [torch.randn(batch, DIM, generator=generator).to(device) for _ in range(2)]
+        self.weights = torch.full((batch,), 1 / batch, device=device)
         self.epoch = 0
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
@@ -48,7 +51,7 @@ class Sides:
         self.reference.step(self.ids, *self.embeddings())
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        ids = self.ids.numpy()
+        ids = self.host_ids.numpy()
         patches, images = (
             draw_negatives(self.config, len(self.bank.memory), self.ids, negative_seeds(0, self.epoch, ids, view))
             for view in (0, 1)

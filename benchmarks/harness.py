@@ -47,11 +47,12 @@ def compare(
     unit: str = "ms",
     facts: Mapping[str, Any] | None = None,
     results: Path = RESULTS,
+    between: Callable[[], object] = lambda: None,
 ) -> Result:
     """Time the sides `reference` and `ours` in turns, print the table, write `results`/GOAL.json.
 
     `parity` runs first and raises unless both sides compute the same. Each side then runs once unmeasured, so that no
-    first-time cost counts, and `repeats` times measured.
+    first-time cost counts, and `repeats` times measured; `between` runs unmeasured before each time.
     """
     if set(sides) != {"reference", "ours"}:
         raise ValueError(f"a comparison has the sides 'reference' and 'ours', not {sorted(sides)}")
@@ -59,6 +60,7 @@ def compare(
     times: dict[str, list[float]] = {side: [] for side in sides}
     for turn in range(repeats + 1):
         for side, work in sides.items():
+            between()
             started = time.perf_counter()
             work()
             if turn:
