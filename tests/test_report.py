@@ -352,7 +352,7 @@ def test_in_the_middle_and_after_a_resume(evaluated: Path, data: tuple[str, str]
 
 def test_damaged_checkpoints_are_named(evaluated: Path, data: tuple[str, str], tmp_path: Path) -> None:
     run = changed(evaluated, tmp_path / "run")
-    for path in run.glob("checkpoints/*/state.pt"):
+    for path in run.glob("checkpoints/*/*.safetensors"):
         path.write_bytes(b"no")
     sorted(run.glob("checkpoints/*/COMMIT.json"))[0].write_text("{}")
     page = Page(render_report(str(run), *data))
