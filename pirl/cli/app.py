@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -30,6 +30,13 @@ RecipeName = Annotated[str, typer.Argument(help="Name of a recipe (`pirl recipes
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Settings to change.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Processes = Annotated[int, typer.Option(help="Processes on this machine; 0: as many as GPUs, else two.")]
+BackendName = Annotated[
+    Literal["local", "pytorchjob"], typer.Option(help="Train on this machine, or by a PyTorchJob on the cluster.")
+]
+JobItems = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="Setting of the PyTorchJob (once for each): nodes=4, gpus=8, image=..."),
+]
 DRY_RUN_HELP = "Check everything, say what would be done, and stop."
 DEFAULT_ROOT = "runs"
 

@@ -1,14 +1,16 @@
-"""`pirl demo` and `pirl run`: the whole DAG on this machine."""
+"""`pirl demo` and `pirl run`: the whole DAG from this machine."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from .app import DEFAULT_ROOT, DRY_RUN_HELP, Overrides, Processes, app, console
+from ..errors import UsageError
+from .app import DEFAULT_ROOT, DRY_RUN_HELP, BackendName, JobItems, Overrides, Processes, app, console
 
 
 @app.command()
@@ -40,13 +42,25 @@ def run(
     root: Annotated[str, typer.Option(help="Where everything goes.")] = DEFAULT_ROOT,
     model: Annotated[str, typer.Option(help="Name in the registry.")] = "pirl",
     processes: Processes = 0,
+    backend: BackendName = "local",
+    job: JobItems = None,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP)] = False,
 ) -> None:
-    """Run the whole DAG on this machine on your own labelled images.
+    """Run the whole DAG on your own labelled images, all of it here or its training on a cluster.
 
     Example: pirl run photos/train photos/test --recipe demo train.epochs=20
+
+    Example: pirl run photos/train photos/test --root s3://bucket/pirl --backend pytorchjob --job nodes=4 --job gpus=8
     """
+    if backend == "pytorchjob":
+        from ..kube import job_settings
+
+        job_settings(job or (), {"processes": processes})
+        if not root.startswith("s3://"):
+            raise UsageError(f"--root {root} is on this machine, where pods cannot see it", "use s3://bucket/prefix")
+    elif job:
+        raise UsageError("--job is for a PyTorchJob", "add --backend pytorchjob, or leave it away")
     run_dag(
         train_source=train_source,
         test_source=test_source,
@@ -55,12 +69,14 @@ def run(
         overrides=overrides,
         model=model,
         processes=processes,
+        backend=backend,
+        job=shlex.join(job or ()),
         dry_run=dry_run,
     )
 
 
 def run_dag(recipe: str, root: str, overrides: list[str] | None, dry_run: bool, **arguments: Any) -> None:
-    """Run the pipeline locally and show its result."""
+    """Run the pipeline's steps here, one after the other, and show its result."""
     from ..config import load_recipe
     from ..shards import open_source
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from ..errors import UsageError
-from .app import DRY_RUN_HELP, Overrides, Processes, RecipeName, app, console
+from .app import DRY_RUN_HELP, BackendName, JobItems, Overrides, Processes, RecipeName, app, console
 
 
 @app.command()
@@ -15,9 +15,7 @@ def train(
     recipe: RecipeName,
     data: Annotated[str, typer.Option(help="URI of the shards.")],
     out: Annotated[str, typer.Option(help="URI of the run; a run that is there is resumed.")],
-    backend: Annotated[
-        Literal["local", "pytorchjob"], typer.Option(help="This machine, or a PyTorchJob on the current cluster.")
-    ] = "local",
+    backend: BackendName = "local",
     processes: Processes = 0,
     workers: Annotated[int, typer.Option(help="Data loading processes of each rank.")] = 0,
     log_every: Annotated[int, typer.Option(help="Steps between two log lines.")] = 50,
@@ -29,12 +27,7 @@ def train(
     keep_best: Annotated[
         bool, typer.Option("--keep-best", help="Also keep the checkpoint of the lowest loss.")
     ] = False,
-    job: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE", help="Setting of the PyTorchJob (once for each): nodes=4, gpus=8, image=..."
-        ),
-    ] = None,
+    job: JobItems = None,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP + " With pytorchjob: print its manifest.")] = False,
 ) -> None:
