@@ -184,6 +184,19 @@ class TestBuilt:
             assert template["metadata"]["labels"]["app.kubernetes.io/component"] == "launcher"
             assert template["metadata"]["labels"]["app.kubernetes.io/name"] == "pirl-pipeline"
 
+    def test_the_steps_on_kfp_have_kfps_role_and_the_launchers(self) -> None:
+        """Under an account of their own: KFP's default one is every pipeline's of that backend."""
+        objects = built("kfp")
+        account = next(document for document in objects if document["kind"] == "ServiceAccount")["metadata"]
+        bindings = [document for document in objects if document["kind"] == "RoleBinding"]
+        ours = {(role["metadata"]["namespace"], name) for name, role in of_kind("Role").items()}
+        refs = {(binding["metadata"]["namespace"], binding["roleRef"]["name"]) for binding in bindings}
+        assert refs == {("kubeflow", "pipeline-runner")} | ours
+        for binding in bindings:
+            assert binding["subjects"] == [
+                {"kind": "ServiceAccount", "name": account["name"], "namespace": account["namespace"]}
+            ]
+
     def test_a_schedule_does_not_overlap_itself(self) -> None:
         spec = next(document for document in built("cron") if document["kind"] == "CronJob")["spec"]
         assert spec["concurrencyPolicy"] == "Forbid"
