@@ -20,6 +20,7 @@ from kubernetes.utils import parse_quantity
 from pirl import __version__
 from pirl.cli import app
 from pirl.kube import job_settings
+from pirl.kube.cluster import RIGHTS
 
 MANIFESTS = Path(__file__).parent.parent / "manifests"
 OVERLAYS = sorted(path.name for path in (MANIFESTS / "overlays").iterdir())
@@ -93,6 +94,17 @@ class TestBase:
             assert "*" not in words
             assert "secrets" not in words
             assert not {"pods", "pods/exec"} & set(rule["resources"]) or not {"create", "delete"} & set(rule["verbs"])
+
+    def test_the_launcher_has_the_rights_that_doctor_asks_for(self) -> None:
+        rules = of_kind("Role")["pirl-launcher"]["rules"]
+        given = {
+            (verb, group, resource)
+            for rule in rules
+            for group in rule["apiGroups"]
+            for resource in rule["resources"]
+            for verb in rule["verbs"]
+        }
+        assert given == set(RIGHTS)
 
     def test_the_secret_is_not_installed_by_accident(self) -> None:
         example = documents((MANIFESTS / "secret.yaml.example").read_text())[0]

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from ..errors import EXIT_FAILURE
-from .app import DEFAULT_ROOT, Json, Overrides, RecipeName, app, console, show_rows
+from ..errors import EXIT_FAILURE, UsageError
+from .app import DEFAULT_ROOT, JobItems, Json, Overrides, RecipeName, app, console, show_rows
 
 IMAGENET = 1_281_167  # training images of ImageNet-1k
 IMAGES_PER_RANK = 32  # in all of the reference's settings: its batch grows with the GPUs, and the rate with the batch
@@ -106,20 +106,36 @@ def runs(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """Look at what this machine can do, and how to mend what it cannot.
+def doctor(
+    cluster: Annotated[bool, typer.Option("--cluster", help="Look at the cluster, not at this machine.")] = False,
+    root: Annotated[
+        str, typer.Option(envvar="PIRL_ROOT", help="s3:// place of the runs; a pod tries to write there.")
+    ] = "",
+    job: JobItems = None,
+    as_json: Json = False,
+) -> None:
+    """Look at what this machine, or a cluster, can do for a training, and how to mend what it cannot.
+
+    With --cluster: API, operator, rights of the launcher, GPUs, queue, and a job of one pod, deleted afterwards.
 
     Example: pirl doctor
-    """
-    from ..doctor import checks
 
-    rows = [vars(check) for check in checks()]
+    Example: pirl doctor --cluster --root s3://bucket/pirl --job nodes=4 --job gpus=8
+    """
+    from ..doctor import cluster_checks, machine_checks
+    from ..kube import job_settings
+
+    if job and not cluster:
+        raise UsageError("--job is for a cluster", "add --cluster, or leave it away")
+    rows = []
+    for check in cluster_checks(job_settings(job or ()), root) if cluster else machine_checks():
+        rows.append(vars(check))
+        if as_json:
+            continue
+        mark = {"ok": "[green]ok  [/]", "note": "[yellow]note[/]", "bad": "[red]bad [/]"}[check.state]
+        console.print(f"{mark} {check.name}: {escape(check.found)}", highlight=False)
+        if check.fix:
+            console.print(f"       -> {escape(check.fix)}", highlight=False)
     if as_json:
         print(json.dumps(rows))
-    else:
-        for row in rows:
-            mark = {"ok": "[green]ok  [/]", "note": "[yellow]note[/]", "bad": "[red]bad [/]"}[row["state"]]
-            console.print(f"{mark} {row['name']}: {escape(row['found'])}", highlight=False)
-            if row["fix"]:
-                console.print(f"       -> {escape(row['fix'])}", highlight=False)
     raise typer.Exit(EXIT_FAILURE if any(row["state"] == "bad" for row in rows) else 0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import PirlError
 from .manifest import API, CONTAINER, Object
@@ -26,6 +26,26 @@ class ClusterError(PirlError):
 
 class UnreachableError(ClusterError):
     """The API server did not answer, or not now: what runs, runs on, and the question can be asked again."""
+
+
+class Right(NamedTuple):
+    """A verb on a resource of an API group; a resource may be RESOURCE/SUBRESOURCE."""
+
+    verb: str
+    group: str
+    resource: str
+
+    def __str__(self) -> str:
+        return f"{self.verb} {self.resource}"
+
+
+RIGHTS = (
+    *(Right(verb, API[0], API[2]) for verb in ("create", "get", "delete")),
+    Right("list", "", "pods"),
+    Right("list", "", "events"),
+    Right("get", "", "pods/log"),
+)
+"""Of whoever runs a launcher, and all that `manifests/` gives its service account."""
 
 
 class Cluster:
@@ -49,7 +69,7 @@ class Cluster:
         """The PyTorchJob, or None where there is none."""
         try:
             return self._ask(self.custom.get_namespaced_custom_object, *self._jobs(), name)
-        except _AbsentError:
+        except AbsentError:
             return None
 
     def create(self, body: Object, **more: Any) -> Object | None:
@@ -58,7 +78,7 @@ class Cluster:
             return self._ask(self.custom.create_namespaced_custom_object, *self._jobs(), body, **more)
         except _ConflictError:
             return None
-        except _AbsentError as error:
+        except AbsentError as error:
             if "namespaces" in error.what:
                 raise ClusterError(error.what, "kubectl apply -f manifests/ makes the namespace") from None
             raise ClusterError(f"this cluster has no {API[2]}.{API[0]} ({error.what})", INSTALL) from None
@@ -66,7 +86,7 @@ class Cluster:
     def delete(self, name: str, uid: str) -> None:
         """Delete this very job, and its pods with it; that it is gone already, or replaced, is fine."""
         body = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}
-        with suppress(_AbsentError, _ConflictError):
+        with suppress(AbsentError, _ConflictError):
             self._ask(self.custom.delete_namespaced_custom_object, *self._jobs(), name, body=body)
 
     def pods(self, job: str) -> list[Object]:
@@ -89,7 +109,7 @@ class Cluster:
             return self._ask_text(
                 read, pod, self.namespace, container=CONTAINER, timestamps=True, previous=previous, **more
             )
-        except (_AbsentError, _RefusedError):  # no container yet, or none any more
+        except (AbsentError, _RefusedError):  # no container yet, or none any more
             return ""
 
     def _jobs(self) -> tuple[str, str, str, str]:
@@ -112,7 +132,7 @@ class Cluster:
             # 401: a token that is being replaced; 429 and 5xx: too much to do, a leader election, a webhook restarting
             if error.status in (0, 401, 408, 429) or error.status >= 500:
                 raise UnreachableError(f"the API server answers {error.status}: {message}") from None
-            kinds = {400: _RefusedError, 403: _ForbiddenError, 404: _AbsentError, 409: _ConflictError}
+            kinds = {400: _RefusedError, 403: ForbiddenError, 404: AbsentError, 409: _ConflictError}
             raise kinds.get(error.status, ClusterError)(message) from None
 
 
@@ -121,8 +141,8 @@ def pod_index(pod: Object) -> int:
     return int(pod["metadata"]["labels"]["training.kubeflow.org/replica-index"])
 
 
-class _AbsentError(ClusterError):
-    pass
+class AbsentError(ClusterError):
+    """There is no such object, or no such kind."""
 
 
 class _ConflictError(ClusterError):
@@ -133,9 +153,15 @@ class _RefusedError(ClusterError):
     pass
 
 
-class _ForbiddenError(ClusterError):
+class ForbiddenError(ClusterError):
+    """The asking account may not."""
+
     def __init__(self, what: str) -> None:
-        super().__init__(what, "`kubectl apply -f manifests/` gives these rights to the service account pirl-launcher")
+        super().__init__(
+            what,
+            "`kubectl apply -f manifests/` gives these rights to the service account pirl-launcher; for KFP's steps, "
+            "`kubectl apply -k manifests/overlays/kfp` and `pirl submit --service-account pirl-launcher`",
+        )
 
 
 def _message(error: Any) -> str:

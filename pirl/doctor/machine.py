@@ -5,23 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import StorageError
+from ..errors import StorageError
+from .check import Check
 
 
-@dataclass(frozen=True)
-class Check:
-    """`state` is "ok", "note" (works, but) or "bad"; `fix` says how to get further."""
-
-    name: str
-    state: str
-    found: str
-    fix: str = ""
-
-
-def checks() -> list[Check]:
+def machine_checks() -> list[Check]:
     """All checks, in the order in which a user meets what they look at. None of them changes anything."""
     return [_torch(), _cores(), _precision(), _shared_memory(), _data(), _storage(), _cluster(), _kfp()]
 
@@ -68,7 +58,7 @@ def _shared_memory() -> Check:
 
 
 def _data() -> Check:
-    from .shards.fashion import present_fashion_mnist
+    from ..shards.fashion import present_fashion_mnist
 
     where = present_fashion_mnist()
     if where is None:
@@ -82,7 +72,7 @@ def _storage() -> Check:
     if not bucket:
         found = f"endpoint {endpoint}" if endpoint else "no endpoint set"
         return Check("S3", "note", f"not checked ({found})", "set PIRL_BUCKET=s3://bucket to have it tried")
-    from .storage import open_storage
+    from ..storage import open_storage
 
     try:
         open_storage(bucket).list("pirl-doctor")
