@@ -11,6 +11,8 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from multiprocessing import forkserver, resource_tracker
@@ -23,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .config import Recipe
 from .distributed import World
-from .errors import DataError, PirlError
+from .errors import DataError, PirlError, StorageError
 from .shards import ShardReader, decode_pixels, image_size
 from .views import crop, draw_geometry, uniforms
 
@@ -33,6 +35,9 @@ CACHED_SIDE = 64  # decoded images up to this size are kept: decoding them costs
 CACHED_BYTES = 256 << 20  # for each process
 BUFFER_BYTES = 12 << 20  # larger images are decoded into memory of their own
 PREFETCH = 2  # batches that each worker is asked for ahead of time
+LOOK_S = 5  # between two looks whether the workers live
+PATIENCE_S = 180.0  # that a storage may be away while images are read
+PAUSE_S = 2.0
 
 
 class Batch(NamedTuple):
@@ -118,7 +123,7 @@ class CropDataset(Dataset[Batch]):
         """Write the crops of `rows` into (B, S, S, 3) and (B, patches, P, P, 3) uint8."""
         ids, cfg = self.image_ids(rows).tolist(), self.recipe.views
         unread = [id for id in ids if id not in self._decoded]
-        read = dict(zip(unread, self.reader.read_many(unread)))
+        read = dict(zip(unread, self._read(unread)))
         sources = [self._decoded[id] if id in self._decoded else read[id] for id in ids]
         sizes = [
             source.shape[:2] if isinstance(source, np.ndarray) else image_size(source, self._name(id))
@@ -127,6 +132,18 @@ class CropDataset(Dataset[Batch]):
         geometry = draw_geometry(cfg, self.recipe.train.seed, epoch, np.array(ids), np.array(sizes, np.int64))
         for row, out in enumerate(zip(images.numpy(), patches.numpy())):
             crop(self._pixels(ids[row], sources[row]), geometry, row, cfg, out, self.exact)
+
+    def _read(self, ids: list[int]) -> list[bytes]:
+        """The encoded images; a storage that is away for a while is asked again and again."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return self.reader.read_many(ids)
+            except StorageError as error:
+                if not error.passing or time.monotonic() > deadline:
+                    raise
+                warnings.warn(f"images cannot be read for the moment, asking again: {error.what}", stacklevel=2)
+                time.sleep(PAUSE_S)
 
     def batch(self, rows: np.ndarray, images: Tensor, patches: Tensor) -> Batch:
         """Crops that `fill` has written, beside the rows and ids that they are of."""
@@ -222,17 +239,28 @@ class Loader:
             sampler=tasks(),
             num_workers=self.workers,
             prefetch_factor=PREFETCH,
+            timeout=LOOK_S,
             multiprocessing_context="forkserver",
             worker_init_fn=start_worker,
         )
+        processes: list[Any] = []
         try:
-            for number, ((at, seen, share), error) in enumerate(zip(self._plan(epoch, samples), loader)):
+            ready: Any = iter(loader)
+            processes = ready._workers
+            for number, (at, seen, share) in enumerate(self._plan(epoch, samples)):
+                error = self._next(ready)
                 if error is not None:
                     raise error
                 yield at, seen, share, shared.batch(share.rows, number % slots)
                 if pins:
                     pins.used(number % slots)
         except (RuntimeError, EOFError, OSError) as error:
+            if "DataLoader timed out" in str(error):
+                raise DataError(
+                    f"the data loading processes of rank {self.world.rank} have made no batch for "
+                    f"{self.world.timeout_s / 2:g} s at {self.world.moment}",
+                    "look at them, at the disk and the storage of the shards; --timeout-s sets the time, twice of this",
+                ) from error
             # a worker that dies in the middle of handing over a batch shows as a broken connection
             if not isinstance(error, RuntimeError) or "DataLoader worker" in str(error):
                 raise DataError(
@@ -241,8 +269,26 @@ class Loader:
                 ) from error
             raise
         finally:
+            for process in processes:
+                process.kill()  # one that hangs hears nothing else, and this process could not end before it
             if pins:
                 pins.release()
+
+    def _next(self, ready: Iterator[Any]) -> Any:
+        """What the workers hand over next. They have half of the time that other ranks wait for this one, so that the
+        rank which is to blame is the first to speak."""
+        deadline = time.monotonic() + self.world.timeout_s / 2
+        while True:
+            try:
+                return next(ready)
+            except RuntimeError as error:
+                if "DataLoader timed out" not in str(error) or time.monotonic() > deadline:
+                    raise
+
+    def batch_ids(self, epoch: int, start: int, stop: int) -> list[int]:
+        """Ids of the images that all ranks together see as the samples `start` to `stop` of an epoch."""
+        order = epoch_order(self.recipe.train.seed, epoch, self.dataset.rows)
+        return [int(id) for id in self.dataset.image_ids(order[start:stop])]
 
     def _plan(self, epoch: int, samples: int) -> Iterator[tuple[int, int, Share]]:
         for at in range(epoch, self.recipe.train.epochs):

@@ -9,7 +9,9 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +24,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from .errors import EXIT_DONE, EXIT_FAILURE, EXIT_PREEMPTED, PirlError, UsageError
+from .errors import EXIT_DONE, EXIT_FAILURE, EXIT_PREEMPTED, PirlError, TrainingError, UsageError
 from .logs import complain
 
 gather_single = (
@@ -40,6 +42,10 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     control: Any = None
     """A gloo group for messages between hosts, so that none of them waits for a GPU."""
+    timeout_s: float = 600.0
+    """Longest that a rank waits for another one."""
+    moment: str = "the start"
+    """What is under way, for messages: "step 12"."""
 
     @property
     def is_main(self) -> bool:
@@ -112,11 +118,15 @@ def start_world(timeout_s: float = 600) -> World:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    world = World(rank, size, local_rank, device)
+    world = World(rank, size, local_rank, device, timeout_s=timeout_s)
     if size > 1:
         timeout = timedelta(seconds=timeout_s)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-        world.control = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
+        if device.type == "cpu":
+            dist.init_process_group("gloo", timeout=timeout)
+            world.control = dist.group.WORLD
+        else:  # NCCL ends the process where it stands: the messages between hosts are to notice first, and tell
+            dist.init_process_group("nccl", timeout=2 * timeout)
+            world.control = dist.new_group(backend="gloo", timeout=timeout)
     return world
 
 
@@ -135,6 +145,49 @@ def die_with_parent() -> None:
 
 
 LOST_PEER = ("onnection closed by peer", "onnection reset by peer", "roken pipe", "remote process exited")
+TIMED_OUT = ("Timed out waiting", "Application timeout")  # gloo's words
+REPORT_S = 10.0  # in which the ranks that live notice that a collective has failed
+
+
+@contextmanager
+def naming_who_hangs(world: World) -> Iterator[None]:
+    """A collective that waited in vain ends as a `TrainingError` with the ranks that have not come to it.
+
+    Each rank whose collective fails says so in the key-value store of the process group; who has not is missing.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        timed_out = _says(error, TIMED_OUT)
+        if world.size == 1 or not (timed_out or _says(error, LOST_PEER)):
+            raise
+        missing = _missing(world, wait_s=REPORT_S if timed_out else 0)
+        if not timed_out:
+            raise  # another rank's story: it has ended, or it waited longer
+        who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}" if missing else "a rank"
+        raise TrainingError(
+            f"{who} did not answer within {world.timeout_s:g} s at {world.moment}",
+            "look at that process and its machine, then run the same command again to go on; --timeout-s sets the time",
+        ) from error
+
+
+def _missing(world: World, wait_s: float) -> list[int]:
+    """Ranks that have not reported within `wait_s` that their collective failed; this one has. Empty: nobody knows."""
+    store = dist.distributed_c10d._get_default_store()
+    keys = [f"pirl/failed/{rank}" for rank in range(world.size)]
+    try:
+        store.set_timeout(timedelta(seconds=REPORT_S))
+        store.set(keys[world.rank], world.moment)
+        deadline = time.monotonic() + wait_s
+        while not (complete := store.check(keys)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return [] if complete else [rank for rank, key in enumerate(keys) if not store.check([key])]
+    except RuntimeError:  # the store has gone with the process that keeps it
+        return []
+
+
+def _says(error: RuntimeError, words: Sequence[str]) -> bool:
+    return any(part in str(error) for part in words)
 
 
 def report_outcome(work: Callable[[], int]) -> int:
@@ -159,7 +212,7 @@ def report_outcome(work: Callable[[], int]) -> int:
     except PirlError as error:
         return tell(str(error), error.exit_code)
     except RuntimeError as error:
-        if not folder or not any(words in str(error) for words in LOST_PEER):
+        if not folder or not _says(error, LOST_PEER):
             raise
         return tell(f"rank {os.environ['RANK']} lost another rank: {error}", EXIT_FAILURE, follows=True)
 

@@ -45,6 +45,9 @@ class DataError(PirlError):
 class StorageError(PirlError):
     """A file system or object store refused, failed or is not there."""
 
+    passing = False
+    """Whether it may well work later without anybody's doing: a server that is overloaded or cannot be reached."""
+
 
 class StorageNotFoundError(StorageError):
     """The named object does not exist."""

@@ -26,7 +26,15 @@ from . import __version__, logs
 from .checkpoint import Checkpoints, Commit, Cursor, Lease
 from .config import Recipe, load_recipe, parse_recipe
 from .data import Batch, Loader, Share, negative_seeds
-from .distributed import World, default_processes, report_outcome, run_ranks, start_world, stop_world
+from .distributed import (
+    World,
+    default_processes,
+    naming_who_hangs,
+    report_outcome,
+    run_ranks,
+    start_world,
+    stop_world,
+)
 from .errors import CheckpointError, PirlError, PreemptedError, StorageNotFoundError, TrainingError, UsageError
 from .loss import StepLoss, contrast, draw_negatives
 from .memory import MemoryBank, gather_updates
@@ -39,6 +47,7 @@ from .views import apply_photometrics, draw_photometrics
 
 INCOMPLETE = ("trunk only", "no bank", "no optimizer")  # in place of the data's digest in an import that lacks the rest
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LAST_SAVE_S = 150.0  # that a storage may be away when there is only one more save to come
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,8 @@ class Options:
     """Also save and keep for good one checkpoint every so many epochs; 0: none."""
     keep_best: bool = False
     """Also keep the one of the lowest loss."""
+    timeout_s: float = World.timeout_s
+    """Longest that a rank waits for another one, and twice the longest that it waits for its loading processes."""
 
     def arguments(self) -> list[str]:
         """As `python -m pirl.train` takes them."""
@@ -80,6 +91,7 @@ class Options:
             "checkpoint_every_s": 0,
             "keep": 1,
             "keep_every_epochs": 0,
+            "timeout_s": 1,
         }
         values = {name: getattr(self, name) for name in least}
         wrong = [f"--{name.replace('_', '-')} {value}" for name, value in values.items() if (value or 0) < least[name]]
@@ -102,7 +114,7 @@ def train(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
         say("this run is complete: nothing to do") if world.is_main else None
         return run.read_json("DONE.json")
     loader = Loader(options.data, recipe, world, options.workers)  # looks at the shards before anything is written
-    with sole_writer(run, world) as lease:
+    with naming_who_hangs(world), sole_writer(run, world) as lease:
         return train_alone(recipe, options, world, run, manifest.digest, loader, lease)
 
 
@@ -167,7 +179,7 @@ def train_alone(
         settle_buckets(network, recipe, world)
     live.watch(network, bank)
     stop = StopSignal(world)
-    meter = Meter(recipe, loader.dataset.rows, cursor, world, options, log, live)
+    meter = Meter(recipe, loader, cursor, world, options, log, live)
     result: StepLoss | None = None
 
     # batch statistics are each rank's own, and rank 0's are what counts
@@ -175,7 +187,7 @@ def train_alone(
 
     def save(milestone: bool = False) -> None:
         """All ranks come here, and each writes its share."""
-        loss = check_state(bank, result.loss if result else None, world)
+        loss = check_state(state, result.loss if result else None, world, meter)
         if error := checkpoints.wait():
             warnings.warn(f"the last checkpoint was not saved, training goes on: {error}", stacklevel=2)
             log.event("checkpoint_failed", error=error.what)
@@ -185,13 +197,15 @@ def train_alone(
             log.flush()
 
     def save_for_sure() -> None:
-        """The last chance: a storage that was away is asked once more."""
+        """The last chance: a storage that was full is asked once more, one that is away for some minutes."""
         save()
-        error = checkpoints.wait()
-        if world.broadcast_object(error is not None):
+        error, deadline = checkpoints.wait(), time.monotonic() + LAST_SAVE_S
+        again = error is not None
+        while world.broadcast_object(again):
             time.sleep(5)
             save()
             error = checkpoints.wait()
+            again = error is not None and error.passing and time.monotonic() < deadline
         if error:
             raise error
 
@@ -201,6 +215,7 @@ def train_alone(
         saved_at = time.monotonic()
         model.train()
         live.clock.wait()
+        world.moment = f"step {cursor.step + 1}"
         for epoch, seen, share, batch in loader.batches(cursor.epoch, cursor.samples):
             rate = learning_rate(recipe, epoch + seen / loader.dataset.rows)
             set_learning_rate(optimizer, rate)
@@ -227,6 +242,8 @@ def train_alone(
                 save(milestone)
                 saved_at = time.monotonic()
             live.clock.wait()
+            world.moment = f"step {cursor.step + 1}"
+        world.moment = "the end"
         save_for_sure()
         done: dict[str, Any] = {}
         if world.is_main:
@@ -335,6 +352,17 @@ class TrainState:
             "data_digest": data_digest,
         }
 
+    def not_finite(self) -> str:
+        """Name of a tensor with a number that is none, or empty. Waits for the device once."""
+        tensors = {f"{name} of the model": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"{name} of the memory bank": value for name, value in self.bank.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            if (momentum := self.optimizer.state.get(parameter, {}).get("momentum_buffer")) is not None:
+                tensors[f"the momentum of {name}"] = momentum
+        tensors = {name: value for name, value in tensors.items() if value.is_floating_point()}
+        sound = torch.stack([value.sum().isfinite() for value in tensors.values()]).tolist()
+        return next((name for name, finite in zip(tensors, sound) if not finite), "")
+
     def load_dict(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
         self.bank.load_state_dict(saved["bank"])
@@ -404,25 +432,21 @@ def ends_milestone(cursor: Cursor, every_epochs: int, recipe: Recipe, rows: int)
     return every_epochs > 0 and at_end and (cursor.epoch + 1) % every_epochs == 0
 
 
-def check_state(bank: MemoryBank, loss: Tensor | None, world: World) -> float | None:
-    """Refuse to save what is broken: every rank applies the same updates, so every rank must hold the same bank.
+def check_state(state: TrainState, loss: Tensor | None, world: World, meter: Meter) -> float | None:
+    """Refuse to save what is broken: a number that is none, or a bank that is not the same on every rank, as every
+    rank applies the same updates.
 
     Returns the loss of the global batch.
     """
-    losses = world.gather_objects(0.0 if loss is None else loss.item())
-    sums = world.gather_objects(bank.memory.double().sum().item())
-    if not all(map(math.isfinite, [*losses, *sums])):
-        raise not_finite(losses)
+    mine = 0.0 if loss is None else loss.item(), state.bank.memory.sum(dtype=torch.float64).item(), state.not_finite()
+    losses, sums, broken = zip(*world.gather_objects(mine))
+    if not all(map(math.isfinite, losses)):
+        raise meter.not_finite(*losses)
+    if names := list(filter(None, broken)):
+        raise meter.not_finite(where=names[0])
     if len(set(sums)) > 1:
         raise TrainingError(f"the ranks' memory banks differ (sums {sums})", "this is a bug: please report it")
     return None if loss is None else sum(losses) / len(losses)
-
-
-def not_finite(losses: list[float]) -> TrainingError:
-    return TrainingError(
-        f"the loss is no longer finite ({', '.join(f'{loss:g}' for loss in losses)})",
-        "the last checkpoint is from before; lower optim.base_lr or use train.precision=fp32",
-    )
 
 
 class StopSignal:
@@ -459,17 +483,27 @@ class Meter:
     """Measures steps, and reports the mean of each interval; values are read from the device only then."""
 
     def __init__(
-        self, recipe: Recipe, rows: int, cursor: Cursor, world: World, options: Options, log: Log, live: TrainingMetrics
+        self,
+        recipe: Recipe,
+        loader: Loader,
+        cursor: Cursor,
+        world: World,
+        options: Options,
+        log: Log,
+        live: TrainingMetrics,
     ) -> None:
         self.recipe, self.world, self.options, self.log, self.live = recipe, world, options, log, live
+        self.loader = loader
+        self.rows = rows = loader.dataset.rows
         self.total_steps = recipe.train.epochs * recipe.steps_per_epoch(rows)
-        self.rows = rows
         self.images_seen = cursor.epoch * (
             rows if recipe.train.last_batch == "keep" else rows - rows % recipe.train.batch_size
         )
         self.images_seen += cursor.samples
         self._before = cursor.seconds
         self._started = time.perf_counter()
+        self._history: list[tuple[Cursor, int, Tensor]] = []
+        """The interval's steps and the one before: where each ended, its images, its loss on this rank."""
         self._reset()
         self.sums = torch.zeros(5, device=world.device)
 
@@ -477,6 +511,7 @@ class Meter:
         self._interval = time.perf_counter()
         self._steps = self._images = 0
         self._compute_s = 0.0
+        self._history = self._history[-1:]
 
     def seconds(self) -> float:
         return self._before + time.perf_counter() - self._started
@@ -490,6 +525,7 @@ class Meter:
         self.sums += torch.stack(
             [result.loss.detach(), result.patches, result.images, result.positive, result.negative]
         )
+        self._history.append((cursor, share.size, result.loss.detach()))
         self._steps += 1
         self._images += share.size
         self.images_seen += share.size
@@ -503,8 +539,7 @@ class Meter:
         elapsed = time.perf_counter() - self._interval
         self.live.interval()
         if not math.isfinite(means[0]):
-            self.log.event("not_finite", step=cursor.step)
-            raise not_finite([means[0]])
+            raise self.not_finite(means[0])
         if self.world.is_main:
             position = cursor.epoch + cursor.samples / self.rows
             speed = self._images / elapsed
@@ -532,6 +567,25 @@ class Meter:
                 **line,
             )
         self._reset()
+
+    def not_finite(self, *losses: float, where: str = "") -> TrainingError:
+        """The error for losses that are no numbers, or for such numbers in the state, with the batch that made them.
+
+        All ranks come here together: the first step that went wrong may have done so on one of them only.
+        """
+        finite = torch.stack([loss for _, _, loss in self._history]).isfinite().tolist()
+        first = min(self.world.gather_objects(finite.index(False) if False in finite else len(finite) - 1))
+        cursor, images, _ = self._history[first]
+        ids = self.loader.batch_ids(cursor.epoch, cursor.samples - images, cursor.samples)
+        self.log.event("not_finite", step=cursor.step, epoch=cursor.epoch, ids=ids, where=where or "loss")
+        subject = where or f"the loss is no longer finite ({', '.join(f'{loss:g}' for loss in losses)})"
+        named = ", ".join(map(str, ids[:8])) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+        return TrainingError(
+            f"{subject}{' is no longer finite' if where else ''}, first at step {cursor.step} (epoch {cursor.epoch}), "
+            f"with the images {named}",
+            "the last checkpoint is from before, events.jsonl has all ids; look at these images, lower optim.base_lr "
+            "or use train.precision=fp32",
+        )
 
     def saved(self, commit: Commit, seconds: float) -> None:
         self.log.event("checkpoint", step=commit.cursor.step, bytes=commit.bytes, seconds=round(seconds, 3))
@@ -578,6 +632,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--keep", type=int, default=Options.keep, help="complete checkpoints to keep")
     parser.add_argument("--keep-every-epochs", type=int, default=Options.keep_every_epochs, help="keep these for good")
     parser.add_argument("--keep-best", action="store_true", help="also keep the one of the lowest loss")
+    parser.add_argument("--timeout-s", type=float, default=Options.timeout_s, help="longest wait for another rank")
     values = vars(parser.parse_intermixed_args(argv))
     recipe, overrides = values.pop("recipe"), values.pop("overrides")
     options = Options(**values)
@@ -586,7 +641,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> int:
         logs.start()
-        world = start_world()
+        world = start_world(options.timeout_s)
         try:
             train(load_recipe(recipe, overrides), options, world)
         finally:

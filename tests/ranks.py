@@ -22,7 +22,9 @@ CRASHED = 99
 
 def start(target: Callable[..., Any], size: int, folder: Path, *arguments: Any, **env: str) -> list[BaseProcess]:
     """Start `target(world, *arguments)` on `size` ranks. Rank r leaves what it returns in `folder`/result-r.pt, and
-    what it prints in `folder`/output-r.txt; its exit code is a `PirlError`'s own, or 99 for any other exception."""
+    what it prints in `folder`/output-r.txt; its exit code is a `PirlError`'s own, or 99 for any other exception.
+
+    `TIMEOUT_S` is the longest that a rank waits for another one."""
     folder.mkdir(parents=True, exist_ok=True)
     for rank in range(size):
         (folder / f"result-{rank}.pt").unlink(missing_ok=True)
@@ -89,7 +91,7 @@ def _rank(
     torch.set_num_threads(1)
     code = 0
     try:
-        world: World = start_world(timeout_s=60)
+        world: World = start_world(timeout_s=float(env.get("TIMEOUT_S", 60)))
         result = target(world, *arguments)
         torch.save(result, folder / f"result-{rank}.pt")
         stop_world(world)

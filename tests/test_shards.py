@@ -842,6 +842,19 @@ def test_verify_finds_what_a_size_cannot_tell(sharded: Path) -> None:
         reader.verify()
 
 
+def test_an_image_that_changed_while_in_use(sharded: Path) -> None:
+    """In a shard of the same size, which nobody notices when it is opened."""
+    reader = ShardReader(sharded)
+    before = reader.read_many([0, 1])
+    path = sharded / "shard-000000.tar"
+    data = bytearray(path.read_bytes())
+    data[data.index(before[1]) + 100] ^= 1
+    path.write_bytes(data)
+    assert reader.read_many([0]) == before[:1]
+    with pytest.raises(DataError, match=r"shard-000000\.tar has other content than its manifest says \(image 1\)"):
+        reader.read_many([0, 1])
+
+
 def test_a_shard_cut_while_in_use(sharded: Path) -> None:
     reader = ShardReader(sharded)
     assert reader.read(0)

@@ -27,6 +27,9 @@ def train(
     keep_best: Annotated[
         bool, typer.Option("--keep-best", help="Also keep the checkpoint of the lowest loss.")
     ] = False,
+    timeout_s: Annotated[
+        float, typer.Option(help="Seconds after which a rank that does not answer ends the training.", min=1)
+    ] = 600.0,
     job: JobItems = None,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP + " With pytorchjob: print its manifest.")] = False,
@@ -40,7 +43,16 @@ def train(
     from ..train import Options, launch, plan
 
     options = Options(
-        data, out, processes or None, workers, log_every, checkpoint_every_s, keep, keep_every_epochs, keep_best
+        data,
+        out,
+        processes or None,
+        workers,
+        log_every,
+        checkpoint_every_s,
+        keep,
+        keep_every_epochs,
+        keep_best,
+        timeout_s,
     )
     if backend == "pytorchjob":
         from ..kube import job_settings, launch_job, prepare, to_yaml

@@ -31,9 +31,10 @@ class ShardReader:
     """The images of a sharded data set by id, 0 <= id < len(reader).
 
     Opening it checks the manifest, the size of every shard and the hash of every index, so that damage shows at once
-    and not in mid-epoch. From S3 come only the parts that are asked for, kept in a cache (`PIRL_CACHE`, default
-    ~/.cache/pirl) and checked, wherever they come from, by each image's checksum; who reads one image after the other
-    gets the next ones in advance. A reader may be shared by threads, inherited by fork, and pickled.
+    and not in mid-epoch; `read_many` finds out what has changed since. From S3 come only the parts that are asked for,
+    kept in a cache (`PIRL_CACHE`, default ~/.cache/pirl) and checked, wherever they come from, by each image's
+    checksum; who reads one image after the other gets the next ones in advance. A reader may be shared by threads,
+    inherited by fork, and pickled.
     """
 
     manifest: Manifest
@@ -76,9 +77,16 @@ class ShardReader:
         return data
 
     def read_many(self, ids: Sequence[int]) -> list[bytes]:
-        """Several images. From S3, those that lie near each other come in one request, others at the same time."""
+        """Several images, checked against their checksums.
+
+        From S3, those that lie near each other come in one request, others at the same time.
+        """
         if self._remote is None:
-            return [self.read(id) for id in ids]
+            images = [self.read(id) for id in ids]
+            for id, data in zip(ids, images):
+                if not self._sound(id, data):
+                    raise self._changed(id)
+            return images
         spans = [self._span(id) for id in ids]
         images = self._remote.read(spans)
         changed = [k for k, id in enumerate(ids) if not self._sound(id, images[k])]
@@ -86,10 +94,7 @@ class ShardReader:
             again = self._remote.read([spans[k] for k in changed], fresh=True)
             for k, data in zip(changed, again):
                 if not self._sound(ids[k], data):
-                    name = self.manifest.shards[spans[k].shard].name
-                    raise DataError(
-                        f"{self.storage.uri}/{name} has other content than its manifest says (image {ids[k]})", HINT
-                    )
+                    raise self._changed(ids[k])
                 images[k] = data
         return images
 
@@ -99,6 +104,10 @@ class ShardReader:
 
     def _sound(self, id: int, data: bytes) -> bool:
         return int(self._checksums[id]) in (zlib_ng.crc32(data), UNKNOWN)
+
+    def _changed(self, id: int) -> DataError:
+        name = self.manifest.shards[self._shard_of(id)].name
+        return DataError(f"{self.storage.uri}/{name} has other content than its manifest says (image {id})", HINT)
 
     def label(self, id: int) -> int:
         """Class index, -1 when unlabelled."""

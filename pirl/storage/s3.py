@@ -375,7 +375,9 @@ def _explain_s3(error: BaseException, doing: str, bucket: str, endpoint: str) ->
         reason, hint = _S3_REASONS.get(
             code, (f"the S3 server answered {code}", "Look this code up in the server's documentation.")
         )
-        return StorageError(f"Cannot {doing}: {reason}.", hint)
+        explained = StorageError(f"Cannot {doing}: {reason}.", hint)
+        explained.passing = (reason, hint) == _BUSY
+        return explained
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
         return StorageError(
             f"Cannot {doing}: no usable S3 credentials found.",
@@ -384,11 +386,13 @@ def _explain_s3(error: BaseException, doing: str, bucket: str, endpoint: str) ->
     if isinstance(
         error, boto.HTTPClientError | boto.ConnectionError | boto.IncompleteReadError | boto.FlexibleChecksumError
     ):
-        return StorageError(
+        explained = StorageError(
             f"Cannot {doing}: the S3 endpoint {urlsplit(endpoint).netloc or 'chosen'} cannot be reached or breaks off "
             f"({type(error).__name__}, {_attempts()} tries).",
             "Check AWS_ENDPOINT_URL (AWS_ENDPOINT_URL_S3), the network and whether the server is up.",
         )
+        explained.passing = True
+        return explained
     if isinstance(error, boto.BotoCoreError | Boto3Error):
         return StorageError(f"Cannot {doing}: {error}.", "Check the AWS settings of this machine (AWS_*, ~/.aws).")
     return None
