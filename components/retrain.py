@@ -24,8 +24,12 @@ def retrain(
     namespace: str,
     queue: str,
     job: str,
+    kfp_run: str = "",
 ) -> None:
-    """Decide within seconds, and train, evaluate and register only if there is something new. As `pirl retrain`."""
+    """Decide within seconds, and train, evaluate and register only if there is something new. As `pirl retrain`.
+
+    `kfp_run` is the id of the KFP run, a label of the job.
+    """
     import shlex
 
     from components.step import told
@@ -50,6 +54,7 @@ def retrain(
                 warm_epochs=warm_epochs if warm_epochs >= 0 else None,
                 processes=processes,
                 job=settings if backend == "pytorchjob" else None,
+                labels={"pirl.dev/kfp-run": kfp_run} if kfp_run else {},
             )
         )
     if code:

@@ -49,5 +49,6 @@ def pirl_retrain(
         namespace=namespace,
         queue=queue,
         job=job,
+        kfp_run=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
     )
     on_cluster(task)

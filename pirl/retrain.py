@@ -9,7 +9,8 @@ broke off, or started twice at once: with a PyTorchJob the second finds the job 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from .config import load_recipe
 from .errors import EXIT_DONE, UsageError
@@ -44,6 +45,8 @@ class Retraining:
     """On this machine; 0: as many as GPUs, else two."""
     job: JobSettings | None = None
     """Train by this PyTorchJob; None: on this machine."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Of that job, beside its own: who started it."""
 
     @property
     def where(self) -> str:
@@ -93,7 +96,7 @@ def _train(wanted: Retraining, decision: Decision, data: str) -> int:
             say(f"from {decision.warm.run}: {kept:,} rows of the bank kept, {fresh:,} new")
     if wanted.job is None:
         return launch(wanted.recipe, Options(data, decision.run, wanted.processes or None), overrides)
-    launch_job(wanted.recipe, Options(data, decision.run), wanted.job, overrides)
+    launch_job(wanted.recipe, Options(data, decision.run), wanted.job, overrides, wanted.labels)
     return EXIT_DONE
 
 

@@ -15,6 +15,7 @@ from conftest import TINY
 from images import folder_of_classes
 from kfp import local
 
+from pipelines.compiled import compiled
 from pipelines.local import require_steps, run_local
 from pipelines.retrain import pirl_retrain
 from pirl import __version__
@@ -166,10 +167,11 @@ def test_credentials_come_from_a_secret_that_may_be_absent_and_stand_nowhere(tmp
         assert {key["secretKey"] for key in secret["keyToEnv"]} >= set(secrets)
 
 
-def test_every_setting_of_the_training_is_an_argument_and_the_run_s_id_a_label() -> None:
-    spec = next(yaml.safe_load_all((COMMITTED / "pirl-pretrain.yaml").read_text()))
-    given = spec["root"]["dag"]["tasks"]["pretrain"]["inputs"]["parameters"]
-    assert set(given) == set(spec["components"]["comp-pretrain"]["inputDefinitions"]["parameters"])
+@pytest.mark.parametrize("step", ["pretrain", "retrain"])
+def test_every_setting_of_the_training_is_an_argument_and_the_run_s_id_a_label(step: str) -> None:
+    spec = compiled(f"pirl-{step}").spec
+    given = spec["root"]["dag"]["tasks"][step]["inputs"]["parameters"]
+    assert set(given) == set(spec["components"][f"comp-{step}"]["inputDefinitions"]["parameters"])
     assert given.pop("kfp_run") == {"runtimeValue": {"constant": "{{$.pipeline_job_uuid}}"}}
     constants = {name for name, value in given.items() if "runtimeValue" in value}
     assert constants == set()
