@@ -59,7 +59,12 @@ def run(target: Callable[..., Any], size: int, folder: Path, *arguments: Any, **
     """What `target(world, *arguments)` returned on each of `size` ranks; all of them must have ended well."""
     codes = finish(start(target, size, folder, *arguments, **env))
     assert codes == [0] * size, (codes, [output(folder, rank) for rank in range(size)])
-    return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(size)]
+    return [result(folder, rank) for rank in range(size)]
+
+
+def result(folder: Path, rank: int = 0) -> Any:
+    """What a rank has returned."""
+    return torch.load(folder / f"result-{rank}.pt", weights_only=False)
 
 
 def output(folder: Path, rank: int = 0) -> str:

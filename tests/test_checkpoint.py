@@ -23,7 +23,7 @@ from pirl.checkpoint import Checkpoints, Commit, Cursor
 from pirl.checkpoint.state import DTYPES
 from pirl.distributed import World
 from pirl.errors import CheckpointError, StorageError
-from pirl.storage import LocalStorage, Storage, open_storage
+from pirl.storage import LocalStorage, Storage, open_storage, s3
 
 
 def state(value: float, size: int = 10) -> dict[str, Any]:
@@ -81,6 +81,24 @@ def test_on_s3(bucket: str) -> None:  # noqa: F811
         save(checkpoints, step)
     assert checkpoints.names() == ["step-00000002", "step-00000003"]
     assert value_of(checkpoints.load()) == 3
+
+
+def test_the_newest_is_found_without_listing(bucket: str) -> None:  # noqa: F811
+    """By two requests, and read by two for each part and one for its commit object, however many there are."""
+    storage = open_storage(f"{bucket}/run/checkpoints")
+    writer = Checkpoints(storage, keep=100)
+    for step in range(12):
+        save(writer, step)
+    asked: list[str] = []
+    events = s3._s3_client().meta.events
+    events.register("before-call.s3", lambda model, **_: asked.append(model.name), unique_id="asked")
+    try:
+        assert Checkpoints(storage).newest() == "step-00000011"
+        assert asked == ["GetObject", "HeadObject"]
+        assert value_of(Checkpoints(storage).load()) == 11
+    finally:
+        events.unregister("before-call.s3", unique_id="asked")
+    assert asked[2:] == ["GetObject", "HeadObject", "GetObject", "HeadObject", "GetObject"]
 
 
 def test_saving_does_not_see_what_training_changes_meanwhile(folder: Path) -> None:

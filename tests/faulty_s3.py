@@ -1,0 +1,151 @@
+"""A proxy in front of a real S3 server that fails a share of the requests, as networks and servers do it.
+
+`python tests/faulty_s3.py http://127.0.0.1:9000 0.1` is one to point AWS_ENDPOINT_URL at; Ctrl-C shows its counts.
+"""
+
+from __future__ import annotations
+
+import http.client
+import random
+import socket
+import struct
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+FAULTS = ("500", "503", "reset", "reset after", "lost answer", "slow", "cut answer", "cut request")
+NOT_FORWARDED = ("connection", "expect", "keep-alive", "transfer-encoding")
+
+
+class FaultyS3(ThreadingHTTPServer):
+    """Listens at `url` and hands requests on to `endpoint`, a `share` of which fail.
+
+    500, 503       answered so, not handed on            lost answer    handed on, and answered with 500
+    reset          the connection is reset at once       reset after    handed on, then reset
+    slow           silence for `slow_s`, then reset      cut answer     half of the body, then reset
+    cut request    reset when half of the body is read
+    `away`         while it is set, every connection is reset at once
+    """
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, endpoint: str, share: float, slow_s: float, seed: int = 0) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.endpoint, self.share, self.slow_s = urlsplit(endpoint), share, slow_s
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.away = threading.Event()
+        self.requests: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
+        self._rng, self._lock = random.Random(seed), threading.Lock()
+
+    def fault(self, method: str, body: bool) -> str:
+        """What is to happen to a request, counted."""
+        with self._lock:
+            self.requests[method] += 1
+            kind = "away" if self.away.is_set() else ""
+            if not kind and self._rng.random() < self.share:
+                possible = [each for each in FAULTS if body or each != "cut request"]
+                kind = min(possible, key=lambda each: self.faults[each])  # each in its turn
+            if kind:
+                self.faults[kind] += 1
+            return kind
+
+    def count(self) -> str:
+        """For a report."""
+        return f"{sum(self.requests.values())} requests {dict(self.requests)}, faults {dict(self.faults)}"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass  # a client that hangs up is no news here
+
+    def __enter__(self) -> FaultyS3:
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: FaultyS3
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def handle_expect_100(self) -> bool:
+        return True  # the body is asked for when it is known what happens to it
+
+    def _any(self) -> None:
+        length = int(self.headers.get("Content-Length", 0))
+        kind = self.server.fault(self.command, length > 1)
+        if kind in ("reset", "away"):
+            return self._reset()
+        if length and self.headers.get("Expect"):
+            self.send_response_only(100)
+            self.end_headers()
+        if kind == "cut request":
+            self.rfile.read(length // 2)
+            return self._reset()
+        body = self.rfile.read(length)
+        if kind == "slow":
+            time.sleep(self.server.slow_s)
+            return self._reset()
+        if kind in ("500", "503"):
+            return self._refuse(int(kind))
+        answer, data = self._forward(body)
+        if kind == "reset after":
+            return self._reset()
+        if kind == "lost answer":
+            return self._refuse(500)
+        self.send_response_only(answer.status, answer.reason)
+        for name, value in answer.getheaders():
+            if name.lower() not in (*NOT_FORWARDED, "content-length"):
+                self.send_header(name, value)
+        # to a HEAD the server tells the length of the body that it does not send
+        self.send_header("Content-Length", answer.getheader("Content-Length") or str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if kind == "cut answer" else data)
+        self.wfile.flush()
+        if kind == "cut answer":
+            self._reset()
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _any
+
+    def _forward(self, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
+        host, port = self.server.endpoint.hostname, self.server.endpoint.port
+        assert host
+        connection = http.client.HTTPConnection(host, port, timeout=60)
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in NOT_FORWARDED}
+        connection.request(self.command, self.path, body or None, headers)  # the Host that was signed stays
+        answer = connection.getresponse()
+        data = answer.read()
+        connection.close()
+        return answer, data
+
+    def _refuse(self, status: int) -> None:
+        code = "SlowDown" if status == 503 else "InternalError"
+        body = b"" if self.command == "HEAD" else f"<Error><Code>{code}</Code><Message>x</Message></Error>".encode()
+        self.send_response_only(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _reset(self) -> None:
+        """End the connection as a crash does: what was on its way is lost."""
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+
+
+if __name__ == "__main__":
+    with FaultyS3(sys.argv[1], float(sys.argv[2]), slow_s=70) as proxy:
+        print(proxy.url, flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print(proxy.count())

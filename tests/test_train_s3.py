@@ -1,0 +1,143 @@
+"""Trainings that read from and write to an S3 server which fails: they go on, and what they have saved is whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+from conftest import shards_of, tiny_recipe
+from faulty_s3 import FAULTS, FaultyS3
+from images import folder_of_classes
+from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401
+from test_train import assert_same_bits, final, wait_for
+
+from pirl.checkpoint import Checkpoints
+from pirl.config import Recipe
+from pirl.distributed import World
+from pirl.metrics import read_lines
+from pirl.storage import open_storage, retries
+from pirl.train import Options, train
+
+READ_TIMEOUT_S = 2
+
+
+def train_counting(world: World, recipe: Recipe, options: Options) -> int:
+    """A training on a rank, and how many requests it has repeated."""
+    train(recipe, options, world)
+    return retries()
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 42 images that are too large to be kept decoded: each epoch reads them anew."""
+    root = tmp_path_factory.mktemp("larger")
+    shards_of(folder_of_classes(root / "images", classes=3, images=14, width=80, height=72), root / "s")
+    return root / "s"
+
+
+class Reader:
+    """Somebody else who loads the newest checkpoint again and again, past the faults."""
+
+    def __init__(self, out: str) -> None:
+        self.checkpoints = Checkpoints(open_storage(out) / "checkpoints")
+        self.steps: list[int] = []
+        self.wrong: list[BaseException] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def _look(self) -> None:
+        try:
+            while not self._ended.wait(0.1):
+                if found := self.checkpoints.load():
+                    self.steps.append(found[0].cursor.step)
+        except BaseException as error:
+            self.wrong.append(error)
+
+    def __enter__(self) -> Reader:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+@pytest.fixture
+def environment(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:  # noqa: F811
+    """What ranks need to reach the server through a proxy; this process reaches it directly."""
+    monkeypatch.setenv("PIRL_S3_ATTEMPTS", "5")
+    monkeypatch.setenv("PIRL_S3_READ_TIMEOUT_S", str(READ_TIMEOUT_S))
+    names = [name for name in os.environ if name.startswith(("AWS_", "PIRL_S3_"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a checkpoint that was passed over
+        yield {name: os.environ[name] for name in names} | {"PIRL_CACHE_GB": "0", "AWS_REGION": "us-east-1"}
+
+
+@pytest.mark.parametrize(
+    ("epochs", "away_s", "kill"), [(6, 3, False), pytest.param(40, 60, True, marks=pytest.mark.slow)]
+)
+def test_a_server_that_fails_a_tenth_of_the_requests_and_goes_away(
+    bucket: str,  # noqa: F811
+    environment: dict[str, str],
+    local: Path,
+    tmp_path: Path,
+    epochs: int,
+    away_s: float,
+    kill: bool,
+) -> None:
+    recipe = tiny_recipe(f"train.epochs={epochs}")
+    data, out = f"{bucket}/data", f"{bucket}/run"
+    for path in local.iterdir():
+        open_storage(data).upload(path, path.name)
+    quiet = Options(str(local), str(tmp_path / "quiet"))
+    ranks.run(train_counting, 2, tmp_path / "quiet.ranks", recipe, quiet)
+
+    began, folder, output = time.monotonic(), tmp_path / "ranks", lambda: ranks.output(tmp_path / "ranks")
+    with FaultyS3(environment["AWS_ENDPOINT_URL"], 0.1, READ_TIMEOUT_S + 1) as proxy, Reader(out) as reader:
+        environment["AWS_ENDPOINT_URL"] = proxy.url
+        options = Options(data, out, log_every=1, checkpoint_every_s=0.5, keep=1000)
+
+        def start() -> list[Any]:
+            return ranks.start(train_counting, 2, folder, recipe, options, **environment)
+
+        processes = start()
+        wait_for(lambda: "step 7/" in output(), 240)
+        proxy.away.set()
+        time.sleep(away_s)
+        proxy.away.clear()
+        if kill:
+            wait_for(lambda: f"step {epochs * 5 // 2}/" in output(), 240)
+            assert processes[1].pid
+            os.kill(processes[1].pid, signal.SIGKILL)
+            assert None not in ranks.finish(processes)
+            processes = start()
+        codes = ranks.finish(processes, 400)
+        assert codes == [0, 0], (codes, output(), ranks.output(folder, 1))
+    repeated = [int(ranks.result(folder, rank)) for rank in range(2)]
+    events = read_lines(open_storage(out), "events.jsonl")
+    kinds = [event["event"] for event in events]
+    print(
+        f"{proxy.count()}; {repeated} repeated by the ranks that came to the end; checkpoints: "
+        f"{kinds.count('checkpoint')} saved, {kinds.count('checkpoint_failed')} failed; "
+        f"loaded {len(reader.steps)} times meanwhile; {time.monotonic() - began:.0f} s"
+    )
+    assert not reader.wrong
+    assert reader.steps == sorted(reader.steps)
+    assert set(FAULTS) | {"away"} <= proxy.faults.keys()
+    assert sum(repeated) > 0
+
+    checkpoints = Checkpoints(open_storage(out) / "checkpoints")
+    saved = {event["step"] for event in events if event["event"] == "checkpoint"}
+    assert len(saved) > 2
+    for step in saved:  # what the training has said to be saved
+        found = checkpoints.load(f"step-{step:08d}")
+        assert found is not None
+    assert_same_bits(final(out), final(tmp_path / "quiet"))
