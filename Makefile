@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo demo-long test test-slow cluster-test bench check format clean
+.PHONY: setup demo demo-long test test-slow cluster-test cluster-faults images bench check format clean
 
 setup: $(VENV)/.installed
 
@@ -32,9 +32,17 @@ test: check
 test-slow: setup
 	$(BIN)/pytest -m "slow and not cluster and not gpu"
 
+# Both need a running cluster that may be changed; README.md, "On Kubeflow", tells what they do to it.
 cluster-test: setup
 	@test -n "$$KUBECONFIG" || { echo "error: no cluster"; echo "  -> set KUBECONFIG to one that may be changed"; exit 2; }
-	$(BIN)/pytest -m cluster tests/cluster
+	$(BIN)/pytest -m "cluster and not slow" tests/cluster
+
+cluster-faults: setup
+	@test -n "$$KUBECONFIG" || { echo "error: no cluster"; echo "  -> set KUBECONFIG to one that may be changed"; exit 2; }
+	$(BIN)/pytest -m "cluster and slow" tests/cluster
+
+images:
+	docker/build
 
 bench: setup
 	$(BIN)/python -m benchmarks
