@@ -72,7 +72,7 @@ class Dag:
 def test_from_images_to_a_registered_model(place: Place) -> None:
     dag = Dag(place)
     dag.start()
-    dag.says("epoch 1.", 600)
+    dag.says("step 100/", 600)
     name = job_name(dag.run().uri)
     nodes = {pod["spec"]["nodeName"] for pod in place.pods(name)}
     assert len(nodes) == min(4, len(kubectl("get", "nodes", "-o", "name").split())), "each pod has its own node"
