@@ -27,7 +27,7 @@ OVERLAYS = sorted(path.name for path in (MANIFESTS / "overlays").iterdir())
 VERSION = __version__.replace("+", "-")
 WORLD = ("nodes", "gpus", "processes")
 BUILT_IN = {"Namespace", "ServiceAccount", "Role", "RoleBinding", "ConfigMap", "NetworkPolicy"}
-NEED_CRDS = {"kueue": {"ResourceFlavor", "ClusterQueue", "LocalQueue"}}
+NEED_CRDS = {"kueue": {"ResourceFlavor", "ClusterQueue", "LocalQueue"}, "monitoring": {"PodMonitor", "PrometheusRule"}}
 
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 

@@ -21,9 +21,9 @@ class Metric:
 LABELS = {
     "run": "last part of the URI of the run (or of the shards) that is written",
     "rank": "rank in the whole training: as many values as processes",
-    "part": "of a step: `data` waiting for the loader; `forward` views and forward pass, before the ranks wait for "
-    "each other; `backward` loss, negatives, all-reduce, update; `other` saving, logging. Of the loss: `total`, "
-    "`patches`, `images`",
+    "part": "of a step: `data` waiting for the loader; `forward` views, the wait for rank 0's batch statistics, "
+    "forward pass; `backward` loss, negatives, all-reduce with the wait for all ranks, update; `other` saving, "
+    "logging. Of the loss: `total`, `patches`, `images`",
     "state": "of memory: `allocated`, `reserved`, `peak`; of images: `sharded`, `quarantined`",
     "task": "name of the step: `shard`, `linear_eval`, ...",
     "trunk": "`pretrained` or `random`",
@@ -133,6 +133,9 @@ counters move with each step.
 
 **Sharding and evaluation** end before anybody scrapes them: with `PIRL_METRICS_FILE=/some/folder/pirl-{task}.prom` each
 leaves a file for node-exporter's textfile collector (written aside and renamed; `{task}` becomes the step's name).
+
+`kubectl apply -k manifests/overlays/monitoring` has Prometheus scrape the trainings and adds a Grafana dashboard and
+alerts: [what each means, and what to do](operations.md#alerts).
 """
 
 TAIL = """

@@ -40,8 +40,8 @@ class TrainingMetrics(Telemetry):
         self._retries = storage.retries()
         if world.is_main:
             self.set("pirl_training_target_steps", total_steps)
-            for name in ("checkpoints_total", "checkpoint_failures_total", "training_restarts_total"):
-                self.add(f"pirl_{name}", 0)  # a rate needs the zero that comes before the first one
+            for name in ("training_steps", "training_images", "checkpoints", "checkpoint_failures"):
+                self.add(f"pirl_{name}_total", 0)  # a rate needs the zero that comes before the first one
         self.add("pirl_storage_retries_total", 0)
         if world.local_rank == 0:
             self.serve()
@@ -53,9 +53,9 @@ class TrainingMetrics(Telemetry):
 
     def replay(self, events: Sequence[Mapping[str, Any]]) -> None:
         """What the run's earlier processes have left in `events.jsonl`."""
+        # in one go: a count seen on its way up would look to Prometheus as if it had begun anew
+        self.add("pirl_training_restarts_total", sum(event["event"] == "resume" for event in events))
         for event in events:
-            if event["event"] == "resume":
-                self.add("pirl_training_restarts_total")
             self._note_times(event["event"], event["time"])
 
     def event(self, kind: str, values: Mapping[str, Any]) -> None:
