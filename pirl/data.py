@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import lru_cache
 from multiprocessing import forkserver, resource_tracker
 from typing import Any, NamedTuple
@@ -212,10 +212,10 @@ class Loader:
         self.world = world
         self.workers = workers
 
-    def batches(self, epoch: int, samples: int) -> Iterator[tuple[int, int, Share, Batch]]:
+    def batches(self, epoch: int, samples: int) -> Generator[tuple[int, int, Share, Batch], None, None]:
         """(epoch, samples of it seen before, share, batch) from the cursor to the end of the last epoch.
 
-        The pixels of a batch are there until the next one is asked for.
+        The pixels of a batch are there until the next one is asked for. Closing it ends the workers.
         """
         if not self.workers:
             for at, seen, share in self._plan(epoch, samples):
@@ -243,10 +243,9 @@ class Loader:
             multiprocessing_context="forkserver",
             worker_init_fn=start_worker,
         )
-        processes: list[Any] = []
+        ready: Any = None
         try:
-            ready: Any = iter(loader)
-            processes = ready._workers
+            ready = iter(loader)
             for number, (at, seen, share) in enumerate(self._plan(epoch, samples)):
                 error = self._next(ready)
                 if error is not None:
@@ -269,8 +268,10 @@ class Loader:
                 ) from error
             raise
         finally:
-            for process in processes:
-                process.kill()  # one that hangs hears nothing else, and this process could not end before it
+            if ready is not None:
+                ready._shutdown_workers()
+                for process in ready._workers:
+                    process.kill()  # one that hangs has not heard it, and this process could not end before it
             if pins:
                 pins.release()
 

@@ -155,7 +155,12 @@ def train_alone(
     scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.train.precision == "fp16")
     state = TrainState(model, bank, optimizer, scaler)
 
-    guard = lease.confirm if lease else lambda: None
+    def guard() -> None:
+        """Before a checkpoint is published, in its own thread: the record reaches as far as it does."""
+        log.flush()
+        if lease:
+            lease.confirm()
+
     checkpoints = Checkpoints(run / "checkpoints", options.keep, world, keep_best=options.keep_best, guard=guard)
     resumed = resume(state, checkpoints, recipe, data_digest, options, world)
     cursor = resumed or Cursor()
@@ -193,8 +198,6 @@ def train_alone(
             log.event("checkpoint_failed", error=error.what)
         content = state.to_dict(recipe, data_digest), cursor, recipe.digest(), data_digest, meter.saved
         checkpoints.save(*content, loss=loss, milestone=milestone, of_main=buffers)
-        if world.is_main:
-            log.flush()
 
     def save_for_sure() -> None:
         """The last chance: a storage that was full is asked once more, one that is away for some minutes."""
@@ -209,6 +212,7 @@ def train_alone(
         if error:
             raise error
 
+    batches = loader.batches(cursor.epoch, cursor.samples)
     try:
         if resumed is None:
             save()
@@ -216,7 +220,7 @@ def train_alone(
         model.train()
         live.clock.wait()
         world.moment = f"step {cursor.step + 1}"
-        for epoch, seen, share, batch in loader.batches(cursor.epoch, cursor.samples):
+        for epoch, seen, share, batch in batches:
             rate = learning_rate(recipe, epoch + seen / loader.dataset.rows)
             set_learning_rate(optimizer, rate)
             meter.begin_step()
@@ -266,6 +270,7 @@ def train_alone(
         stop.release()
         return done
     finally:
+        batches.close()  # or else a process with a traceback would wait for its workers for ever
         checkpoints.close()
         if world.is_main:
             log.flush()

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,6 +150,39 @@ def test_a_loading_process_that_hangs_or_dies(shards: str, tmp_path: Path, kind:
     assert found, printed(out, 1)
     assert all(8 <= int(step) <= 12 for step in found.groups())  # batches that were ready are still used
     assert_goes_on(out, shards, 2)
+
+
+def test_a_bug_ends_a_training_with_loading_processes(shards: str, tiny_toml: Path, tmp_path: Path) -> None:
+    """With its traceback, and at once: the workers do not listen to the signal by which Python would end them."""
+    argv = arguments(tiny_toml, shards, tmp_path / "run", "--workers=2")
+    program = f"import pirl.train; pirl.train.train_step = lambda *_: 1 / 0; pirl.train.main({argv})"
+    env = os.environ | {"RANK": "0", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1
+    assert ended.stderr.count("ZeroDivisionError") == 1
+
+
+def spoil_shards(number: int, world: World, state: TrainState, folder: Path) -> None:
+    """After the first batch is read: other content, of the same size."""
+    if number == 1 and world.is_main:
+        for path in folder.glob("*.tar"):
+            path.write_bytes(bytes(path.stat().st_size))
+    world.barrier()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shards_that_change_while_training(shards: str, tmp_path: Path, workers: int) -> None:
+    """No image is learned that the manifest does not tell; restored, they are gone on with."""
+    out, folder = tmp_path / "run", tmp_path / "shards"
+    shutil.copytree(shards.removeprefix("file://"), folder)
+    processes = start(2, out, str(folder), spoil_shards, folder, workers=workers)
+    codes = ranks.finish(processes)
+    told = [printed(out, rank) for rank in range(2)]
+    assert 1 in codes, told
+    assert any(re.search(r"error: .*shard-\d+\.tar has other content .* \(image \d+\)\n", text) for text in told), told
+    assert all("Traceback" not in text for code, text in zip(codes, told) if code == 1)
+    shutil.copytree(shards.removeprefix("file://"), folder, dirs_exist_ok=True)
+    assert_goes_on(out, str(folder), 2)
 
 
 # ---- numbers that are none

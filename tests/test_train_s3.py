@@ -141,3 +141,31 @@ def test_a_server_that_fails_a_tenth_of_the_requests_and_goes_away(
         found = checkpoints.load(f"step-{step:08d}")
         assert found is not None
     assert_same_bits(final(out), final(tmp_path / "quiet"))
+
+
+def test_steps_are_made_while_the_server_is_away(
+    bucket: str,  # noqa: F811
+    environment: dict[str, str],
+    shards: str,
+    tmp_path: Path,
+) -> None:
+    """Neither a checkpoint nor the record of the run holds them up, and both are there in the end."""
+    recipe, folder, out = tiny_recipe("train.epochs=30"), tmp_path / "ranks", f"{bucket}/run"
+    environment["PIRL_S3_ATTEMPTS"] = "2"
+    output = lambda: ranks.output(folder)  # noqa: E731
+    with FaultyS3(environment["AWS_ENDPOINT_URL"], 0, 0) as proxy:
+        environment["AWS_ENDPOINT_URL"] = proxy.url
+        options = Options(shards, out, log_every=1, checkpoint_every_s=1)
+        processes = ranks.start(train_counting, 2, folder, recipe, options, **environment)
+        wait_for(lambda: "step 7/" in output())
+        proxy.away.set()
+        wait_for(lambda: "the last checkpoint was not saved, training goes on" in output())
+        before = output().count("step ")
+        wait_for(lambda: output().count("step ") > before + 10)
+        saved = Checkpoints(open_storage(out) / "checkpoints").newest()
+        proxy.away.clear()
+        assert ranks.finish(processes) == [0, 0], output()
+    events = [event["event"] for event in read_lines(open_storage(out), "events.jsonl")]
+    assert "checkpoint_failed" in events
+    assert len(read_lines(open_storage(out), "metrics.jsonl")) == 150
+    assert saved != Checkpoints(open_storage(out) / "checkpoints").newest() == "step-00000150"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import threading
 import time
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 class Log:
     """Two JSON-lines objects of a run, kept whole in memory and written as a whole: object stores cannot append.
 
-    What goes in goes to `live` too, the metrics for Prometheus.
+    What goes in goes to `live` too, the metrics for Prometheus. Whoever logs waits for no storage.
     """
 
     def __init__(self, run: Storage, live: TrainingMetrics | None = None, flush_s: float = 15.0) -> None:
@@ -30,6 +31,7 @@ class Log:
         self.metrics = read_lines(run, "metrics.jsonl")
         self.events = read_lines(run, "events.jsonl")
         self._flushed = time.monotonic()
+        self._writing = threading.Lock()
         if live and live.world.is_main:
             live.replay(self.events)
 
@@ -41,8 +43,9 @@ class Log:
         self.metrics.append({key: _rounded(value) for key, value in values.items()})
         if self.live:
             self.live.line(values)
-        if time.monotonic() - self._flushed > self.flush_s:
-            self.flush()
+        if time.monotonic() - self._flushed > self.flush_s and not self._writing.locked():
+            self._flushed = time.monotonic()
+            threading.Thread(target=self.flush, name="log", daemon=True).start()
 
     def event(self, kind: str, **values: Any) -> None:
         self.events.append({"time": round(time.time(), 3), "event": kind, **values})
@@ -52,13 +55,15 @@ class Log:
             logs.event(kind, **values)
 
     def flush(self) -> None:
-        for name, lines in (("metrics.jsonl", self.metrics), ("events.jsonl", self.events)):
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            try:
-                self.run.write_bytes(name, text.encode())
-            except StorageError as error:  # the lines are kept, and written with the next ones
-                warnings.warn(f"{name} was not written, training goes on: {error}", stacklevel=2)
-        self._flushed = time.monotonic()
+        """Write what there is, and wait for it. Any thread may do so."""
+        with self._writing:
+            for name, lines in (("metrics.jsonl", self.metrics), ("events.jsonl", self.events)):
+                text = "".join(json.dumps(line) + "\n" for line in list(lines))
+                try:
+                    self.run.write_bytes(name, text.encode())
+                except StorageError as error:  # the lines are kept, and written with the next ones
+                    warnings.warn(f"{name} was not written, training goes on: {error}", stacklevel=2)
+            self._flushed = time.monotonic()
 
 
 def read_lines(run: Storage, name: str) -> list[dict[str, Any]]:
