@@ -19,6 +19,7 @@ from pirl.errors import EXIT_FAILURE, EXIT_PREEMPTED, EXIT_USAGE
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.slow,
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(not os.environ.get("KUBECONFIG"), reason="needs a Kubernetes cluster: set KUBECONFIG"),
 ]
 EPOCHS = 100

@@ -25,6 +25,7 @@ SECONDS = 480  # for a training with all around it, on a machine that has other 
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.slow,
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(not os.environ.get("KUBECONFIG"), reason="needs a Kubernetes cluster: set KUBECONFIG"),
 ]
 
