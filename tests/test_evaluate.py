@@ -22,12 +22,16 @@ from pirl.evaluate import (
     Features,
     Protocol,
     as_json,
+    bank_neighbours,
     centre_crop,
+    embed,
     evaluate,
+    evaluate_bank,
     evaluate_run,
     extract,
     few_labels,
     linear_probe,
+    load_model,
     load_pixels,
     load_trunk,
     nearest_neighbours,
@@ -228,6 +232,45 @@ def test_an_evaluation_names_what_it_saw(run: str, shards: str, test_shards: str
         assert result[side]["linear"]["top5"]["mean"] == 1.0  # of three classes
     json.dumps(result)
     assert without_seconds(evaluate(run, shards, test_shards, QUICK)) == without_seconds(result)
+
+
+def test_the_memory_bank_finds_what_brute_force_finds(run: str, shards: str, test_shards: str) -> None:
+    """By its rows with the labels of their ids, and the image head's embeddings of the test images; nothing else."""
+    recipe, _, model, memory = load_model(run)
+    train, test = ShardReader(shards), ShardReader(test_shards)
+    assert memory.shape == (IMAGES, recipe.model.embedding_dim)
+    pixels = torch.cat(list(load_pixels(test, recipe)()))
+    mean, std = (torch.tensor(each) for each in (recipe.views.mean, recipe.views.std))
+    with torch.no_grad():
+        embeddings = model.image_head(model.trunk(((pixels / 255.0 - mean) / std).permute(0, 3, 1, 2)))
+    rows = Features(memory, torch.tensor([train.label(id) for id in range(IMAGES)]))
+    asked = Features(embeddings, torch.tensor([test.label(id) for id in range(15)]))
+    expected = brute_force(rows, asked, 3, QUICK.neighbours, QUICK.knn_temperature)
+    found = evaluate_bank(run, shards, test_shards, QUICK)
+    assert found["bank"]["top1"]["mean"] == pytest.approx(expected)
+    assert (found["bank"]["rows"], found["bank"]["dim"]) == (IMAGES, 8)
+    assert evaluate(run, shards, test_shards, QUICK)["bank"] == found["bank"]
+
+
+def test_the_memory_bank_of_fewer_images_has_their_labels(shards: str, tmp_path: Path) -> None:
+    """Rows that are the embeddings of the images themselves find each image's own class."""
+    recipe = tiny_recipe("data.images=20", "train.epochs=1")
+    train(recipe, Options(shards, str(tmp_path / "run")), World())
+    _, _, model, memory = load_model(str(tmp_path / "run"))
+    reader = ShardReader(shards)
+    chosen = [row * IMAGES // 20 for row in range(20)]
+    embedded = embed(model, extract(model.trunk, load_pixels(reader, recipe), recipe))
+    labels = torch.from_numpy(reader.labels())
+    one = replace(QUICK, neighbours=1)
+    itself = bank_neighbours(embedded[chosen], shards, recipe, Features(embedded[chosen], labels[chosen]), 3, one)
+    assert itself["top1"]["mean"] == 1.0
+    assert len(memory) == itself["rows"] == 20
+
+
+def test_a_bank_of_other_images_is_not_asked(run: str, shards: str, test_shards: str) -> None:
+    assert "bank" not in evaluate(run, test_shards, shards, QUICK)
+    with pytest.raises(UsageError, match="no memory bank of the images"):
+        evaluate_bank(run, test_shards, shards, QUICK)
 
 
 def test_random_is_the_trunk_before_its_first_step(run: str, shards: str, test_shards: str) -> None:

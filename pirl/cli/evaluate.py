@@ -11,37 +11,46 @@ from rich.table import Table
 from ..errors import UsageError, did_you_mean
 from .app import Json, app, console
 
+PROTOCOLS = ("fast", "zoo", "bank")
+
 
 @app.command("eval")
 def evaluate(
     run: Annotated[str, typer.Argument(help="URI of a run.")],
     data: Annotated[str, typer.Option(help="URI of labelled shards to train the probe on.")],
     test: Annotated[str, typer.Option(help="URI of labelled shards to test it on.")],
-    protocol: Annotated[str, typer.Option(help="fast: features once; zoo: as the zoo's numbers were made.")] = "fast",
+    protocol: Annotated[
+        str, typer.Option(help="fast: features once; zoo: as the zoo's numbers were made; bank: its rows as they are.")
+    ] = "fast",
     epochs: Annotated[int | None, typer.Option(help="Epochs of the protocol zoo, 28 if not given.", min=1)] = None,
     workers: Annotated[int, typer.Option(help="Data loading processes of the protocol zoo.", min=0)] = 0,
     as_json: Json = False,
 ) -> None:
-    """Probe a run's frozen trunk: beside the same trunk with random weights (fast), or layer by layer (zoo).
+    """Probe a run's frozen trunk: beside the same trunk with random weights (fast), layer by layer (zoo), or by the
+    nearest neighbours in its memory bank (bank), which takes a pass over the test images only.
 
     Example: pirl eval runs/mine --data shards/train --test shards/test
     """
-    if protocol not in ("fast", "zoo"):
-        guess = did_you_mean(protocol, ("fast", "zoo"))
-        raise UsageError(f"there is no protocol {protocol!r}.{guess}", "give --protocol fast or --protocol zoo")
+    if protocol not in PROTOCOLS:
+        guess = did_you_mean(protocol, PROTOCOLS)
+        raise UsageError(f"there is no protocol {protocol!r}.{guess}", f"give --protocol {', '.join(PROTOCOLS)}")
 
     def tell(text: str) -> None:
         if not as_json:
             console.print(text, soft_wrap=True, markup=False, highlight=False)
 
+    if protocol != "zoo" and (epochs is not None or workers):
+        raise UsageError("--epochs and --workers are for --protocol zoo", "leave them out, or choose that protocol")
     if protocol == "zoo":
         from ..evaluate import ZooProtocol, evaluate_layers
 
         settings = ZooProtocol() if epochs is None else ZooProtocol(epochs=epochs)
         result = evaluate_layers(run, data, test, settings, workers, tell)
+    elif protocol == "bank":
+        from ..evaluate import evaluate_bank
+
+        result = evaluate_bank(run, data, test)
     else:
-        if epochs is not None or workers:
-            raise UsageError("--epochs and --workers are for --protocol zoo", "leave them out, or choose that protocol")
         from ..evaluate import evaluate_run
 
         result = evaluate_run(run, data, test, progress=tell)
@@ -51,8 +60,11 @@ def evaluate(
         show_layers(result)
     else:
         for trunk in ("pretrained", "random"):
-            scores = ", ".join(f"{name} {100 * value['top1']['mean']:.2f} %" for name, value in result[trunk].items())
-            console.print(f"{trunk}: {scores}")
+            if trunk in result:
+                found = [f"{name} {100 * value['top1']['mean']:.2f} %" for name, value in result[trunk].items()]
+                console.print(f"{trunk}: {', '.join(found)}")
+        if bank := result.get("bank"):
+            console.print(f"memory bank: knn {100 * bank['top1']['mean']:.2f} % among its {bank['rows']:,} rows")
 
 
 def show_layers(result: dict[str, Any]) -> None:

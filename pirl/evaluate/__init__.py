@@ -1,6 +1,7 @@
 """What a frozen trunk knows, by two protocols.
 
-`probe` is the fast one: features once, a linear probe and nearest neighbours, beside the same trunk's initial weights.
+`probe` is the fast one: features once, a linear probe and nearest neighbours, beside the same trunk's initial weights;
+and nearest neighbours in the memory bank, for which the training images need not be looked at again.
 `zoo` is that of the published models: a linear classifier on every layer, trained on random crops for 28 epochs.
 """
 
@@ -10,13 +11,17 @@ from pirl.evaluate.probe import (
     Features,
     Protocol,
     as_json,
+    bank_neighbours,
     centre_crop,
     check_labels,
+    embed,
     evaluate,
+    evaluate_bank,
     evaluate_run,
     extract,
     few_labels,
     linear_probe,
+    load_model,
     load_pixels,
     load_trunk,
     nearest_neighbours,
@@ -32,14 +37,18 @@ __all__ = [
     "Protocol",
     "ZooProtocol",
     "as_json",
+    "bank_neighbours",
     "centre_crop",
     "check_labels",
+    "embed",
     "evaluate",
+    "evaluate_bank",
     "evaluate_layers",
     "evaluate_run",
     "extract",
     "few_labels",
     "linear_probe",
+    "load_model",
     "load_pixels",
     "load_trunk",
     "nearest_neighbours",

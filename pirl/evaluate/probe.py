@@ -22,10 +22,13 @@ from torch import Tensor, nn
 
 from pirl.checkpoint import Checkpoints, Commit
 from pirl.config import Recipe, parse_recipe
+from pirl.data import CropDataset
 from pirl.errors import CheckpointError, DataError, UsageError
-from pirl.model import Trunk, build_model
+from pirl.model import PIRL, Trunk, build_model
 from pirl.shards import Manifest, ShardReader, decode_image
 from pirl.storage import open_storage
+
+SIMILARITIES = 1 << 28  # that are held at a time: a gigabyte
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,9 @@ def split_checkpoint_uri(uri: str) -> tuple[str, str | None]:
     return (found[1], found[2]) if found else (uri, None)
 
 
-def load_trunk(uri: str) -> tuple[Recipe, Commit, Trunk]:
-    """The trunk of a run's newest checkpoint, or of the checkpoint named, in evaluation mode on the CPU."""
+def load_model(uri: str) -> tuple[Recipe, Commit, PIRL, Tensor]:
+    """The network of a run's newest checkpoint, or of the checkpoint named, in evaluation mode on the CPU, and the rows
+    of its memory bank, (N, D) float32."""
     run, name = split_checkpoint_uri(uri)
     storage = open_storage(run)
     found = Checkpoints(storage / "checkpoints").load(name)
@@ -69,7 +73,13 @@ def load_trunk(uri: str) -> tuple[Recipe, Commit, Trunk]:
     recipe = parse_recipe(saved["recipe"], origin=f"the recipe inside {commit.name}")
     model = build_model(recipe)
     model.load_state_dict(saved["model"])
-    return recipe, commit, model.trunk.eval()
+    return recipe, commit, model.eval(), saved["bank"]["memory"]
+
+
+def load_trunk(uri: str) -> tuple[Recipe, Commit, Trunk]:
+    """`load_model`, the trunk alone."""
+    recipe, commit, model, _ = load_model(uri)
+    return recipe, commit, model.trunk
 
 
 def evaluate(
@@ -82,23 +92,16 @@ def evaluate(
     """Probe a checkpoint's trunk and the same trunk with its initial weights. Returns the content of `eval.json`.
 
     All rates are shares of 1. The spread is the standard deviation over the probe's seeds; for nearest neighbours,
-    which have no seed, the standard error of a share.
+    which have no seed, the standard error of a share. Where the bank is of the training images, `bank` is what its own
+    rows tell of the test images; random weights have no counterpart to it.
     """
     started = time.perf_counter()
-    recipe, commit, trunk = load_trunk(checkpoint)
+    recipe, commit, model, memory = load_model(checkpoint)
     train_reader, test_reader = (ShardReader(uri) for uri in (train_data, test_data))
-    classes = check_labels(train_reader, test_reader)
-    result: dict[str, Any] = {
-        "checkpoint": f"{split_checkpoint_uri(checkpoint)[0]}/checkpoints/{commit.name}",
-        "train_data": train_reader.manifest.digest,
-        "test_data": test_reader.manifest.digest,
-        "train_images": len(train_reader),
-        "test_images": len(test_reader),
-        "classes": classes,
-        "protocol": {**as_json(protocol), "resize": recipe.eval.resize, "crop": recipe.eval.crop},
-    }
+    result = introduce(checkpoint, commit, recipe, train_reader, test_reader, protocol)
+    classes = result["classes"]
     pixels = [load_pixels(reader, recipe) for reader in (train_reader, test_reader)]
-    for name, candidate in (("pretrained", trunk), ("random", build_model(recipe).trunk.eval())):
+    for name, candidate in (("pretrained", model.trunk), ("random", build_model(recipe).trunk.eval())):
         progress(f"features of the {name} trunk")
         train, test = (
             Features(extract(candidate, images, recipe), torch.from_numpy(reader.labels()))
@@ -106,8 +109,47 @@ def evaluate(
         )
         progress(f"probes on the {name} trunk")
         result[name] = probe(train, test, len(classes), protocol)
+        if candidate is model.trunk and commit.data_digest == train_reader.manifest.digest:
+            embedded = Features(embed(model, test.x), test.y)
+            result["bank"] = bank_neighbours(memory, train_data, recipe, embedded, len(classes), protocol)
     result["seconds"] = round(time.perf_counter() - started, 1)
     return result
+
+
+def evaluate_bank(checkpoint: str, train_data: str, test_data: str, protocol: Protocol = Protocol()) -> dict[str, Any]:
+    """Only the `bank` of `evaluate`: the training images are not read, and each test image goes through the trunk once.
+
+    `UsageError` where the checkpoint has no bank of these training images.
+    """
+    started = time.perf_counter()
+    recipe, commit, model, memory = load_model(checkpoint)
+    train_reader, test_reader = (ShardReader(uri) for uri in (train_data, test_data))
+    result = introduce(checkpoint, commit, recipe, train_reader, test_reader, protocol)
+    if commit.data_digest != train_reader.manifest.digest:
+        raise UsageError(
+            f"{result['checkpoint']} has no memory bank of the images in {train_data}",
+            "give the --data that it was trained on, or use --protocol fast, which needs no bank",
+        )
+    features = extract(model.trunk, load_pixels(test_reader, recipe), recipe)
+    test = Features(embed(model, features), torch.from_numpy(test_reader.labels()))
+    result["bank"] = bank_neighbours(memory, train_data, recipe, test, len(result["classes"]), protocol)
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    return result
+
+
+def introduce(
+    checkpoint: str, commit: Commit, recipe: Recipe, train: ShardReader, test: ShardReader, protocol: Protocol
+) -> dict[str, Any]:
+    """What a result says first: of which checkpoint it is, on which images, by which settings."""
+    return {
+        "checkpoint": f"{split_checkpoint_uri(checkpoint)[0]}/checkpoints/{commit.name}",
+        "train_data": train.manifest.digest,
+        "test_data": test.manifest.digest,
+        "train_images": len(train),
+        "test_images": len(test),
+        "classes": check_labels(train, test),
+        "protocol": {**as_json(protocol), "resize": recipe.eval.resize, "crop": recipe.eval.crop},
+    }
 
 
 def evaluate_run(
@@ -159,13 +201,35 @@ def probe(train: Features, test: Features, classes: int, protocol: Protocol) -> 
         for seed in protocol.seeds
     ]
     full = [linear_probe(scaled, scaled_test, classes, protocol, seed) for seed in protocol.seeds]
-    knn = nearest_neighbours(train, test, classes, protocol)
-    error = (knn * (1 - knn) / len(test.y)) ** 0.5
     return {
         "linear": {"top1": spread([top1 for top1, _ in full]), "top5": spread([top5 for _, top5 in full])},
         "linear_1pct": {"top1": spread([top1 for top1, _ in few]), "top5": spread([top5 for _, top5 in few])},
-        "knn": {"top1": {"mean": knn, "std": error, "runs": [knn]}},
+        "knn": {"top1": share_of(nearest_neighbours(train, test, classes, protocol), len(test.y))},
     }
+
+
+def bank_neighbours(
+    memory: Tensor, train_data: str, recipe: Recipe, test: Features, classes: int, protocol: Protocol
+) -> dict[str, Any]:
+    """Nearest neighbours among the rows `memory` (N, D) of the bank, for embeddings `test` (n, D).
+
+    Each row is the mean embedding of a training image over the last epochs, so that none of these is looked at again.
+    """
+    images = CropDataset(train_data, recipe)
+    labels = torch.from_numpy(images.reader.labels()[images.image_ids(np.arange(len(memory)))])
+    found = nearest_neighbours(Features(memory, labels), test, classes, protocol)
+    return {"top1": share_of(found, len(test.y)), "rows": len(memory), "dim": memory.shape[1]}
+
+
+@torch.no_grad()
+def embed(model: PIRL, features: Tensor) -> Tensor:
+    """(n, D) float32 features of the trunk -> (n, dim) embeddings of the image's head, which the bank is made of."""
+    return model.image_head(features)
+
+
+def share_of(hits: float, count: int) -> dict[str, Any]:
+    """A share of `count` images beside its standard error, as `spread` has it for several runs."""
+    return {"mean": hits, "std": (hits * (1 - hits) / count) ** 0.5, "runs": [hits]}
 
 
 def spread(runs: list[float]) -> dict[str, Any]:
@@ -217,7 +281,8 @@ def few_labels(train: Features, share: float, seed: int) -> Features:
 def nearest_neighbours(train: Features, test: Features, classes: int, protocol: Protocol) -> float:
     """Top-1 of a vote of the nearest by cosine similarity, weighted by exp(similarity / T) (Wu et al., 2018)."""
     predictions = []
-    for index, similarity in neighbours(train.x, test.x, min(protocol.neighbours, len(train.y))):
+    chunk = max(1, min(1000, SIMILARITIES // len(train.y)))
+    for index, similarity in neighbours(train.x, test.x, min(protocol.neighbours, len(train.y)), chunk):
         votes = torch.zeros(len(similarity), classes, dtype=similarity.dtype)
         votes.scatter_add_(1, train.y[index], torch.exp(similarity / protocol.knn_temperature))
         predictions.append(votes.argmax(1))
