@@ -82,7 +82,7 @@ def environment(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[s
 
 
 @pytest.mark.parametrize(
-    ("epochs", "away_s", "kill"), [(6, 3, False), pytest.param(40, 60, True, marks=pytest.mark.slow)]
+    ("epochs", "away_s", "kill"), [(6, 3, False), pytest.param(24, 60, True, marks=pytest.mark.slow)]
 )
 def test_a_server_that_fails_a_tenth_of_the_requests_and_goes_away(
     bucket: str,  # noqa: F811
@@ -98,7 +98,7 @@ def test_a_server_that_fails_a_tenth_of_the_requests_and_goes_away(
     for path in local.iterdir():
         open_storage(data).upload(path, path.name)
     quiet = Options(str(local), str(tmp_path / "quiet"))
-    ranks.run(train_counting, 2, tmp_path / "quiet.ranks", recipe, quiet)
+    assert ranks.finish(ranks.start(train_counting, 2, tmp_path / "quiet.ranks", recipe, quiet), 400) == [0, 0]
 
     began, folder, output = time.monotonic(), tmp_path / "ranks", lambda: ranks.output(tmp_path / "ranks")
     with FaultyS3(environment["AWS_ENDPOINT_URL"], 0.1, READ_TIMEOUT_S + 1) as proxy, Reader(out) as reader:
