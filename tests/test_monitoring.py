@@ -163,6 +163,7 @@ CASES = [
     ),
     Case("the same with two ranks", training(ranks=((20, 18, 22), (3, 35, 22))), {30: alert("SlowRank", "0")}),
     Case("one rank of two", training(ranks=((3, 18, 39), (20, 18, 22))), {30: alert("SlowRank", "1")}),
+    Case("one rank is faster", training(ranks=((3, 5, 52), (3, 20, 37), (3, 20, 37))), dict.fromkeys((30, 60), NONE)),
     Case("one rank alone", training(ranks=((6, 30, 20),)), dict.fromkeys((20, 60), NONE)),
 ]
 
