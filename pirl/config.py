@@ -46,6 +46,8 @@ class ViewsConfig(Section):
     patch_ratio: Pair = (0.75, 4 / 3)
     grid: int = Field(3, ge=1, le=5)
     patch_size: int = Field(64, ge=2)
+    resampling: Literal["exact", "near"] = "exact"
+    """exact: the crops' pixels are PIL's; near: within one level of them, in a third of the time."""
     photometric: Literal["base", "blur"] = "base"
     brightness: Strength = 0.4
     contrast: Strength = 0.4

@@ -98,11 +98,10 @@ def negative_seeds(seed: int, epoch: int, ids: np.ndarray, view: int) -> Tensor:
 class CropDataset(Dataset[Batch]):
     """Batches by (epoch, rows): what a loader's worker does. It decodes and crops, and hands over uint8 pixels."""
 
-    def __init__(self, data: str, recipe: Recipe, exact: bool = True) -> None:
+    def __init__(self, data: str, recipe: Recipe) -> None:
         self.recipe = recipe
         self.reader = ShardReader(data)
         self.rows = recipe.rows(len(self.reader))
-        self.exact = exact
         self._buffer = bytearray()
         self._decoded: dict[int, np.ndarray] = {}
         self._decoded_bytes = 0
@@ -131,7 +130,7 @@ class CropDataset(Dataset[Batch]):
         ]
         geometry = draw_geometry(cfg, self.recipe.train.seed, epoch, np.array(ids), np.array(sizes, np.int64))
         for row, out in enumerate(zip(images.numpy(), patches.numpy())):
-            crop(self._pixels(ids[row], sources[row]), geometry, row, cfg, out, self.exact)
+            crop(self._pixels(ids[row], sources[row]), geometry, row, cfg, out)
 
     def _read(self, ids: list[int]) -> list[bytes]:
         """The encoded images; a storage that is away for a while is asked again and again."""
@@ -206,8 +205,8 @@ class ErrorsAsValues(Dataset[Any]):
 class Loader:
     """Iterates over one rank's batches, across epochs, with `workers` processes (0: in this one)."""
 
-    def __init__(self, data: str, recipe: Recipe, world: World, workers: int, exact: bool = True) -> None:
-        self.dataset = CropDataset(data, recipe, exact)
+    def __init__(self, data: str, recipe: Recipe, world: World, workers: int) -> None:
+        self.dataset = CropDataset(data, recipe)
         self.recipe = recipe
         self.world = world
         self.workers = workers

@@ -100,19 +100,18 @@ def crop(
     row: int,
     cfg: ViewsConfig,
     out: tuple[np.ndarray, np.ndarray] | None = None,
-    exact: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The views of one image (H, W, 3) uint8 by row `row` of `geometry`, before photometric transforms.
 
     Returns the image (S, S, 3) uint8 and its patches (g^2, P, P, 3) uint8 in permuted order, written into `out` where
     it is given. Crops are resized with an antialiased bilinear filter, each straight from the original: PIL's, or where
-    `exact` is false PyTorch's, three times as fast, whose values are at most 1 level off (one in two hundred is).
+    `resampling` is "near" PyTorch's, three times as fast, whose values are at most 1 level off (one in two hundred is).
     """
     size = cfg.patch_size
     if out is None:
         out = np.empty(cfg.image_shape, np.uint8), np.empty(cfg.patch_shape, np.uint8)
     image_out, patches_out = out
-    resized = _resized_by_pil if exact else _resized_by_torch
+    resized = _resized_by_pil if cfg.resampling == "exact" else _resized_by_torch
     image_out[...] = resized(_cut(image, geometry.image_box[row]), cfg.image_size)
     source = resized(_cut(image, geometry.patch_box[row]), cfg.patch_crop_size)
     columns, rows = np.divmod(geometry.permutation[row], cfg.grid)
