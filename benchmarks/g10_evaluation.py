@@ -1,13 +1,19 @@
 """G10: the fast evaluation beside the linear protocol of the model zoo, on the same trunk and images.
 
 Fashion-MNIST, found as `make demo` finds it; the demo's trunk with its initial weights, as neither protocol's cost
-depends on them. Counted: how many images go through the trunk. Compared too: the fast probe's SGD with the optimum of
-the same problem, found by L-BFGS on the same features.
+depends on them. Counted: how many images go through the trunk, for the memory bank's neighbours too.
+
+Compared too: the fast probe's SGD with the optimum of the same objective, found by L-BFGS on the same features. With
+the probe's own weight decay the objective is so flat that SGD is far from its optimum when it ends, and the better for
+it on test images. So they must agree where the decay lets SGD arrive (`CONVERGED_DECAY`); beside it is told how far it
+gets with its own decay, in its own steps and in ten times as many.
 """
 
 from __future__ import annotations
 
 import tempfile
+import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,15 +22,27 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Result, compare, finish
 from pirl.config import load_recipe
-from pirl.evaluate import Features, Protocol, ZooProtocol, extract, linear_probe, load_pixels, probe
+from pirl.evaluate import (
+    Features,
+    Protocol,
+    ZooProtocol,
+    bank_neighbours,
+    embed,
+    extract,
+    linear_probe,
+    load_pixels,
+    probe,
+)
 from pirl.evaluate.crops import LabelledCrops
 from pirl.evaluate.layers import FrozenLayers
 from pirl.evaluate.zoo import build_heads, train_heads
+from pirl.memory import MemoryBank
 from pirl.model import build_model
 from pirl.shards import ShardReader, open_source, write_shards
 from pirl.storage import open_storage
 
 TRAIN, TEST, CLASSES = 6000, 2000, 10
+CONVERGED_DECAY = 1e-3  # ten times the probe's
 POINTS = 0.3  # by which the probe's top-1 may miss the optimum's, in percentage points
 
 
@@ -39,7 +57,8 @@ class Sides:
             readers.append(ShardReader(storage.uri))
         self.train, self.test = readers
         self.recipe = load_recipe("demo")
-        self.trunk = build_model(self.recipe).trunk.eval()
+        self.model = build_model(self.recipe).eval()
+        self.trunk = self.model.trunk
         self.zoo = ZooProtocol(epochs=epochs)
         self.forwards = 0
         self.trunk.conv1.register_forward_hook(self._count)
@@ -61,6 +80,20 @@ class Sides:
             for reader in (self.train, self.test)
         ]
 
+    def by_bank(self) -> dict[str, Any]:
+        """Neighbours in a bank: its rows cost nothing, and here they hold nothing."""
+        bank = MemoryBank(len(self.train), self.recipe.model.embedding_dim, self.recipe.memory)
+        features = extract(self.trunk, load_pixels(self.test, self.recipe), self.recipe)
+        test = Features(embed(self.model, features), torch.from_numpy(self.test.labels()))
+        return bank_neighbours(bank.memory, self.train.storage.uri, self.recipe, test, CLASSES, Protocol())
+
+    def check_forwards(self) -> None:
+        """One pass over all images for the fast protocol, one over the test images for the bank's neighbours."""
+        for work, images in ((self.features, len(self.train) + len(self.test)), (self.by_bank, len(self.test))):
+            self.forwards = 0
+            work()
+            assert self.forwards == images
+
     def fast(self) -> dict[str, Any]:
         """Each image once; linear probes with all and with few labels from three seeds, and nearest neighbours."""
         train, test = self.features()
@@ -68,9 +101,11 @@ class Sides:
 
 
 def optimum(train: Features, test: Features, weight_decay: float) -> float:
-    """Top-1 of the linear layer that L-BFGS finds for the probe's own objective, in up to 500 iterations."""
+    """Top-1 of the linear layer that L-BFGS finds for the probe's own objective, in up to 1,000 iterations."""
     layer = nn.Linear(train.x.shape[1], CLASSES)
-    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=500, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        layer.parameters(), max_iter=1000, tolerance_grad=1e-5, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> Tensor:
         optimizer.zero_grad()
@@ -84,24 +119,40 @@ def optimum(train: Features, test: Features, weight_decay: float) -> float:
         return (layer(test.x).argmax(1) == test.y).double().mean().item()
 
 
+def solvers(train: Features, test: Features) -> dict[str, Any]:
+    """Top-1 in percent of the probe's SGD and of L-BFGS. Raises where they differ although SGD arrives."""
+    mean, std = train.x.mean(0), train.x.std(0).clamp_min(1e-6)
+    train, test = (Features((each.x - mean) / std, each.y) for each in (train, test))
+    own = Protocol()
+    found: dict[str, Any] = {}
+    for name, protocol in (
+        ("own_decay", own),
+        ("own_decay_10x_steps", replace(own, min_steps=10 * own.min_steps, seeds=(0,))),
+        ("10x_decay", replace(own, weight_decay=CONVERGED_DECAY)),
+    ):
+        sgd = [100 * linear_probe(train, test, CLASSES, protocol, seed)[0] for seed in protocol.seeds]
+        best = 100 * optimum(train, test, protocol.weight_decay)
+        found[name] = {"sgd_top1": round(sum(sgd) / len(sgd), 2), "lbfgs_top1": round(best, 2)}
+    arrived = found["10x_decay"]
+    assert abs(arrived["sgd_top1"] - arrived["lbfgs_top1"]) <= POINTS, found
+    return found
+
+
 def main() -> Result:
     with tempfile.TemporaryDirectory() as folder:
         sides = Sides(folder)
-        facts: dict[str, Any] = {"train_images": TRAIN, "test_images": TEST}
+        facts: dict[str, Any] = {
+            "train_images": TRAIN,
+            "test_images": TEST,
+            "image_forwards": {"ours": TRAIN + TEST, "reference": 28 * TRAIN + TEST, "by_bank": TEST},
+        }
 
         def check() -> None:
-            """One pass of the fast protocol. L-BFGS beside its probe is told, and a miss does not end this."""
-            sides.forwards = 0
-            train, test = sides.features()
-            assert sides.forwards == TRAIN + TEST
-            mean, std = train.x.mean(0), train.x.std(0).clamp_min(1e-6)
-            train, test = (Features((each.x - mean) / std, each.y) for each in (train, test))
-            protocol = Protocol()
-            found = [100 * linear_probe(train, test, CLASSES, protocol, seed)[0] for seed in protocol.seeds]
-            best = 100 * optimum(train, test, protocol.weight_decay)
-            facts.update(sgd_top1=round(sum(found) / len(found), 2), lbfgs_top1=round(best, 2))
-            facts["within_points"] = abs(facts["sgd_top1"] - facts["lbfgs_top1"]) <= POINTS
-            facts["image_forwards"] = {"ours": TRAIN + TEST, "reference": 28 * TRAIN + TEST}
+            sides.check_forwards()
+            started = time.perf_counter()
+            sides.by_bank()
+            facts["by_bank_s"] = round(time.perf_counter() - started, 2)
+            facts["solvers"] = solvers(*sides.features())
 
         return compare(
             goal="G10",
