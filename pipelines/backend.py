@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import tempfile
 import time
 import warnings
@@ -127,6 +128,10 @@ class Backend:
             )
         return started.run_id
 
+    def link(self, run_id: str) -> str:
+        """The run's page, where `endpoint` has pages beside its API, or `KF_PIPELINES_UI_ENDPOINT` says who has."""
+        return f"{os.environ.get('KF_PIPELINES_UI_ENDPOINT') or self.endpoint}/#/runs/details/{run_id}"
+
     def wait(self, run_id: str, told: Callable[[str], None], every_s: float = 5.0) -> None:
         """Until the run has ended, through restarts of the backend; anything but SUCCEEDED is a `PirlError`."""
         state, answered = None, time.monotonic()
@@ -147,11 +152,11 @@ class Backend:
                 break
             time.sleep(every_s)
         if state != "SUCCEEDED":
-            tasks = (run.run_details.task_details if run.run_details else None) or []
-            failed = sorted({str(task.display_name) for task in tasks if task.state == "FAILED"} - {"None", "root"})
-            where = f" in {', '.join(failed)}" if failed else ""
+            where = f" in {', '.join(failed)}" if (failed := _failed_steps(run)) else ""
             raise PirlError(
-                f"the run {run_id} ended as {state}{where}", f"its steps' logs: {self.endpoint}/#/runs/details/{run_id}"
+                f"the run {run_id} ended as {state}{where}",
+                f"its steps' logs: {self.link(run_id)}, or "
+                f"kubectl -n {self.namespace or 'kubeflow'} logs -l pipeline/runid={run_id} -c main --prefix --tail=30",
             )
 
     def schedules(self, name: str = "") -> list[Schedule]:
@@ -297,6 +302,15 @@ class UnansweredError(PirlError):
 def _named(name: str) -> str:
     """KFP's filter for what is called that."""
     return json.dumps({"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]})
+
+
+def _failed_steps(run: Any) -> list[str]:
+    """Names of a run's steps that failed. The backend lists each node of the workflow, of which a step has several: of
+    its name, NAME-driver, NAME(0), executor..."""
+    tasks = (run.run_details.task_details if run.run_details else None) or []
+    steps = {name.removesuffix("-driver") for task in tasks if (name := str(task.display_name)).endswith("-driver")}
+    failed = {str(task.display_name).removesuffix("-driver") for task in tasks if task.state == "FAILED"}
+    return sorted(name for name in steps & failed if name != "root" and not name.startswith("condition-"))
 
 
 def _schedule(one: Any) -> Schedule:

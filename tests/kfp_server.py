@@ -236,8 +236,14 @@ class KfpServer:
     def _get_run(self, id: str) -> dict[str, Any]:
         run = self._get(self.runs, "run_id", id)
         run["state"] = self.states.pop(0) if len(self.states) > 1 else self.states[0]
-        tasks = [{"display_name": name, "state": "FAILED"} for name in self.failed_tasks]
-        tasks.append({"display_name": "shard-train", "state": "SUCCEEDED"})
+        tasks = []  # as the real one tells: every node of the workflow, of a step several, and what fails with them
+        for name in ("shard-train", *self.failed_tasks):
+            state = "FAILED" if name in self.failed_tasks else "SUCCEEDED"
+            nodes = {name: state, f"{name}(0)": state, f"{name}-driver": "SUCCEEDED", "executor": state}
+            tasks += [{"display_name": node, "state": state} for node, state in nodes.items()]
+        around = ("root", "root(0)", "pirl-pretrain-x7k2p", "condition-branches-1", "condition-branches-1-driver")
+        tasks += [{"display_name": node, "state": run["state"]} for node in around]
+        tasks.append({"display_name": "root-driver", "state": "SUCCEEDED"})
         return {**run, "run_details": {"task_details": tasks}}
 
     def _create_schedule(self, data: dict[str, Any]) -> dict[str, Any]:

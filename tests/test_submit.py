@@ -152,10 +152,14 @@ def test_waiting_ends_with_the_run_and_tells_how(
 ) -> None:
     monkeypatch.setattr(backend_module.time, "sleep", lambda seconds: None)
     server.states, server.failed_tasks, server.down = states, ["pretrain"] if "FAILED" in states else [], 3
+    monkeypatch.setenv("KF_PIPELINES_UI_ENDPOINT", "https://kfp.example.com")
     got, shown = pirl("submit", "pirl-pretrain", *ARGUMENTS, "--wait")
     assert got == code, shown
     assert states[-1] in shown
-    assert ("in pretrain" in shown) == ("FAILED" in states)
+    assert ("FAILED in pretrain\n" in shown) == ("FAILED" in states)
+    (run,) = server.runs
+    assert f"https://kfp.example.com/#/runs/details/{run['run_id']}" in shown
+    assert (f"pipeline/runid={run['run_id']}" in shown) == (code != 0)
     assert server.down == 0  # it was away for a while, and waited for
 
 

@@ -55,7 +55,7 @@ root=s3://b/pirl backend=pytorchjob nodes=4 gpus=8 --wait
         tell_plan("would run", pipeline, version, values)
         return
     run_id = backend.run(version, name, values, experiment, service_account)
-    link = f"{backend.endpoint}/#/runs/details/{run_id}"
+    link = backend.link(run_id)
     if as_json:
         print(json.dumps({"run_id": run_id, "name": name, "version": version.name, "arguments": values, "url": link}))
     else:
