@@ -413,6 +413,20 @@ def test_exclude_positive_never_draws_the_own_row() -> None:
 # ---- the bank
 
 
+@pytest.mark.parametrize("dim", [8, 7])
+def test_the_checksum_of_a_bank_is_of_its_bits(dim: int) -> None:
+    """It changes with the last bit of one value, and does not depend on the order in which threads sum."""
+    bank = MemoryBank(100_001, dim, MemoryConfig())
+    before = bank.checksum()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if threads > 1 else 2)
+    assert bank.checksum() == before
+    torch.set_num_threads(threads)
+    value = bank.memory[500, dim - 1]
+    value.copy_(torch.nextafter(value, torch.tensor(2.0)))
+    assert bank.checksum() != before
+
+
 def test_bank_starts_with_unit_rows_in_random_directions() -> None:
     bank = MemoryBank(2000, 128, MemoryConfig(), seed=3)
     torch.testing.assert_close(bank.memory.norm(dim=1), torch.ones(2000))
