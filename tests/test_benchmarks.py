@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import tiny_recipe
 
+from benchmarks import g8_checkpoint, g9_resume
 from benchmarks.g4_negatives import Sides
 from benchmarks.harness import Result, compare, finish
 
@@ -49,3 +52,40 @@ def test_a_missed_goal_is_told_and_ends_with_1(tmp_path: Path, capsys: pytest.Ca
 
 def test_the_loss_and_the_port_of_the_references_are_one() -> None:
     Sides(images=3000, batch=4, negatives=200).check()
+
+
+def test_both_ways_to_save_hold_the_same(tmp_path: Path) -> None:
+    sides = g8_checkpoint.Sides(tmp_path, tiny_recipe(), images=50)
+    sides.check()
+    speed = g8_checkpoint.speed_while_saving(sides, lambda: None, threads=1, times=1)
+    assert speed > 0
+    sides.state.bank.memory[7, 3] += 1
+    with pytest.raises(AssertionError):
+        g8_checkpoint.same(sides.checkpoints.load()[1], sides.content())  # type: ignore[index]
+
+
+@pytest.mark.slow
+def test_both_ways_to_resume_go_on_where_they_should(
+    tmp_path: Path, tiny_toml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real processes, killed twice: the reference does again what it had done, ours what came after its checkpoint."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    recipe = (str(tiny_toml), ["train.batch_size=4"])
+    result = g9_resume.measure(recipe, files=2000, steps=12, repeats=1, results=tmp_path)
+    redone = result.facts["redone_steps"]
+    assert redone["reference"][0] >= 12
+    assert all(0 < count < 2000 / 4 for count in redone["ours"])
+
+
+def test_ids_that_are_left_out_or_come_twice_are_told(tmp_path: Path) -> None:
+    side = object.__new__(g9_resume.Side)
+    side.name, side.notes = "ours", tmp_path / "ours.notes"
+    order = np.array([4, 2, 0, 5, 1, 3])
+    side.notes.write_text("start\n[4, 2]\n[0, 5]\nstart\n[0, 5]\n[1, 3]\n[7")
+    assert side.check(order) == 6
+    side.notes.write_text("start\n[4, 2]\nstart\n[1, 3]\n")
+    with pytest.raises(AssertionError, match="left out 2 images"):
+        side.check(order)
+    side.notes.write_text("start\n[4, 2]\n[4, 2]\n")
+    with pytest.raises(AssertionError, match="out of order"):
+        side.check(order)

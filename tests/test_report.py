@@ -220,6 +220,18 @@ def test_the_table_is_eval_json(page: Page, evaluated: Path) -> None:
     assert "5 neighbours vote" in told
 
 
+def test_what_the_memory_bank_finds_is_told_where_there_is_one(
+    page: Page, evaluated: Path, data: tuple[str, str], tmp_path: Path
+) -> None:
+    result = json.loads((evaluated / "eval.json").read_text())
+    top1 = result["bank"]["top1"]
+    told = f"nearest of its 42 rows, which training left behind, find the class of {100 * top1['mean']:.2f} ±"
+    assert told in page.text("results")
+    del result["bank"]
+    other = Page(render_report(str(changed(evaluated, tmp_path / "run", eval=result)), data[0]))
+    assert "memory bank alone" not in other.text("results")
+
+
 def test_the_curves_are_metrics_jsonl(page: Page, evaluated: Path) -> None:
     lines = [json.loads(line) for line in (evaluated / "metrics.jsonl").read_text().splitlines()]
     told = page.text("training")
