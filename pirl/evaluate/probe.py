@@ -64,6 +64,17 @@ def split_checkpoint_uri(uri: str) -> tuple[str, str | None]:
 def load_model(uri: str) -> tuple[Recipe, Commit, PIRL, Tensor]:
     """The network of a run's newest checkpoint, or of the checkpoint named, in evaluation mode on the CPU, and the rows
     of its memory bank, (N, D) float32."""
+    recipe, commit, model, saved = _load(uri)
+    return recipe, commit, model, saved["bank"]["memory"]
+
+
+def load_trunk(uri: str) -> tuple[Recipe, Commit, Trunk]:
+    """`load_model`, the trunk alone."""
+    recipe, commit, model, _ = _load(uri)
+    return recipe, commit, model.trunk
+
+
+def _load(uri: str) -> tuple[Recipe, Commit, PIRL, dict[str, Any]]:
     run, name = split_checkpoint_uri(uri)
     storage = open_storage(run)
     found = Checkpoints(storage / "checkpoints").load(name)
@@ -73,13 +84,7 @@ def load_model(uri: str) -> tuple[Recipe, Commit, PIRL, Tensor]:
     recipe = parse_recipe(saved["recipe"], origin=f"the recipe inside {commit.name}")
     model = build_model(recipe)
     model.load_state_dict(saved["model"])
-    return recipe, commit, model.eval(), saved["bank"]["memory"]
-
-
-def load_trunk(uri: str) -> tuple[Recipe, Commit, Trunk]:
-    """`load_model`, the trunk alone."""
-    recipe, commit, model, _ = load_model(uri)
-    return recipe, commit, model.trunk
+    return recipe, commit, model.eval(), saved
 
 
 def evaluate(
