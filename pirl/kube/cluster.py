@@ -6,7 +6,7 @@ Everything is asked anew each time. There is no watch that could break, and noth
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from typing import Any, NamedTuple
 
 from ..errors import PirlError
@@ -55,7 +55,8 @@ class Cluster:
         from kubernetes import client, config
 
         try:
-            config.load_config()
+            with redirect_stdout(None):  # in a pod it prints that the pod's own account might not work
+                config.load_config()
         except (config.ConfigException, OSError) as error:
             raise ClusterError(f"no cluster is configured: {error}", "set KUBECONFIG, or run this in a pod") from None
         self.namespace = namespace

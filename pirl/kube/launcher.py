@@ -159,7 +159,7 @@ class Launcher:
                 self.uid = self._create_or_adopt()
                 self._follow()
         except Stopped:
-            self._clean_up("told to stop")
+            self._clean_up("told to stop", self.uid)  # KFP kills a step that it terminates within a second
             raise PreemptedError(
                 f"the launcher was told to stop; job {self.name} "
                 + ("goes on" if self.settings.leave else "is deleted"),
@@ -346,17 +346,18 @@ class Launcher:
     def _look(self) -> str:
         return f"kubectl describe pytorchjob {self.name} -n {self.settings.namespace}"
 
-    def _clean_up(self, why: str) -> None:
-        """Delete the job if it is this launcher's and still there."""
+    def _clean_up(self, why: str, uid: str = "") -> None:
+        """Delete the job if it is this launcher's and still there. With its `uid`, by one request and no other."""
         if self.settings.leave:
             return
         try:
-            job = self.cluster.job(self.name)
-            if not job or not self._is_same(job):
-                return
-            if observe(job, (), 1, False) is not State.FAILED:  # what the operator has ended stays to be looked at
-                self.cluster.delete(self.name, job["metadata"]["uid"])
-                say(f"launcher: {why}: deleted job {self.name}")
+            if not uid:
+                job = self.cluster.job(self.name)
+                if not job or not self._is_same(job) or observe(job, (), 1, False) is State.FAILED:
+                    return  # what the operator has ended stays to be looked at
+                uid = job["metadata"]["uid"]
+            self.cluster.delete(self.name, uid)
+            say(f"launcher: {why}: deleted job {self.name}")
         except ClusterError as error:
             say(f"launcher: {why}, but job {self.name} could not be deleted ({error.what}): it goes on")
 
