@@ -152,9 +152,14 @@ class Backend:
                 break
             time.sleep(every_s)
         if state != "SUCCEEDED":
+            if not _failed_steps(run):  # the steps are told a moment later than the run
+                time.sleep(every_s)
+                with self._call("tell of the run"):
+                    run = self._client.get_run(run_id)
+            stopped = any(past.state == "CANCELING" for past in run.state_history or [])
             where = f" in {', '.join(failed)}" if (failed := _failed_steps(run)) else ""
             raise PirlError(
-                f"the run {run_id} ended as {state}{where}",
+                f"the run {run_id} ended as {state}{where}" + (", because it was terminated" if stopped else ""),
                 f"its steps' logs: {self.link(run_id)}, or "
                 f"kubectl -n {self.namespace or 'kubeflow'} logs -l pipeline/runid={run_id} -c main --prefix --tail=30",
             )

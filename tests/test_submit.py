@@ -144,6 +144,7 @@ def test_a_dry_run_changes_nothing(pirl: Pirl, server: KfpServer, monkeypatch: p
         (["PENDING", "RUNNING", "SUCCEEDED"], 0),
         (["RUNNING", "FAILED"], 1),
         (["CANCELING", "CANCELED"], 1),
+        (["RUNNING", "CANCELING", "FAILED"], 1),
         (["SKIPPED"], 1),
     ],
 )
@@ -151,12 +152,13 @@ def test_waiting_ends_with_the_run_and_tells_how(
     pirl: Pirl, server: KfpServer, monkeypatch: pytest.MonkeyPatch, states: list[str], code: int
 ) -> None:
     monkeypatch.setattr(backend_module.time, "sleep", lambda seconds: None)
-    server.states, server.failed_tasks, server.down = states, ["pretrain"] if "FAILED" in states else [], 3
+    server.states, server.failed_tasks, server.down = [*states], ["pretrain"] if "FAILED" in states else [], 3
     monkeypatch.setenv("KF_PIPELINES_UI_ENDPOINT", "https://kfp.example.com")
     got, shown = pirl("submit", "pirl-pretrain", *ARGUMENTS, "--wait")
     assert got == code, shown
     assert states[-1] in shown
-    assert ("FAILED in pretrain\n" in shown) == ("FAILED" in states)
+    assert ("FAILED in pretrain" in shown) == ("FAILED" in states)
+    assert ("because it was terminated\n" in shown) == ("CANCELING" in states)
     (run,) = server.runs
     assert f"https://kfp.example.com/#/runs/details/{run['run_id']}" in shown
     assert (f"pipeline/runid={run['run_id']}" in shown) == (code != 0)
