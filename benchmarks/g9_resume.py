@@ -152,7 +152,8 @@ class Side:
         os.killpg(self.process.pid, number)
 
     def kill(self) -> None:
-        self.signal(signal.SIGKILL)
+        if self.process.poll() is None:
+            self.signal(signal.SIGKILL)
         self.process.wait()
 
     def resume(self) -> None:
