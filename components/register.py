@@ -13,6 +13,6 @@ def register(run: str, root: str, model: str, trunk: dsl.Output[dsl.Model]) -> s
 
     with step(run, "register"):
         version = register_run(run, f"{root}/registry", model)
-        trunk.uri = version.uri
-        trunk.metadata["version"] = version.version
+        # not as its uri: a backend fails the step where that is outside of the run's own place for artifacts
+        trunk.metadata.update({"version": version.version, "uri": version.uri})
     return version.uri

@@ -191,6 +191,7 @@ def test_it_compiles_to_what_a_backend_needs() -> None:
         assert "latest" not in container["image"]
         assert "pip" not in " ".join(container["command"]), "images carry everything: nothing is installed at run time"
     assert "python3-" not in text, "the local runner would change the word"
+    assert ".uri = " not in text, "a backend fails a step whose artifact is not in the run's own place for artifacts"
     enabled = [
         task
         for tasks in [spec["root"]["dag"]["tasks"], *inside]
