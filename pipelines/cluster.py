@@ -4,7 +4,8 @@ from kfp import dsl, kubernetes
 
 SECRET = "pirl-s3"
 """The Secret, of the namespace that runs the steps, with the credentials of the storage."""
-SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL")
+SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_REGION")
+"""Each may be absent there."""
 
 
 def on_cluster(*tasks: dsl.PipelineTask) -> None:
