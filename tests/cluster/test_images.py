@@ -101,6 +101,7 @@ def pod(name: str, image: str, commands: list[str]) -> dict[str, Any]:
             "nodeSelector": nodes_with(image),
             "securityContext": {
                 "runAsNonRoot": True,
+                "runAsUser": 65532,
                 "runAsGroup": 65532,  # Kubernetes takes the user from an image, but not its group
                 "fsGroup": 65532,
                 "seccompProfile": {"type": "RuntimeDefault"},
