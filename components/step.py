@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from pirl import __version__, logs
@@ -17,11 +20,31 @@ from pirl.storage import open_storage
 IMAGE = os.environ.get("PIRL_STEPS_IMAGE", f"localhost/pirl-python-steps:{__version__.replace('+', '-')}")
 """Compiled into the pipeline; the name holds "python" because the local runner asks for it."""
 
+RUNNER = "PIRL_RUNNER"
+"""Environment variable with the process that runs the pipeline on this machine."""
+
+
+def end_with_runner() -> None:
+    """Have this process told to stop when the runner ends, or the shell that the runner has put between them."""
+    die_with_parent()
+    runner = os.environ.get(RUNNER)
+    if not runner or not hasattr(os, "pidfd_open"):
+        return
+
+    def watch(pid: int) -> None:
+        with suppress(ProcessLookupError):
+            gone = select.poll()
+            gone.register(os.pidfd_open(pid), select.POLLIN)
+            gone.poll()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, args=(int(runner),), name="runner", daemon=True).start()
+
 
 @contextmanager
 def told(name: str) -> Iterator[None]:
     """The step `name` ends with the runner that started it, and tells what a user can act on without a traceback."""
-    die_with_parent()
+    end_with_runner()
     logs.start()
     try:
         yield

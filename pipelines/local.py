@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import signal
 import tempfile
+import threading
 import time
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from kfp import local
 
+from components.step import RUNNER
 from pipelines.pretrain import pirl_pretrain
 from pirl.errors import PirlError, UsageError
 from pirl.storage import Storage, open_storage
@@ -27,7 +33,7 @@ def run_local(**arguments: Any) -> Storage:
     run = open_storage(f"{arguments['root']}/runs/{arguments['run']}")
     started = time.time()
     logging.getLogger().setLevel(logging.WARNING)
-    with tempfile.TemporaryDirectory(prefix="pirl-kfp-") as scratch, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory(prefix="pirl-kfp-") as scratch, warnings.catch_warnings(), passing_on_sigterm():
         warnings.simplefilter("ignore")
         local.init(local.SubprocessRunner(use_venv=False), pipeline_root=scratch)
         try:
@@ -38,6 +44,30 @@ def run_local(**arguments: Any) -> Storage:
             ) from None
     require_steps(run, started)
     return run
+
+
+@contextlib.contextmanager
+def passing_on_sigterm() -> Iterator[None]:
+    """Within, a SIGTERM goes to the step that runs, which saves what it has; the pipeline has failed when that ends.
+
+    A step also notices by itself that its runner is gone, which may have had no time to pass anything on.
+    """
+    os.environ[RUNNER] = str(os.getpid())
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def pass_on(*_: Any) -> None:
+        for children in Path("/proc/self/task").glob("*/children"):
+            for child in children.read_text().split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(child), signal.SIGTERM)  # the shell around the step, which ends with it
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def require_steps(run: Storage, since: float) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +203,36 @@ def test_it_compiles_to_what_a_backend_needs() -> None:
         if task.get("cachingOptions", {}).get("enableCache")
     ]
     assert enabled == [], "a step knows by content whether its work is done; a cache would guess by names"
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)], ids=["SIGTERM", "SIGKILL"]
+)
+def test_a_runner_that_is_stopped_takes_its_step_with_it(
+    arguments: dict[str, Any], tmp_path: Path, number: signal.Signals
+) -> None:
+    command = [str(Path(sys.executable).with_name("pirl")), "run", arguments["train_source"], arguments["test_source"]]
+    command += ["--recipe", arguments["recipe"], "--root", str(tmp_path), "--processes", "1"]
+    command += ["train.epochs=20000", "loss.negatives=8"]
+    with (tmp_path / "log").open("wb") as log:
+        runner = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+    def of_the_run() -> list[str]:
+        found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+        return [line for line in found.splitlines() if str(tmp_path) in line and "<defunct>" not in line]
+
+    def until(what: Any, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < deadline, "\n".join([*of_the_run(), (tmp_path / "log").read_text()])
+            time.sleep(0.2)
+
+    until(lambda: "step 50/" in (tmp_path / "log").read_text(), 180)
+    runner.send_signal(number)
+    assert runner.wait(120) not in (0, None)
+    until(lambda: not of_the_run(), 120)
+    if number is signal.SIGTERM:
+        said = (tmp_path / "log").read_text()
+        assert "stopped by a signal at step" in said
+        assert "the pipeline stopped" in said
+        assert list(tmp_path.glob("runs/*/checkpoints/*/COMMIT.json"))
