@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.timeout(1800),
     pytest.mark.skipif(not os.environ.get("KUBECONFIG"), reason="needs a Kubernetes cluster: set KUBECONFIG"),
 ]
-EPOCHS = 100
+EPOCHS = 60
 MIDDLE = 103  # a step in mid-epoch, with checkpoints before it
 
 
