@@ -52,4 +52,10 @@ def test_the_make_targets_of_the_readme_exist() -> None:
 
 def test_links_of_the_readme_lead_somewhere() -> None:
     for link in re.findall(r"\]\(([^)]+)\)", README.read_text()):
-        assert link.startswith("https://") or (README.parent / link).exists(), link
+        if link.startswith("https://"):
+            continue
+        path, _, heading = link.partition("#")
+        assert (README.parent / path).exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", (README.parent / path).read_text(), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings}, link
