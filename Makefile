@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo demo-long test test-slow cluster-test cluster-faults images bench check format clean
+.PHONY: setup demo demo-long test test-slow cluster-test cluster-faults needs-cluster images bench check format clean
 
 setup: $(VENV)/.installed
 
@@ -33,13 +33,14 @@ test-slow: setup
 	$(BIN)/pytest -m "slow and not cluster and not gpu"
 
 # Both need a running cluster that may be changed; README.md, "On Kubeflow", tells what they do to it.
-cluster-test: setup
-	@test -n "$$KUBECONFIG" || { echo "error: no cluster"; echo "  -> set KUBECONFIG to one that may be changed"; exit 2; }
+cluster-test: setup needs-cluster
 	$(BIN)/pytest -m "cluster and not slow" tests/cluster
 
-cluster-faults: setup
-	@test -n "$$KUBECONFIG" || { echo "error: no cluster"; echo "  -> set KUBECONFIG to one that may be changed"; exit 2; }
+cluster-faults: setup needs-cluster
 	$(BIN)/pytest -m "cluster and slow" tests/cluster
+
+needs-cluster:
+	@test -n "$$KUBECONFIG" || { echo "error: no cluster"; echo "  -> set KUBECONFIG to one that may be changed"; exit 2; }
 
 images:
 	docker/build
