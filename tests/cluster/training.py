@@ -39,8 +39,8 @@ def needs_program() -> pytest.MarkDecorator:
     return pytest.mark.skipif(not PROGRAM, reason="breaks nodes and servers: set PIRL_CLUSTER to the program for that")
 
 
-def program(*arguments: str) -> None:
-    subprocess.run([PROGRAM, *arguments], check=True, capture_output=True)
+def program(*arguments: str, ok: bool = True) -> None:
+    subprocess.run([PROGRAM, *arguments], check=ok, capture_output=True)
 
 
 def kubectl(*arguments: str, stdin: str | None = None, ok: bool = True) -> str:
