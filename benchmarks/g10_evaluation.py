@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Result, compare, finish
 from pirl.config import load_recipe
+from pirl.data import CropDataset
 from pirl.evaluate import (
     Features,
     Protocol,
@@ -82,7 +83,8 @@ class Sides:
 
     def by_bank(self) -> dict[str, Any]:
         """Neighbours in a bank: its rows cost nothing, and here they hold nothing."""
-        bank = MemoryBank(len(self.train), self.recipe.model.embedding_dim, self.recipe.memory)
+        rows = CropDataset(self.train.storage.uri, self.recipe).rows
+        bank = MemoryBank(rows, self.recipe.model.embedding_dim, self.recipe.memory)
         features = extract(self.trunk, load_pixels(self.test, self.recipe), self.recipe)
         test = Features(embed(self.model, features), torch.from_numpy(self.test.labels()))
         return bank_neighbours(bank.memory, self.train.storage.uri, self.recipe, test, CLASSES, Protocol())

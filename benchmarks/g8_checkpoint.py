@@ -1,7 +1,7 @@
 """G8: how long training stands still for a checkpoint, beside `torch.save` of the same state to the same place.
 
 The state of a ResNet-50 on ImageNet: the bank, the network, its momentum; random numbers, as zeros are faster. Ours is
-what `pirl train` does: it looks whether every number is one, copies the state to host memory, and goes on; hashing and
+what `pirl train` does: it copies the state to host memory, and goes on; a look whether every number is one, hashing and
 writing follow in the background, unmeasured. How fast training is meanwhile is told beside it, with all cores at its
 disposal and with one core less.
 """
@@ -77,7 +77,7 @@ class Sides:
     def ours(self) -> None:
         self.step += 1
         self.written.clear()
-        check_state(self.state, None, World(), cast(Meter, None))  # which is asked for broken numbers only
+        check_state(self.state, None, World(), cast(Meter, None))  # which is asked for broken losses only
         self.checkpoints.save(
             self.content(), Cursor(step=self.step), "recipe", "data", done=lambda commit, seconds: self.written.set()
         )
@@ -147,7 +147,7 @@ def stall(goal: str, folder: str | None, recipe: Recipe, images: int, repeats: i
         }
         torch.set_num_threads(cores)
         size = sides.file.stat().st_size
-        return compare(
+        result = compare(
             goal=goal,
             title=f"stall of training for a checkpoint of {size / 1e6:.0f} MB to {file_system(scratch)}",
             sides={"reference": sides.reference, "ours": sides.ours},
@@ -158,6 +158,8 @@ def stall(goal: str, folder: str | None, recipe: Recipe, images: int, repeats: i
             facts={"bytes": size, "speed_while_saving": speed, "file_system": file_system(scratch)},
             **options,
         )
+        sides.settle()
+        return result
 
 
 def file_system(folder: str) -> str:
@@ -168,9 +170,9 @@ def file_system(folder: str) -> str:
 
 def main() -> list[Result]:
     recipe = load_recipe("r50-200ep-linear")
-    results = [stall("G8", None, recipe, IMAGES, repeats=7)]
+    results = [stall("G8", None, recipe, IMAGES, repeats=15)]
     if Path("/dev/shm").is_dir():
-        results.append(stall("G8-tmpfs", "/dev/shm", recipe, IMAGES, repeats=7))
+        results.append(stall("G8-tmpfs", "/dev/shm", recipe, IMAGES, repeats=15))
     return results
 
 

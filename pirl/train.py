@@ -35,7 +35,15 @@ from .distributed import (
     start_world,
     stop_world,
 )
-from .errors import CheckpointError, PirlError, PreemptedError, StorageNotFoundError, TrainingError, UsageError
+from .errors import (
+    CheckpointError,
+    PirlError,
+    PreemptedError,
+    StorageError,
+    StorageNotFoundError,
+    TrainingError,
+    UsageError,
+)
 from .loss import StepLoss, contrast, draw_negatives
 from .memory import MemoryBank, gather_updates
 from .metrics import Log, TrainingMetrics, duration, say
@@ -190,25 +198,33 @@ def train_alone(
     # batch statistics are each rank's own, and rank 0's are what counts
     buffers = {f"model/{name}" for name, _ in model.named_buffers()}
 
+    def end_of_save() -> PirlError | None:
+        """What ended the last save, on rank 0. Where the state was broken, all ranks end."""
+        error = checkpoints.wait()
+        if broken := world.broadcast_object(checkpoints.broken):
+            raise meter.not_finite(where=broken)
+        return error
+
     def save(milestone: bool = False) -> None:
         """All ranks come here, and each writes its share."""
-        loss = check_state(state, result.loss if result else None, world, meter)
-        if error := checkpoints.wait():
+        if error := end_of_save():
             warnings.warn(f"the last checkpoint was not saved, training goes on: {error}", stacklevel=2)
             log.event("checkpoint_failed", error=error.what)
+        loss = check_state(state, result.loss if result else None, world, meter)
+        meter.saving()
         content = state.to_dict(recipe, data_digest), cursor, recipe.digest(), data_digest, meter.saved
         checkpoints.save(*content, loss=loss, milestone=milestone, of_main=buffers)
 
     def save_for_sure() -> None:
         """The last chance: a storage that was full is asked once more, one that is away for some minutes."""
         save()
-        error, deadline = checkpoints.wait(), time.monotonic() + LAST_SAVE_S
+        error, deadline = end_of_save(), time.monotonic() + LAST_SAVE_S
         again = error is not None
         while world.broadcast_object(again):
             time.sleep(5)
             save()
-            error = checkpoints.wait()
-            again = error is not None and error.passing and time.monotonic() < deadline
+            error = end_of_save()
+            again = isinstance(error, StorageError) and error.passing and time.monotonic() < deadline
         if error:
             raise error
 
@@ -357,17 +373,6 @@ class TrainState:
             "data_digest": data_digest,
         }
 
-    def not_finite(self) -> str:
-        """Name of a tensor with a number that is none, or empty. Waits for the device once."""
-        tensors = {f"{name} of the model": value for name, value in self.model.state_dict().items()}
-        tensors |= {f"{name} of the memory bank": value for name, value in self.bank.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            if (momentum := self.optimizer.state.get(parameter, {}).get("momentum_buffer")) is not None:
-                tensors[f"the momentum of {name}"] = momentum
-        tensors = {name: value for name, value in tensors.items() if value.is_floating_point()}
-        sound = torch.stack([value.sum().isfinite() for value in tensors.values()]).tolist()
-        return next((name for name, finite in zip(tensors, sound) if not finite), "")
-
     def load_dict(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
         self.bank.load_state_dict(saved["bank"])
@@ -438,17 +443,15 @@ def ends_milestone(cursor: Cursor, every_epochs: int, recipe: Recipe, rows: int)
 
 
 def check_state(state: TrainState, loss: Tensor | None, world: World, meter: Meter) -> float | None:
-    """Refuse to save what is broken: a number that is none, or a bank that is not the same on every rank, as every
-    rank applies the same updates.
+    """Refuse to save a loss that is no number, or a bank that is not the same on every rank, as every rank applies the
+    same updates. (Other numbers that are none are found in the copy that is saved.)
 
     Returns the loss of the global batch.
     """
-    mine = 0.0 if loss is None else loss.item(), state.bank.checksum(), state.not_finite()
-    losses, sums, broken = zip(*world.gather_objects(mine))
+    mine = 0.0 if loss is None else loss.item(), state.bank.checksum() if world.size > 1 else 0
+    losses, sums = zip(*world.gather_objects(mine))
     if not all(map(math.isfinite, losses)):
         raise meter.not_finite(*losses)
-    if names := list(filter(None, broken)):
-        raise meter.not_finite(where=names[0])
     if len(set(sums)) > 1:
         raise TrainingError(f"the ranks' memory banks differ (sums {sums})", "this is a bug: please report it")
     return None if loss is None else sum(losses) / len(losses)
@@ -509,6 +512,8 @@ class Meter:
         self._started = time.perf_counter()
         self._history: list[tuple[Cursor, int, Tensor]] = []
         """The interval's steps and the one before: where each ended, its images, its loss on this rank."""
+        self._saving = self._history
+        """The step whose state is being saved, or was last."""
         self._reset()
         self.sums = torch.zeros(5, device=world.device)
 
@@ -574,13 +579,15 @@ class Meter:
         self._reset()
 
     def not_finite(self, *losses: float, where: str = "") -> TrainingError:
-        """The error for losses that are no numbers, or for such numbers in the state, with the batch that made them.
+        """The error for losses that are no numbers, or for such numbers in the state that was to be saved (`where`),
+        with the batch that made them.
 
         All ranks come here together: the first step that went wrong may have done so on one of them only.
         """
-        finite = torch.stack([loss for _, _, loss in self._history]).isfinite().tolist()
+        steps = self._saving if where else self._history
+        finite = torch.stack([loss for _, _, loss in steps]).isfinite().tolist()
         first = min(self.world.gather_objects(finite.index(False) if False in finite else len(finite) - 1))
-        cursor, images, _ = self._history[first]
+        cursor, images, _ = steps[first]
         ids = self.loader.batch_ids(cursor.epoch, cursor.samples - images, cursor.samples)
         self.log.event("not_finite", step=cursor.step, epoch=cursor.epoch, ids=ids, where=where or "loss")
         subject = where or f"the loss is no longer finite ({', '.join(f'{loss:g}' for loss in losses)})"
@@ -591,6 +598,10 @@ class Meter:
             "the last checkpoint is from before, events.jsonl has all ids; look at these images, lower optim.base_lr "
             "or use train.precision=fp32",
         )
+
+    def saving(self) -> None:
+        """The state of the last step is about to be saved."""
+        self._saving = self._history[-1:]
 
     def saved(self, commit: Commit, seconds: float) -> None:
         self.log.event("checkpoint", step=commit.cursor.step, bytes=commit.bytes, seconds=round(seconds, 3))

@@ -106,6 +106,7 @@ class Image:
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._slots: dict[str, Tensor] = {}
 
     def fill(
         self, tensors: dict[str, Tensor], pieces: Iterable[Piece], metadata: dict[str, str]
@@ -134,9 +135,10 @@ class Image:
             bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8
         )
         position = 8 + len(text)
-        for tensor in parts.values():
+        self._slots = {}
+        for key, tensor in parts.items():
             slot = self._buffer[position : position + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            slot.copy_(tensor, non_blocking=True)
+            self._slots[key] = slot.copy_(tensor, non_blocking=True)
             position += tensor.nbytes
         ready = lambda: None  # noqa: E731
         if on_gpu:
@@ -144,6 +146,11 @@ class Image:
             event.record()
             ready = event.synchronize
         return self._buffer[:size].numpy().data, ready
+
+    def not_finite(self) -> str:
+        """The key of a tensor with a number that is none, or empty; for when all of them are there."""
+        floats = {key: slot for key, slot in self._slots.items() if slot.is_floating_point()}
+        return next((key for key, slot in floats.items() if not slot.sum().isfinite()), "")
 
 
 def read_part(data: Tensor) -> tuple[dict[str, str], dict[str, Tensor]]:

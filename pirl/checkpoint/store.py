@@ -54,6 +54,8 @@ class Checkpoints:
         self.world = world or World()
         self.guard = guard
         self.failures = 0
+        self.broken = ""
+        """What was not finite in the last state to be saved, on rank 0 once the save has ended."""
         self.skipped: list[str] = []
         """Names of broken ones that `load` passed over."""
         self._image = Image()
@@ -80,7 +82,8 @@ class Checkpoints:
 
         All ranks hold the same state, but for the tensors that `of_main` names by their paths, such as
         "model/trunk.bn1.running_mean": those are taken from rank 0. Waits for a save that is still under way. `done` is
-        called on rank 0, from the writing thread. A failed save does not stop training: `wait` tells.
+        called on rank 0, from the writing thread. A failed save does not stop training: `wait` tells. Numbers that are
+        none are looked for in the copy, and a state with one is not published.
         """
         self.wait()
         tree, tensors = describe(state)
@@ -104,15 +107,17 @@ class Checkpoints:
         self._thread = threading.Thread(target=work, name="checkpoint", daemon=False)
         self._thread.start()
 
-    def wait(self) -> StorageError | None:
-        """Wait for a save under way; on rank 0 the storage's error that ended it, if any. Other errors are raised."""
+    def wait(self) -> StorageError | CheckpointError | None:
+        """Wait for a save under way; on rank 0 the error that ended it, if any: of the storage, or that the state is
+        `broken`. Other errors are raised.
+        """
         if self._thread:
             self._thread.join()
             self._thread = None
         error, self._error = self._error, None
         if error is None:
             return None
-        if not isinstance(error, StorageError):
+        if not isinstance(error, StorageError | CheckpointError):
             raise error
         self.failures += 1
         return error
@@ -137,8 +142,10 @@ class Checkpoints:
         try:
             if self.world.is_main and self._complete is None:
                 self._complete = self._tidy(attempt)
-            folder.write_bytes(file, data)
-            outcome: dict[str, Any] = asdict(Part(file, len(data), hashlib.sha256(data).hexdigest()))
+            outcome: dict[str, Any] = {"broken": self._image.not_finite()}
+            if not outcome["broken"]:
+                folder.write_bytes(file, data)
+                outcome = asdict(Part(file, len(data), hashlib.sha256(data).hexdigest()))
         except StorageError as error:
             outcome = {"what": error.what, "hint": error.hint}
         outcomes: list[dict[str, Any]] = []
@@ -146,6 +153,12 @@ class Checkpoints:
             outcomes = self._gather(attempt, outcome)
             if not self.world.is_main:
                 return None
+            for other in outcomes:
+                if "broken" in other:
+                    self.broken = other["broken"]
+                    raise CheckpointError(
+                        f"{self.broken} is not finite: the state was not saved", "go on from an older one"
+                    )
             for other in outcomes:
                 if "what" in other:
                     raise StorageError(other["what"], other["hint"])
