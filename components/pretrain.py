@@ -46,9 +46,9 @@ def pretrain(
         elif backend == "pytorchjob":
             from pirl.kube import job_settings, launch_job
 
+            world = {"nodes": nodes, "gpus": gpus, "processes": processes}
             texts = {"image": image, "namespace": namespace, "queue": queue}
-            given = {name: text for name, text in texts.items() if text}
-            settings = job_settings(shlex.split(job), {"nodes": nodes, "gpus": gpus, "processes": processes, **given})
+            settings = job_settings(shlex.split(job), world | texts)
             labels = {"pirl.dev/kfp-run": kfp_run} if kfp_run else {}
             launch_job(recipe, options, settings, overrides.split(), labels)
         else:

@@ -37,9 +37,9 @@ def retrain(
     from pirl.retrain import Retraining, keep_up_to_date
 
     with told("retrain"):
+        world = {"nodes": nodes, "gpus": gpus, "processes": processes}
         texts = {"image": image, "namespace": namespace, "queue": queue}
-        given = {name: text for name, text in texts.items() if text}
-        settings = job_settings(shlex.split(job), {"nodes": nodes, "gpus": gpus, "processes": processes, **given})
+        settings = job_settings(shlex.split(job), world | texts)
         code = keep_up_to_date(
             Retraining(
                 train_source=train_source,

@@ -82,9 +82,8 @@ def complete(values: dict[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any
     if checked.get("backend") == "pytorchjob":
         from pirl.kube import job_settings
 
-        known = {name: checked[name] for name in ("nodes", "gpus", "processes") if name in checked}
-        texts = {name: checked[name] for name in ("image", "namespace", "queue") if checked.get(name)}
-        job_settings(shlex.split(checked.get("job", "")), known | texts)
+        known = ("nodes", "gpus", "processes", "image", "namespace", "queue")
+        job_settings(shlex.split(checked.get("job", "")), {name: checked[name] for name in known if name in checked})
     elif checked.get("backend", "local") != "local":
         raise UsageError(f"there is no backend {checked['backend']!r}", 'it is "local" or "pytorchjob"')
     return checked

@@ -105,8 +105,11 @@ class JobSettings(BaseModel):
 
 
 def job_settings(items: Iterable[str] = (), given: Mapping[str, Any] | None = None) -> JobSettings:
-    """`JobSettings` of `given` and of NAME=VALUE items, whose value is JSON or a bare word. All problems at once."""
-    values: dict[str, Any] = dict(given or {})
+    """`JobSettings` of `given` and of NAME=VALUE items, whose value is JSON or a bare word. All problems at once.
+
+    An empty text in `given` is the default.
+    """
+    values: dict[str, Any] = {name: value for name, value in (given or {}).items() if value != ""}
     problems = []
     for item in items:
         name, equals, text = item.partition("=")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -45,8 +44,7 @@ class Dag:
     def start(self) -> None:
         command = [str(Path(sys.executable).with_name("pirl")), "run", "fashion-mnist:train", "fashion-mnist:test"]
         command += ["--root", self.root, "--model", "demo", "--backend", "pytorchjob", f"train.epochs={EPOCHS}"]
-        for name, value in {**self.place.job, "memory": "2Gi", "shared_memory": "256Mi"}.items():
-            command += ["--job", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+        command += self.place.options(memory="2Gi", shared_memory="256Mi")
         self.starts += 1
         self.log = self.place.folder / f"dag-{self.starts}.log"
         with self.log.open("wb") as file:

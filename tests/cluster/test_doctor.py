@@ -29,9 +29,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 def doctor(place: Place, root: str = "", as_launcher: bool = True, **job: Any) -> tuple[int, dict[str, dict[str, str]]]:
     """Its exit code, and what it says of each thing."""
     command = [str(Path(sys.executable).with_name("pirl")), "doctor", "--cluster", "--json"]
-    command += ["--root", root] if root else []
-    for name, value in {**place.job, **job}.items():
-        command += ["--job", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+    command += [*(["--root", root] if root else []), *place.options(**job)]
     env = {**os.environ, **(place.env if as_launcher else {})}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     print(done.stdout, done.stderr)

@@ -70,6 +70,14 @@ class Place:
     job: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
 
+    def options(self, **job: Any) -> list[str]:
+        """The place's settings of a job, or others, as the commands take them."""
+        return [
+            text
+            for name, value in {**self.job, **job}.items()
+            for text in ("--job", f"{name}={value if isinstance(value, str) else json.dumps(value)}")
+        ]
+
     def pods(self, name: str) -> list[dict[str, Any]]:
         selector = f"training.kubeflow.org/job-name={name}"
         return json.loads(kubectl("get", "pods", "-n", self.namespace, "-l", selector, "-o", "json"))["items"]
@@ -99,12 +107,10 @@ class Training:
         return job_name(self.out)
 
     def start(self, **job: Any) -> None:
-        settings = {**self.place.job, **self.job, **job}
         command = [str(Path(sys.executable).with_name("pirl")), "train", str(self.place.folder / "tiny.toml")]
         command += ["--backend", "pytorchjob", "--data", f"{self.place.uri}/data", "--out", self.out]
         command += ["--log-every", "1", "--checkpoint-every-s", "3"]
-        for name, value in settings.items():
-            command += ["--job", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+        command += self.place.options(**{**self.job, **job})
         command += [f"train.epochs={self.epochs}", "optim.base_lr=0.05"]
         self.starts += 1
         self.log = self.place.folder / f"{self.run}-{self.starts}.log"
