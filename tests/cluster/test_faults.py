@@ -212,7 +212,7 @@ def test_gpus_that_no_node_has_left(training: Training) -> None:
 
 
 def test_a_rank_that_hangs(training: Training, undisturbed: list[tuple[int, float]]) -> None:
-    training.start(progress_s=20)
+    training.start(progress_s=45)  # more than four cold starts take on two cores
     training.reach(MIDDLE)
     training.signal_rank(1, signal.SIGSTOP)
     assert training.end(120) == EXIT_FAILURE
