@@ -323,6 +323,7 @@ def test_every_kind_of_value_comes_back(checkpoints: Checkpoints) -> None:
         "transposed": torch.randn(3, 4).T,
         "scalar": torch.tensor(2.5, dtype=torch.float64),
         "empty": torch.zeros(0, 3),
+        "large": torch.full((100,), 60000.0, dtype=torch.float16),
         "by number": {3: torch.ones(1), 1: "one"},
         "plain": [None, True, 1, 0.1, 1e-300, float("inf"), "text", (1, [2.5, ("a",)]), {"$odd": 1}, {}, []],
     }
@@ -334,7 +335,7 @@ def test_every_kind_of_value_comes_back(checkpoints: Checkpoints) -> None:
         loaded = found[1]["numbers"][name]
         assert loaded.dtype == tensor.dtype
         assert torch.equal(loaded, tensor)
-    for name in ("channels last", "transposed", "scalar", "empty"):
+    for name in ("channels last", "transposed", "scalar", "empty", "large"):
         assert torch.equal(found[1]["more"][name], more[name])
     assert found[1]["more"]["by number"] == more["by number"]
     assert found[1]["more"]["plain"] == more["plain"]

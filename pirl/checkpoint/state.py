@@ -149,8 +149,14 @@ class Image:
 
     def not_finite(self) -> str:
         """The key of a tensor with a number that is none, or empty; for when all of them are there."""
-        floats = {key: slot for key, slot in self._slots.items() if slot.is_floating_point()}
-        return next((key for key, slot in floats.items() if not slot.sum().isfinite()), "")
+        for key, slot in self._slots.items():
+            if slot.is_floating_point():
+                total = slot.sum(
+                    dtype=torch.promote_types(slot.dtype, torch.float32)
+                )  # large half numbers add up to inf
+                if not total.isfinite():
+                    return key
+        return ""
 
 
 def read_part(data: Tensor) -> tuple[dict[str, str], dict[str, Tensor]]:
