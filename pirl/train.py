@@ -207,6 +207,7 @@ def train_alone(
 
     def save(milestone: bool = False) -> None:
         """All ranks come here, and each writes its share."""
+        world.barrier()  # tells which rank hangs; the wait for its share of the last save would not
         if error := end_of_save():
             warnings.warn(f"the last checkpoint was not saved, training goes on: {error}", stacklevel=2)
             log.event("checkpoint_failed", error=error.what)

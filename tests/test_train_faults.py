@@ -115,7 +115,7 @@ def test_a_launcher_ends_a_rank_that_hangs(shards: str, tiny_toml: Path, tmp_pat
     assert not in_session(first.pid)
     text = log.read_text()
     (step,) = re.findall(r"error: rank 1 did not answer within 10 s at step (\d+)\n", text)
-    assert int(step) > 4
+    assert int(step) >= 4
     assert "Traceback" not in text
     second = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert second.returncode == 0, second.stderr
