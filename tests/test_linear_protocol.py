@@ -576,7 +576,7 @@ def test_what_cannot_be_evaluated(colours: str, shards: str, other_shards: str, 
             evaluate_layers(*arguments)
     with pytest.raises(UsageError, match="0 epochs"):
         ZooProtocol(epochs=0)
-    broken = save_run(tmp_path / "broken", tiny_recipe(), trunk__layer3__0__bn2__bias=math.nan)
+    broken = save_run(tmp_path / "broken", tiny_recipe(), trunk__layer3__0__bn2__running_var=-1.0)
     with pytest.raises(TrainingError, match=r"loss of res4, res5, res5avg_bn, res5avg is not finite in epoch 1"):
         evaluate_layers(broken, colours, colours, ZooProtocol(epochs=1))
     assert not (tmp_path / "broken" / "eval_zoo.json").exists()
