@@ -151,10 +151,8 @@ class Image:
         """The key of a tensor with a number that is none, or empty; for when all of them are there."""
         for key, slot in self._slots.items():
             if slot.is_floating_point():
-                total = slot.sum(
-                    dtype=torch.promote_types(slot.dtype, torch.float32)
-                )  # large half numbers add up to inf
-                if not total.isfinite():
+                wide = torch.promote_types(slot.dtype, torch.float32)  # large half numbers add up to inf
+                if not slot.sum(dtype=wide).isfinite():
                     return key
         return ""
 
