@@ -27,7 +27,7 @@ def pretrain(
     `overrides` are key=value settings of the recipe separated by spaces. `backend` "local" trains on this machine in
     `processes` ranks (0 lets it decide); "pytorchjob" on the cluster in `nodes` pods of `gpus` GPUs and `processes`
     ranks each (0: one for each GPU), in Kueue's `queue` where one is named. Empty texts are the defaults of
-    `pirl.kube.JobSettings`; `job` has any other of its settings, as NAME=VALUE separated by spaces. `kfp_run` is the
+    `pirl.jobs.JobSettings`; `job` has any other of its settings, as NAME=VALUE separated by spaces. `kfp_run` is the
     id of the KFP run, a label of the job.
     """
     import shlex
@@ -44,7 +44,7 @@ def pretrain(
             if code:
                 raise SystemExit(code)
         elif backend == "pytorchjob":
-            from pirl.kube import job_settings, launch_job
+            from pirl.jobs import job_settings, launch_job
 
             world = {"nodes": nodes, "gpus": gpus, "processes": processes}
             texts = {"image": image, "namespace": namespace, "queue": queue}

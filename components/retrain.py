@@ -33,7 +33,7 @@ def retrain(
     import shlex
 
     from components.step import told
-    from pirl.kube import job_settings
+    from pirl.jobs import job_settings
     from pirl.retrain import Retraining, keep_up_to_date
 
     with told("retrain"):

@@ -80,7 +80,7 @@ def complete(values: dict[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any
         if "run" in inputs and not checked.get("run"):
             checked["run"] = f"{recipe.name}-{recipe.digest()[:8]}"
     if checked.get("backend") == "pytorchjob":
-        from pirl.kube import job_settings
+        from pirl.jobs import job_settings
 
         known = ("nodes", "gpus", "processes", "image", "namespace", "queue")
         job_settings(shlex.split(checked.get("job", "")), {name: checked[name] for name in known if name in checked})

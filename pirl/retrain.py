@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from .config import load_recipe
 from .errors import EXIT_DONE, UsageError
 from .evaluate import evaluate_run
-from .kube import JobSettings, launch_job
+from .jobs import JobSettings, launch_job
 from .metrics import say
 from .registry import Decision, data_uri, decide, decide_retrain, register_run
 from .shards import Source, open_source, write_shards

@@ -12,7 +12,7 @@ import pytest
 
 from components.step import IMAGE as STEPS
 from pirl import __version__
-from pirl.kube.settings import IMAGE as TRAINER
+from pirl.jobs.settings import IMAGE as TRAINER
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()

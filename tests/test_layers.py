@@ -12,7 +12,7 @@ import pirl
 ROOT = Path(pirl.__file__).parent
 ORDER = (
     "errors logs config storage distributed | shards views data | model memory loss optim | "
-    "metrics checkpoint train plan warm | evaluate export report | registry kube retrain | doctor cli"
+    "metrics checkpoint train plan warm | evaluate export report | registry jobs retrain | doctor cli"
 )
 POSITION = {name: index for index, name in enumerate(ORDER.replace("|", "").split())}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem not in ("__init__", "__main__"))
@@ -66,7 +66,7 @@ def test_imports_follow_the_order(path: Path) -> None:
         ("def f():\n    from .report import x", "model", True),
         ("from .config import Recipe", "data", False),
         ("from . import __version__", "train", False),
-        ("import kfp", "kube", True),
+        ("import kfp", "jobs", True),
         ("from kfp import local", "cli", True),
         ("def f():\n    from kfp import local", "cli", False),
         ("def f():\n    import kfp", "train", True),

@@ -19,8 +19,8 @@ from kubernetes.utils import parse_quantity
 
 from pirl import __version__
 from pirl.cli import app
-from pirl.kube import job_settings
-from pirl.kube.cluster import RIGHTS
+from pirl.jobs import job_settings
+from pirl.jobs.cluster import RIGHTS
 
 MANIFESTS = Path(__file__).parent.parent / "manifests"
 OVERLAYS = sorted(path.name for path in (MANIFESTS / "overlays").iterdir())

@@ -22,8 +22,9 @@ import yaml
 from conftest import TINY
 from test_operations import TEXT
 
-from pirl.kube.manifest import METRICS_PORT, build_job
-from pirl.kube.settings import JobSettings
+from pirl.jobs import build_job
+from pirl.jobs.pod import METRICS_PORT
+from pirl.jobs.settings import JobSettings
 from pirl.metrics.table import METRICS, TASKS
 from pirl.train import Options
 

@@ -19,7 +19,7 @@ from images import encoded, folder_of_classes, jpeg, picture
 from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401 fixtures
 
 from pirl.errors import DataError, StorageError, UsageError
-from pirl.kube import job_settings
+from pirl.jobs import job_settings
 from pirl.registry import open_registry
 from pirl.shards import Manifest, ShardReader, check_image, open_source, write_shards
 from pirl.shards.manifest import content_digest

@@ -23,7 +23,7 @@ from pipelines.local import require_steps, run_local
 from pipelines.retrain import pirl_retrain
 from pirl import __version__
 from pirl.errors import PirlError, UsageError
-from pirl.kube.settings import SECRET_NAMES
+from pirl.jobs.settings import SECRET_NAMES
 from pirl.registry import Registry
 from pirl.storage import Storage
 

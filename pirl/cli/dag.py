@@ -54,7 +54,7 @@ def run(
     Example: pirl run photos/train photos/test --root s3://bucket/pirl --backend pytorchjob --job nodes=4 --job gpus=8
     """
     if backend == "pytorchjob":
-        from ..kube import job_settings
+        from ..jobs import job_settings
 
         job_settings(job or (), {"processes": processes})
         if not root.startswith("s3://"):

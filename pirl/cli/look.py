@@ -123,7 +123,7 @@ def doctor(
     Example: pirl doctor --cluster --root s3://bucket/pirl --job nodes=4 --job gpus=8
     """
     from ..doctor import cluster_checks, machine_checks
-    from ..kube import job_settings
+    from ..jobs import job_settings
 
     if job and not cluster:
         raise UsageError("--job is for a cluster", "add --cluster, or leave it away")

@@ -59,7 +59,7 @@ def retrain(
 
     Example: pirl retrain --train-source photos/train --test-source photos/test --root runs
     """
-    from ..kube import job_settings
+    from ..jobs import job_settings
     from ..retrain import Retraining, keep_up_to_date
 
     settings = None

@@ -55,7 +55,7 @@ def train(
         timeout_s,
     )
     if backend == "pytorchjob":
-        from ..kube import job_settings, launch_job, prepare, to_yaml
+        from ..jobs import job_settings, launch_job, prepare, to_yaml
 
         settings = job_settings(job or (), {"processes": processes})
         if not dry_run:

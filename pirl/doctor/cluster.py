@@ -12,10 +12,11 @@ from collections.abc import Iterator
 
 from ..config import load_recipe
 from ..errors import PirlError
-from ..kube import JobSettings, build_job
-from ..kube.cluster import INSTALL, RIGHTS, AbsentError, Cluster, ClusterError, ForbiddenError, Right, UnreachableError
-from ..kube.diagnose import Trouble, ends, troubles
-from ..kube.manifest import API, Object
+from ..jobs import JobSettings, build_job
+from ..jobs.cluster import INSTALL, RIGHTS, AbsentError, Cluster, ClusterError, ForbiddenError, Right, UnreachableError
+from ..jobs.diagnose import Trouble, ends, troubles
+from ..jobs.pod import Object
+from ..jobs.pytorchjob import API
 from ..metrics import duration
 from ..train import Options
 from .check import Check

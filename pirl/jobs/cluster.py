@@ -10,7 +10,8 @@ from contextlib import redirect_stdout, suppress
 from typing import Any, NamedTuple
 
 from ..errors import PirlError
-from .manifest import API, CONTAINER, Object
+from .pod import CONTAINER, Object
+from .pytorchjob import API
 
 TIMEOUT_S = (5, 20)  # to connect, and without a byte
 

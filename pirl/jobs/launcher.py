@@ -44,7 +44,8 @@ from ..storage import S3Storage, open_storage
 from ..train import Options, plan
 from .cluster import Cluster, ClusterError, UnreachableError, pod_index
 from .diagnose import End, conditions, ends, is_running, is_well, troubles
-from .manifest import SPEC_HASH, Object, build_job
+from .pod import SPEC_HASH, Object
+from .pytorchjob import build_job
 from .settings import JobSettings
 from .watch import LogStream, Progress
 

@@ -10,7 +10,7 @@ from ..errors import StorageError, StorageNotFoundError
 from ..storage import Storage
 from .cluster import Cluster, UnreachableError
 from .diagnose import status
-from .manifest import Object
+from .pod import Object
 
 TAIL_BYTES = 16 << 10
 

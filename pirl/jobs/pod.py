@@ -1,15 +1,8 @@
-"""The PyTorchJob of a training: Workers only, joined by torchrun's c10d rendezvous, in restricted pods.
-
-Why this shape: a Master would bring an init container that the `restricted` standard refuses. `OnFailure` restarts any
-container that ends badly, that of a preempted rank (exit code 75) included, and the operator replaces a pod that was
-evicted; each start goes on from the last checkpoint. `ExitCode` would take 75 for a final failure, and restart what
-ends by a signal forever. torchrun itself restarts nothing (maxRestarts 0): one mechanism, one count, `backoffLimit`.
-"""
+"""The pods of a job: restricted, with the recipe as a file and one container that trains."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,14 +10,11 @@ from typing import Any
 
 import yaml
 
-from .. import __version__
-from ..config import Recipe
 from ..storage import open_storage
 from ..train import Options
 from .settings import JobSettings
 
 Object = dict[str, Any]  # of Kubernetes, as its API has it
-API = ("kubeflow.org", "v1", "pytorchjobs")
 CONTAINER = "pytorch"  # the operator looks for this name
 METRICS_PORT = 9400
 RECIPE = "pirl.dev/recipe.toml"  # the annotation that brings the recipe into the pods
@@ -36,70 +26,7 @@ def job_name(out: str) -> str:
     """The same for every launcher of the run `out`, so that two of them cannot start two jobs. At most 44 characters:
     the operator adds `-worker-N`, and the name of a Service may have 63."""
     uri = open_storage(out).uri
-    return f"pirl-{_slug(uri.rpartition('/')[2], 28)}-{hashlib.sha256(uri.encode()).hexdigest()[:10]}"
-
-
-def build_job(
-    recipe: Recipe, options: Options, settings: JobSettings, labels: Mapping[str, str] | None = None
-) -> Object:
-    """The object to create. `labels` (the KFP run's id, for instance) do not take part in its hash."""
-    ours = {
-        "app.kubernetes.io/name": "pirl-pipeline",
-        "app.kubernetes.io/component": "trainer",
-        "app.kubernetes.io/part-of": "pirl-pipeline",
-        "app.kubernetes.io/managed-by": "pirl",
-        "app.kubernetes.io/version": __version__.replace("+", "-"),
-        "pirl.dev/run": _slug(options.out.rstrip("/").rpartition("/")[2], 63),
-        "pirl.dev/recipe": _slug(recipe.name, 63),
-    }
-    pod_labels = {**settings.labels, "sidecar.istio.io/inject": "false", **ours}
-    spec: dict[str, Any] = {
-        "nprocPerNode": str(settings.ranks_per_pod),
-        "elasticPolicy": {
-            "rdzvBackend": "c10d",
-            "minReplicas": settings.nodes,
-            "maxReplicas": settings.nodes,
-            "maxRestarts": 0,
-        },
-        "runPolicy": {
-            "cleanPodPolicy": "Running",
-            "ttlSecondsAfterFinished": settings.ttl_s,
-            # the operator counts every container's restarts, and one failure restarts them all
-            "backoffLimit": settings.max_restarts * settings.nodes,
-        },
-        "pytorchReplicaSpecs": {
-            "Worker": {
-                "replicas": settings.nodes,
-                "restartPolicy": "OnFailure",
-                "template": {
-                    "metadata": {
-                        "labels": pod_labels,
-                        "annotations": {
-                            **settings.annotations,
-                            "sidecar.istio.io/inject": "false",  # a sidecar outlives the training, and cuts its sockets
-                            RECIPE: recipe.to_toml(),
-                        },
-                    },
-                    "spec": _pod(job_name(options.out), options, settings),
-                },
-            }
-        },
-    }
-    if settings.run_s is not None:  # for the launcher that is no more: its own clock comes first
-        spec["runPolicy"]["activeDeadlineSeconds"] = round(settings.run_s) + 600
-    queue = {"kueue.x-k8s.io/queue-name": settings.queue} if settings.queue else {}
-    digest = hashlib.sha256(json.dumps([spec, queue], sort_keys=True).encode()).hexdigest()
-    return {
-        "apiVersion": f"{API[0]}/{API[1]}",
-        "kind": "PyTorchJob",
-        "metadata": {
-            "name": job_name(options.out),
-            "namespace": settings.namespace,
-            "labels": {**settings.labels, **ours, **queue, **(labels or {})},
-            "annotations": {**settings.annotations, "pirl.dev/out": options.out, SPEC_HASH: digest},
-        },
-        "spec": spec,
-    }
+    return f"pirl-{slug(uri.rpartition('/')[2], 28)}-{hashlib.sha256(uri.encode()).hexdigest()[:10]}"
 
 
 def to_yaml(job: Mapping[str, Any]) -> str:
@@ -115,7 +42,7 @@ def to_yaml(job: Mapping[str, Any]) -> str:
     return yaml.dump(job, Dumper=BlockText, sort_keys=False)
 
 
-def _pod(name: str, options: Options, settings: JobSettings) -> Object:
+def pod_spec(name: str, options: Options, settings: JobSettings) -> Object:
     resources = {"cpu": settings.cpu, "memory": settings.memory}
     if settings.gpus:
         resources["nvidia.com/gpu"] = str(settings.gpus)
@@ -211,7 +138,7 @@ def _pod(name: str, options: Options, settings: JobSettings) -> Object:
     return pod
 
 
-def _slug(text: str, most: int) -> str:
+def slug(text: str, most: int) -> str:
     """The nearest text that Kubernetes takes as a label and as part of a name."""
     slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:most].strip("-")
     return slug or "run"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import EXIT_PREEMPTED, EXIT_USAGE
-from .manifest import CONTAINER, Object
+from .pod import CONTAINER, Object
 
 IMAGE = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
 CONFIGURATION = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
