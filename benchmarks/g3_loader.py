@@ -25,10 +25,10 @@ from benchmarks.photographs import write_photographs
 from benchmarks.reference_views import ReferenceViews, collate, normalised, seed_worker, transformed
 from pirl.config import Recipe, load_recipe
 from pirl.data import CropDataset, Loader
-from pirl.distributed import World
 from pirl.shards import ShardReader, decode_image, open_source, write_shards
 from pirl.storage import open_storage
 from pirl.views import apply_photometrics, draw_geometry, draw_photometrics
+from pirl.world import World
 
 WORKERS = min(2, os.cpu_count() or 1)
 BATCH, BATCHES, PHOTOGRAPHS = 32, 10, 160

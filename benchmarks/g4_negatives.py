@@ -17,9 +17,9 @@ from benchmarks.harness import Result, compare, finish
 from benchmarks.reference_nce import ReferenceNCE
 from pirl.config import LossConfig, MemoryConfig
 from pirl.data import negative_seeds
-from pirl.distributed import World
 from pirl.loss import contrast, draw_negatives
 from pirl.memory import MemoryBank
+from pirl.world import World
 
 IMAGES, DIM, BATCH, NEGATIVES = 1_281_167, 128, 32, 32_000
 TEMPERATURE, Z = 0.07, 2.829e6  # of random rows, pirl's first estimate

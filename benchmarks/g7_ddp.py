@@ -21,14 +21,14 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from benchmarks.harness import Result, compare, finish
-from pirl import distributed
+from pirl import world as pirl_world
 from pirl.config import Recipe, load_recipe
 from pirl.data import Batch, Share
-from pirl.distributed import World, start_world, stop_world
 from pirl.memory import MemoryBank
 from pirl.model import build_model, memory_format
 from pirl.optim import build_optimizer, set_learning_rate
 from pirl.train import TrainState, settle_buckets, train_step
+from pirl.world import World, start_world, stop_world
 
 RANKS = 2
 IMAGES = 10_000
@@ -84,7 +84,7 @@ class Training:
 
     def count_bytes(self) -> dict[str, int]:
         """What one step hands to the collectives: this rank's gradients and, of all ranks, the bank's new rows."""
-        sent, gather = {"gradients": 0, "rows": 0}, distributed.gather_single
+        sent, gather = {"gradients": 0, "rows": 0}, pirl_world.gather_single
 
         def gather_counted(out: Any, mine: Any) -> Any:
             sent["rows"] += out.nbytes
@@ -95,11 +95,11 @@ class Training:
             return allreduce_hook(group, bucket)
 
         self.network.register_comm_hook(None, sum_counted)
-        distributed.gather_single = gather_counted
+        pirl_world.gather_single = gather_counted
         try:
             self.step()
         finally:
-            distributed.gather_single = gather
+            pirl_world.gather_single = gather
         return sent
 
     def bank_hash(self) -> str:

@@ -23,12 +23,12 @@ from benchmarks.g7_ddp import Training
 from benchmarks.harness import Result, compare, finish
 from pirl.checkpoint import Checkpoints, Cursor
 from pirl.config import Recipe, load_recipe
-from pirl.distributed import World
 from pirl.memory import MemoryBank
 from pirl.model import build_model, memory_format
 from pirl.optim import build_optimizer
 from pirl.storage import open_storage
 from pirl.train import Meter, TrainState, check_state
+from pirl.world import World
 
 IMAGES = 1_281_167
 MEANWHILE = (

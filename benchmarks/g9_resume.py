@@ -35,14 +35,15 @@ from benchmarks.harness import Result, compare, finish
 from pirl.checkpoint import Checkpoints
 from pirl.config import Recipe, load_recipe
 from pirl.data import Batch, epoch_order, epoch_shares
-from pirl.distributed import World
 from pirl.memory import MemoryBank
 from pirl.model import build_model, memory_format
 from pirl.optim import build_optimizer, set_learning_rate
 from pirl.shards import open_source, write_shards
 from pirl.storage import open_storage
-from pirl.train import Options, TrainState, train, train_step
+from pirl.train import TrainState, train, train_step
+from pirl.training.spec import Options
 from pirl.views import crop_batch
+from pirl.world import World
 
 FILES, STEPS = 100_000, 60
 RECIPE = (

@@ -14,11 +14,11 @@ from benchmarks.g4_negatives import TEMPERATURE, Z
 from benchmarks.harness import RESULTS
 from benchmarks.reference_nce import ReferenceNCE
 from pirl.config import Recipe, load_recipe
-from pirl.distributed import World
 from pirl.loss import contrast, draw_negatives
 from pirl.memory import MemoryBank
 from pirl.model import build_model, memory_format
 from pirl.optim import build_optimizer, parameter_groups, set_learning_rate
+from pirl.world import World
 
 
 @dataclass(frozen=True)

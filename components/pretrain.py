@@ -34,7 +34,8 @@ def pretrain(
 
     from components.step import step
     from pirl.errors import UsageError
-    from pirl.train import Options, launch
+    from pirl.train import launch
+    from pirl.training.spec import Options
 
     out = f"{root}/runs/{run}"
     options = Options(data=data, out=out, processes=processes or None)

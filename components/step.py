@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from pirl import __version__, logs
-from pirl.distributed import die_with_parent
 from pirl.errors import PirlError
+from pirl.launch import die_with_parent
 from pirl.metrics import peak_memory_bytes, task
 from pirl.storage import open_storage
 

@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .config import Recipe
-from .distributed import World
 from .errors import DataError, PirlError, StorageError
 from .shards import ShardReader, decode_pixels, image_size
 from .views import crop, draw_geometry, uniforms
+from .world import World
 
 ORDER_STREAM = 250  # of the counter-based random numbers; the views use small stream numbers
 NEGATIVES_STREAM = 251

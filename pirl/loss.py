@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import LossConfig
-from .distributed import World
 from .memory import MemoryBank
+from .world import World
 
 EPSILON = 1.1920929e-07  # float32's, as the reference adds it, in either precision
 CHUNK_BYTES = 2 << 20  # of gathered rows at a time: they are still in the cache when their scores are taken

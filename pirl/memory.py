@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MemoryConfig
-from .distributed import World
+from .world import World
 
 
 class MemoryBank(nn.Module):

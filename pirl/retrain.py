@@ -20,7 +20,8 @@ from .metrics import say
 from .registry import Decision, data_uri, decide, decide_retrain, register_run
 from .shards import Source, open_source, write_shards
 from .storage import open_storage
-from .train import Options, launch
+from .train import launch
+from .training.spec import Options
 from .warm import warm_start
 
 

@@ -9,8 +9,9 @@ import time
 
 import torch
 
-from pirl.distributed import report_outcome, start_world
 from pirl.errors import PreemptedError, TrainingError, UsageError
+from pirl.launch import report_outcome
+from pirl.world import start_world
 
 
 def main(case: str) -> int:

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from pirl.distributed import World, start_world, stop_world
 from pirl.errors import PirlError
+from pirl.world import World, start_world, stop_world
 
 CRASHED = 99
 

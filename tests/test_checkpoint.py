@@ -21,9 +21,9 @@ from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401
 
 from pirl.checkpoint import Checkpoints, Commit, Cursor
 from pirl.checkpoint.state import DTYPES
-from pirl.distributed import World
 from pirl.errors import CheckpointError, StorageError
 from pirl.storage import LocalStorage, Storage, open_storage, s3
+from pirl.world import World
 
 
 def state(value: float, size: int = 10) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from images import encoded, picture
 
 from pirl.config import Recipe
 from pirl.data import Batch, CropDataset, Loader, Share, epoch_order, epoch_shares, negative_seeds
-from pirl.distributed import World
 from pirl.errors import DataError
 from pirl.shards import ShardReader, decode_image, decode_pixels, image_size
 from pirl.views import crop_batch
+from pirl.world import World
 
 GRID = [  # rows, batch, ranks
     (1, 1, 1),
@@ -299,7 +299,7 @@ import os, signal, sys, time
 import torch
 from pirl.config import load_recipe
 from pirl.data import Loader
-from pirl.distributed import World
+from pirl.world import World
 
 if __name__ == "__main__":
     told = []

@@ -13,8 +13,9 @@ import pytest
 import ranks
 import torch
 
-from pirl.distributed import World, run_ranks, start_world
 from pirl.errors import UsageError
+from pirl.launch import run_ranks
+from pirl.world import World, start_world
 
 
 def collectives(world: World) -> dict[str, Any]:

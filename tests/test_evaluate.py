@@ -16,7 +16,6 @@ from images import folder_of_classes, picture
 from torchvision import transforms
 
 from pirl.checkpoint import Checkpoints
-from pirl.distributed import World
 from pirl.errors import CheckpointError, DataError, UsageError
 from pirl.evaluate import (
     Features,
@@ -43,7 +42,9 @@ from pirl.evaluate import (
 from pirl.model import build_model
 from pirl.shards import ShardReader
 from pirl.storage import open_storage
-from pirl.train import Options, train
+from pirl.train import train
+from pirl.training.spec import Options
+from pirl.world import World
 
 QUICK = Protocol(seeds=(0, 1), epochs=2, min_steps=60, neighbours=5)
 

@@ -20,14 +20,15 @@ from vissl_files import LAYOUT, Values, checkpoint, optimizer_order, trunk_of, w
 
 from pirl.checkpoint import Checkpoints, Commit, Cursor
 from pirl.config import Recipe, parse_recipe
-from pirl.distributed import World
 from pirl.errors import CheckpointError, UsageError
 from pirl.evaluate import load_trunk
 from pirl.export import examine, export, import_file, trunk_bytes
 from pirl.export.vissl import completed_epochs, our_name, to_vissl, vissl_name
 from pirl.model import build_model
 from pirl.storage import open_storage
-from pirl.train import Options, train
+from pirl.train import train
+from pirl.training.spec import Options
+from pirl.world import World
 
 
 def saved(run: Path | str) -> tuple[Any, dict[str, Any]]:

@@ -16,11 +16,11 @@ from conftest import tiny_recipe
 from torch import nn
 
 from pirl.config import LossConfig, MemoryConfig, ModelConfig, load_recipe
-from pirl.distributed import World
 from pirl.loss import StepLoss, contrast, estimate_z
 from pirl.memory import MemoryBank
 from pirl.model import Trunk, build_model
 from pirl.optim import build_optimizer, set_learning_rate
+from pirl.world import World
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "fidelity.md").read_text()

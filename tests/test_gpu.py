@@ -13,13 +13,14 @@ from conftest import IMAGES, tiny_recipe
 from benchmarks import gpu, gpu_sides
 from pirl.config import LossConfig, MemoryConfig
 from pirl.data import Loader, negative_seeds
-from pirl.distributed import World
 from pirl.loss import contrast, draw_negatives
 from pirl.memory import MemoryBank
 from pirl.model import build_model, memory_format
 from pirl.optim import build_optimizer, set_learning_rate
-from pirl.train import Options, TrainState, train, train_step
+from pirl.train import TrainState, train, train_step
+from pirl.training.spec import Options
 from pirl.views import apply_photometrics, draw_photometrics
+from pirl.world import World
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 

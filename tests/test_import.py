@@ -24,7 +24,6 @@ from vissl_files import VARIANT, Values, checkpoint, heads_of, optimizer_of, opt
 from pirl import cli
 from pirl.checkpoint import Checkpoints
 from pirl.config import ModelConfig, load_recipe, parse_recipe
-from pirl.distributed import World
 from pirl.errors import CheckpointError, PirlError, UsageError
 from pirl.evaluate import Protocol, evaluate, load_trunk
 from pirl.export import examine, import_file
@@ -36,7 +35,9 @@ from pirl.model import PIRL, Trunk, build_model
 from pirl.optim import build_optimizer
 from pirl.shards import Manifest
 from pirl.storage import open_storage
-from pirl.train import Options, TrainState, train
+from pirl.train import TrainState, train
+from pirl.training.spec import Options
+from pirl.world import World
 
 LINEAR = "r50-200ep-linear"
 

@@ -18,10 +18,11 @@ from test_train import assert_same_bits, final
 
 import pirl.train
 from pirl.config import Recipe
-from pirl.distributed import World
 from pirl.metrics import read_lines
 from pirl.storage import open_storage
-from pirl.train import Options, train
+from pirl.train import train
+from pirl.training.spec import Options
+from pirl.world import World
 
 STEPS_AN_EPOCH = 5
 

@@ -21,10 +21,11 @@ from conftest import tiny_recipe
 from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401
 
 from pirl.checkpoint import Lease, lease
-from pirl.distributed import World
 from pirl.errors import PirlError, TrainingError, UsageError
 from pirl.storage import open_storage
-from pirl.train import Options, train
+from pirl.train import train
+from pirl.training.spec import Options
+from pirl.world import World
 
 BEAT_S = 0.2
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from pirl import loss as loss_module
 from pirl.config import LossConfig, MemoryConfig
 from pirl.data import negative_seeds
-from pirl.distributed import World
 from pirl.loss import (
     ContrastTerm,
     StepLoss,
@@ -31,6 +30,7 @@ from pirl.loss import (
     weighted_sums,
 )
 from pirl.memory import MemoryBank, gather_updates
+from pirl.world import World
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "contrast.npz")
 KINDS = ("nce", "cross_entropy")

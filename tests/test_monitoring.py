@@ -26,7 +26,7 @@ from pirl.jobs import build_job
 from pirl.jobs.pod import METRICS_PORT
 from pirl.jobs.settings import JobSettings
 from pirl.metrics.table import METRICS, TASKS
-from pirl.train import Options
+from pirl.training.spec import Options
 
 OVERLAY = Path(__file__).parent.parent / "manifests" / "overlays" / "monitoring"
 GROUPS = yaml.safe_load((OVERLAY / "alerts.yaml").read_text())["spec"]["groups"]

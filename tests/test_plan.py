@@ -17,17 +17,18 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from typer.testing import CliRunner
 
-from pirl import distributed
+from pirl import world as pirl_world
 from pirl.cli.plan import parse_count, size
 from pirl.config import load_recipe
 from pirl.data import Loader
-from pirl.distributed import World
 from pirl.errors import UsageError
 from pirl.memory import MemoryBank
 from pirl.model import build_model
 from pirl.optim import build_optimizer
 from pirl.plan import Machine, growth, measure, plan_training, saved_storages
-from pirl.train import Options, TrainState, train, train_step
+from pirl.train import TrainState, train, train_step
+from pirl.training.spec import Options
+from pirl.world import World
 
 IMAGENET = 1_281_167
 MIB = 2**20
@@ -89,7 +90,7 @@ def count_messages(world: World, data: str) -> dict[str, int]:
     """Bytes of one step: gradients that DDP sums, and what this rank gathers for the bank."""
     recipe = tiny_recipe("train.batch_size=10")
     counts = {"gradients": 0, "gathered": 0, "messages": 0}
-    gather = distributed.gather_single
+    gather = pirl_world.gather_single
 
     def gather_counted(out: torch.Tensor, mine: torch.Tensor) -> Any:
         counts["gathered"] += out.nbytes
@@ -100,7 +101,7 @@ def count_messages(world: World, data: str) -> dict[str, int]:
         counts["gradients"] += bucket.buffer().nbytes
         return allreduce_hook(group, bucket)
 
-    distributed.gather_single = gather_counted
+    pirl_world.gather_single = gather_counted
     model = build_model(recipe)
     bank = MemoryBank(IMAGES, recipe.model.embedding_dim, recipe.memory)
     network = nn.parallel.DistributedDataParallel(model)

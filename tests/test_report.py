@@ -22,7 +22,6 @@ from PIL import Image
 from pirl.checkpoint import Checkpoints
 from pirl.config import Recipe
 from pirl.data import epoch_order
-from pirl.distributed import World
 from pirl.errors import ConfigError, DataError, StorageNotFoundError, UsageError
 from pirl.evaluate import Protocol, centre_crop, evaluate, extract, load_trunk, neighbours
 from pirl.export import trunk_bytes
@@ -35,8 +34,10 @@ from pirl.report.page import size
 from pirl.report.sheet import draw_views
 from pirl.shards import ShardReader, decode_image
 from pirl.storage import open_storage
-from pirl.train import Options, train
+from pirl.train import train
+from pirl.training.spec import Options
 from pirl.views import draw_geometry
+from pirl.world import World
 
 CLASSES = ("<script>alert(1)", "b & c", '"quoted"')
 VOID = {"meta", "img", "br", "link", "input", "hr"}

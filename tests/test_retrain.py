@@ -20,7 +20,8 @@ from pirl.memory import MemoryBank
 from pirl.registry import Registry, data_uri, decide_retrain
 from pirl.shards import Manifest, ShardReader, open_source, write_shards
 from pirl.storage import open_storage
-from pirl.train import Options, launch
+from pirl.train import launch
+from pirl.training.spec import Options
 from pirl.warm import WarmStart, only_added, same_images, warm_start
 
 

@@ -27,13 +27,14 @@ from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401
 from pirl.checkpoint import Checkpoints
 from pirl.config import Recipe
 from pirl.data import epoch_order
-from pirl.distributed import World
 from pirl.errors import CheckpointError, ConfigError, UsageError
 from pirl.memory import MemoryBank
 from pirl.metrics import read_lines
 from pirl.model import build_model
 from pirl.storage import LocalStorage, open_storage
-from pirl.train import Options, StopSignal, main, train
+from pirl.train import StopSignal, main, train
+from pirl.training.spec import Options
+from pirl.world import World
 
 STEPS_AN_EPOCH = 5  # 42 images in batches of 9
 EPOCHS = 8

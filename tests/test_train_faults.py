@@ -27,10 +27,11 @@ import pirl.train
 from pirl.checkpoint import Checkpoints
 from pirl.config import Recipe
 from pirl.data import epoch_order
-from pirl.distributed import World
 from pirl.metrics import read_lines
 from pirl.storage import open_storage
-from pirl.train import Options, TrainState, train
+from pirl.train import TrainState, train
+from pirl.training.spec import Options
+from pirl.world import World
 
 EPOCHS = 8
 STEPS_AN_EPOCH = 5  # 42 images in batches of 9

@@ -21,10 +21,11 @@ from test_train import assert_same_bits, final, wait_for
 
 from pirl.checkpoint import Checkpoints
 from pirl.config import Recipe
-from pirl.distributed import World
 from pirl.metrics import read_lines
 from pirl.storage import open_storage, retries
-from pirl.train import Options, train
+from pirl.train import train
+from pirl.training.spec import Options
+from pirl.world import World
 
 READ_TIMEOUT_S = 2
 

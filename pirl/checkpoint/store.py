@@ -20,9 +20,9 @@ from torch import Tensor
 
 from pirl.checkpoint.commit import Commit, Cursor, Part, parse_commit
 from pirl.checkpoint.state import Image, assemble, deal, describe, read_part
-from pirl.distributed import World
 from pirl.errors import CheckpointError, StorageError, StorageNotFoundError
 from pirl.storage import Storage
+from pirl.world import World
 
 _PEERS_S = 3600.0  # a rank whose part is not there by then fails the save
 # What reading a file can raise that is as it was committed, but was not written by this program.

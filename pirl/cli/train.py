@@ -40,7 +40,8 @@ def train(
 
     Example: pirl train r50-200ep-mlp --backend pytorchjob --job nodes=4 --job gpus=8 --data s3://b/data --out s3://b/r
     """
-    from ..train import Options, launch, plan
+    from ..train import launch, plan
+    from ..training.spec import Options
 
     options = Options(
         data,

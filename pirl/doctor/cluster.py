@@ -18,7 +18,7 @@ from ..jobs.diagnose import Trouble, ends, troubles
 from ..jobs.pod import Object
 from ..jobs.pytorchjob import API
 from ..metrics import duration
-from ..train import Options
+from ..training.spec import Options
 from .check import Check
 
 OPERATOR = "1.9"  # what the launcher was tried with

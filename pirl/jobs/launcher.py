@@ -41,7 +41,8 @@ from ..logs import readable
 from ..metrics import duration, say
 from ..shards import Manifest
 from ..storage import S3Storage, open_storage
-from ..train import Options, plan
+from ..train import plan
+from ..training.spec import Options
 from .cluster import Cluster, ClusterError, UnreachableError, pod_index
 from .diagnose import End, conditions, ends, is_running, is_well, troubles
 from .pod import SPEC_HASH, Object

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ..storage import open_storage
-from ..train import Options
+from ..training.spec import Options
 from .settings import JobSettings
 
 Object = dict[str, Any]  # of Kubernetes, as its API has it

@@ -15,7 +15,7 @@ from typing import Any
 
 from .. import __version__
 from ..config import Recipe
-from ..train import Options
+from ..training.spec import Options
 from .pod import RECIPE, SPEC_HASH, Object, job_name, pod_spec, slug
 from .settings import JobSettings
 

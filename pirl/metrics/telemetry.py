@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..distributed import OUTCOME
 from ..errors import UsageError
+from ..launch import OUTCOME
 from .record import peak_memory_bytes
 from .table import METRICS
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from .. import storage
-from ..distributed import World
 from ..memory import MemoryBank
+from ..world import World
 from .clock import StepClock
 from .record import peak_memory_bytes
 from .telemetry import Telemetry

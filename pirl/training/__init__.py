@@ -1,0 +1,1 @@
+"""Pretraining: what to train, and the loop that trains it."""
