@@ -12,7 +12,8 @@ import pirl
 ROOT = Path(pirl.__file__).parent
 ORDER = (
     "errors logs config storage world launch | shards views data | model memory loss optim | "
-    "metrics checkpoint training train plan warm | evaluate export report | registry jobs retrain | doctor cli"
+    "checkpoint results run metrics training train plan warm | "
+    "evaluate export report | registry jobs retrain | doctor cli"
 )
 POSITION = {name: index for index, name in enumerate(ORDER.replace("|", "").split())}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem not in ("__init__", "__main__"))

@@ -100,9 +100,9 @@ def runs(
 
     Example: pirl runs runs
     """
-    from ..metrics import list_runs
+    from ..run import list_runs
 
-    show_rows(list_runs(root), as_json)
+    show_rows([summary.model_dump() for summary in list_runs(root)], as_json)
 
 
 @app.command()

@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 from ..logs import say
-from .record import Log, duration, list_runs, peak_memory_bytes, read_lines
+from ..run import read_lines
+from .record import Log, duration, peak_memory_bytes
 from .telemetry import Telemetry, task
 from .training import TrainingMetrics
 
@@ -16,7 +17,6 @@ __all__ = [
     "Telemetry",
     "TrainingMetrics",
     "duration",
-    "list_runs",
     "peak_memory_bytes",
     "read_lines",
     "say",

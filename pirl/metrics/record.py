@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import logs
 from ..errors import StorageError
-from ..storage import Storage, open_storage
+from ..run import EVENTS, METRICS, Run
+from ..storage import Storage
 
 if TYPE_CHECKING:
     from .training import TrainingMetrics
@@ -28,8 +29,8 @@ class Log:
         self.run = run
         self.live = live
         self.flush_s = flush_s
-        self.metrics = read_lines(run, "metrics.jsonl")
-        self.events = read_lines(run, "events.jsonl")
+        record = Run(run).record()
+        self.metrics, self.events = record.metrics, record.events
         self._flushed = time.monotonic()
         self._writing = threading.Lock()
         if live and live.world.is_main:
@@ -57,46 +58,13 @@ class Log:
     def flush(self) -> None:
         """Write what there is, and wait for it. Any thread may do so."""
         with self._writing:
-            for name, lines in (("metrics.jsonl", self.metrics), ("events.jsonl", self.events)):
+            for name, lines in ((METRICS, self.metrics), (EVENTS, self.events)):
                 text = "".join(json.dumps(line) + "\n" for line in list(lines))
                 try:
                     self.run.write_bytes(name, text.encode())
                 except StorageError as error:  # the lines are kept, and written with the next ones
                     warnings.warn(f"{name} was not written, training goes on: {error}", stacklevel=2)
             self._flushed = time.monotonic()
-
-
-def read_lines(run: Storage, name: str) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; an empty list where there is none."""
-    if not run.exists(name):
-        return []
-    return [json.loads(line) for line in run.read_bytes(name).decode().splitlines() if line.strip()]
-
-
-def list_runs(root: str) -> list[dict[str, Any]]:
-    """What is known of each run below `root`, without reading checkpoints."""
-    storage = open_storage(root)
-    rows = []
-    for name in storage.list():
-        folder, _, entry = name.rpartition("/")
-        if entry != "config.toml":
-            continue
-        run = storage / folder if folder else storage
-        lines = read_lines(run, "metrics.jsonl")
-        last = lines[-1] if lines else {}
-        result = run.read_json("eval.json") if run.exists("eval.json") else None
-        rows.append(
-            {
-                "run": folder or ".",
-                "state": "done" if run.exists("DONE.json") else "unfinished",
-                "step": last.get("step"),
-                "loss": last.get("loss"),
-                "images_per_s": last.get("images_per_s"),
-                "linear_top1": result and result["pretrained"]["linear"]["top1"]["mean"],
-                "uri": run.uri,
-            }
-        )
-    return rows
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,224 @@
+"""Typed contents of a run's folder: what one step writes and a later step reads.
+
+Each is one JSON object with a `format` number. A reader ignores fields that it does not have, and gives fields that an
+older version did not write their defaults.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pirl.errors import StorageError
+
+FORMAT = 1
+
+
+class Content(BaseModel):
+    """A JSON object in a run's folder."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    made_by: ClassVar[str] = "the step that writes it"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plain object, without fields that are not set."""
+        return self.model_dump(mode="json", exclude_none=True, by_alias=True)
+
+    @classmethod
+    def parse(cls, value: Any, origin: str) -> Self:
+        """Return the content in `value`; raise `StorageError` naming `origin` and what is wrong."""
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            reasons = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'content'}: {e['msg']}" for e in error.errors()[:3])
+        raise StorageError(
+            f"{origin} is damaged, or of a newer version: {reasons}", f"delete it, then run {cls.made_by}"
+        )
+
+
+class Versioned(Content):
+    """A content with a format number of its own."""
+
+    format: int = Field(default=FORMAT, ge=1, le=FORMAT)
+
+
+class Completion(Versioned):
+    """`DONE.json`: written last by rank 0, when the recipe's last step is saved."""
+
+    made_by = "the same `pirl train` again"
+
+    steps: int
+    epochs: int
+    images_seen: int
+    seconds: float
+    checkpoint: str
+    """Name of the last checkpoint; a URI in folders of version 0.1."""
+    recipe: str
+    recipe_digest: str
+    data_digest: str
+    ranks: int
+    """0: not known, as the run was imported."""
+    version: str
+    """Of pirl-pipeline."""
+    imported: str | None = None
+    """Name of the file that the run was made of."""
+
+    @property
+    def checkpoint_name(self) -> str:
+        return self.checkpoint.rpartition("/")[2]
+
+
+class Score(Content):
+    """A share of 1: the mean of several runs and their standard deviation, or one run and its standard error."""
+
+    mean: float = Field(allow_inf_nan=False)
+    std: float = Field(allow_inf_nan=False)
+    runs: list[float] = []
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.2f} ± {100 * self.std:.2f} %"
+
+
+class Scores(Content):
+    """The rates of one probe."""
+
+    top1: Score
+    top5: Score | None = None
+
+    def rates(self) -> dict[str, Score]:
+        """Return the rates that were measured, by name."""
+        return {"top1": self.top1} | ({"top5": self.top5} if self.top5 else {})
+
+
+class BankScores(Content):
+    """Nearest neighbours among the memory bank's own rows."""
+
+    top1: Score
+    rows: int
+    dim: int
+
+
+class ProbeSettings(Content):
+    """The protocol as it was applied. Further settings are kept as they are."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    label_share: float = 0.01
+    neighbours: int = 20
+
+
+class Evaluation(Versioned):
+    """`eval.json`: the probes of a frozen backbone, next to those of the same backbone with its initial weights.
+
+    It belongs to the weights that it was measured on: `weights` and `commit` identify them wherever the folder is.
+    """
+
+    made_by = "`pirl eval RUN --data URI --test URI`"
+
+    checkpoint: str
+    """Name of the checkpoint; a URI in folders of version 0.1."""
+    weights: str = ""
+    """SHA-256 of the backbone's tensors (`pirl.model.weights_digest`); empty in folders of version 0.1."""
+    commit: str = ""
+    """SHA-256 of the checkpoint's parts (`Commit.sha256`); empty in folders of version 0.1."""
+    train_data: str
+    test_data: str
+    """Digests of the shards."""
+    train_uri: str = ""
+    test_uri: str = ""
+    """Locations of the shards when they were read."""
+    train_images: int = 0
+    test_images: int = 0
+    classes: list[str] = []
+    protocol: ProbeSettings = ProbeSettings()
+    pretrained: dict[str, Scores] = {}
+    random: dict[str, Scores] = {}
+    collapsed: list[str] = []
+    """Of "pretrained" and "random": backbones whose features do not vary over the training images."""
+    bank: BankScores | None = None
+    seconds: float = 0.0
+
+    @property
+    def checkpoint_name(self) -> str:
+        return self.checkpoint.rpartition("/")[2]
+
+
+class GateQuestion(Content):
+    """What a gate is asked. A decision counts for the same question only."""
+
+    metric: str = ""
+    min_gain: float | None = Field(default=None, allow_inf_nan=False)
+    model: str = ""
+    registry: str = ""
+    champion: str = ""
+    """Version that is the champion; empty where there is none."""
+    weights: str = ""
+    train_data: str = ""
+    test_data: str = ""
+    """Digests of the run's backbone and of the data of its evaluation."""
+
+
+class GateDecision(Versioned, GateQuestion):
+    """`gate.json`: whether a run may become the champion, with every reason."""
+
+    made_by = "`pirl register RUN`"
+
+    promote: bool
+    reasons: list[str]
+
+    def answers(self, question: GateQuestion) -> bool:
+        """Return whether this decision was made for that question."""
+        return GateQuestion.model_validate(self.model_dump()) == question
+
+
+class Registered(Versioned):
+    """`registered.json`: the version that the run became."""
+
+    made_by = "`pirl register RUN`"
+
+    model: str
+    version: str
+    uri: str
+    registry: str = ""
+
+
+class StepRecord(Content):
+    """`steps/NAME.json`: time and memory of one step of the pipeline."""
+
+    made_by = "the pipeline again"
+
+    step: str
+    started: float
+    seconds: float
+    peak_rss_bytes: int = 0
+    last_started: float = 0.0
+
+
+class WarmRecord(Versioned):
+    """`warm.json`: the checkpoint that a run began with, and how many rows of its memory bank were kept."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+
+    source: str = Field(alias="from")
+    rows: int
+    kept: int
+
+
+def parse_lines(text: str) -> tuple[list[dict[str, Any]], int]:
+    """Return the objects of JSON lines, and the number of lines that are none, such as a last one that is cut off."""
+    objects, damaged = [], 0
+    for line in text.splitlines():
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if isinstance(value, dict):
+            objects.append(value)
+        else:
+            damaged += 1
+    return objects, damaged

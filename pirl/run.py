@@ -1,0 +1,302 @@
+"""The layout of a run's folder, and of the folder that holds data, runs and registry.
+
+    config.toml      the resolved recipe             eval.json        probes of the backbone and of random weights
+    metrics.jsonl    one line each 50 steps          eval_zoo.json    the zoo's linear protocol, layer by layer
+    events.jsonl     starts, resumes, saves          gate.json        promoted or not, and why
+    checkpoints/     complete or absent              registered.json  the version it became
+    DONE.json        written last by rank 0          steps/           time and memory of each step
+    warm.json        what a warm start began with    report.html      all of this on one page
+
+No other module has these names. Contents are typed (`pirl.results`). Nothing is read until it is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pirl.config import Recipe, parse_recipe
+from pirl.errors import CheckpointError, PirlError, StorageNotFoundError
+from pirl.results import (
+    Completion,
+    Content,
+    Evaluation,
+    GateDecision,
+    Registered,
+    StepRecord,
+    WarmRecord,
+    parse_lines,
+)
+from pirl.storage import Storage, open_storage
+
+if TYPE_CHECKING:  # importing it loads torch, which a look into a folder does not need
+    from pirl.checkpoint import Checkpoints, Commit
+
+RECIPE, DONE = "config.toml", "DONE.json"
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+EVALUATION, LAYERS, CHAMPION = "eval.json", "eval_zoo.json", "eval_champion.json"
+GATE, REGISTERED = "gate.json", "registered.json"
+WARM, REPORT = "warm.json", "report.html"
+CHECKPOINTS, STEPS = "checkpoints", "steps"
+
+NO_CHECKPOINT_HINT = "give the --out of a `pirl train` that has started"
+
+T = TypeVar("T", bound=Content)
+
+
+def split_checkpoint_uri(uri: str) -> tuple[str, str | None]:
+    """Return the run and the checkpoint's name of `RUN`, `RUN/checkpoints` or `RUN/checkpoints/step-N`."""
+    match = re.fullmatch(rf"(.+?)(?:(?<!/)/{CHECKPOINTS}(?:/(step-[^/]+))?)?", uri.rstrip("/"))
+    return (match[1], match[2]) if match else (uri, None)
+
+
+def read_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
+    """Return the objects of a JSON-lines file, [] where there is none; leave out damaged lines with a warning."""
+    try:
+        text = storage.read_bytes(name).decode(errors="replace")
+    except StorageNotFoundError:
+        return []
+    lines, damaged = parse_lines(text)
+    if damaged:
+        some = "1 line" if damaged == 1 else f"{damaged} lines"
+        warnings.warn(f"{storage.uri}/{name} has {some} that cannot be read: left out", stacklevel=2)
+    return lines
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a training has written about itself."""
+
+    metrics: list[dict[str, Any]]
+    """By step; every line has `step`."""
+    events: list[dict[str, Any]]
+    """In order of time; every line has `event`."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder. `checkpoint` is the name of the checkpoint that its URI has named, if any."""
+
+    storage: Storage
+    checkpoint: str | None = None
+
+    @classmethod
+    def at(cls, uri: str | Storage) -> Run:
+        """Return the run at `RUN`, `RUN/checkpoints` or `RUN/checkpoints/step-N`."""
+        if isinstance(uri, Storage):
+            return cls(uri)
+        folder, checkpoint = split_checkpoint_uri(uri)
+        return cls(open_storage(folder), checkpoint)
+
+    @property
+    def uri(self) -> str:
+        return self.storage.uri
+
+    @property
+    def name(self) -> str:
+        return self.uri.rpartition("/")[2]
+
+    # ---- the recipe: a folder with one is a run
+
+    def exists(self) -> bool:
+        """Return whether a training or an import has begun here."""
+        return self.storage.exists(RECIPE)
+
+    def recipe_text(self) -> str:
+        """Return the resolved recipe as TOML; raise `StorageNotFoundError` where there is no run."""
+        try:
+            return self.storage.read_bytes(RECIPE).decode()
+        except StorageNotFoundError:
+            raise StorageNotFoundError(
+                f"there is no run at {self.uri}: it has no {RECIPE}",
+                "give the --out of a `pirl train` that has started; `pirl runs` lists runs",
+            ) from None
+
+    def recipe(self) -> Recipe:
+        """Return the resolved recipe; raise `StorageNotFoundError` where there is no run."""
+        return parse_recipe(self.recipe_text(), origin=f"{self.uri}/{RECIPE}")
+
+    def save_recipe(self, recipe: Recipe) -> None:
+        self.storage.write_bytes(RECIPE, recipe.to_toml().encode())
+
+    # ---- what the steps leave
+
+    def completion(self) -> Completion | None:
+        """Return the completion marker; None while the training is not finished."""
+        return self._read(DONE, Completion)
+
+    def complete(self, completion: Completion) -> None:
+        self._write(DONE, completion)
+
+    def evaluation(self) -> Evaluation | None:
+        return self._read(EVALUATION, Evaluation)
+
+    def save_evaluation(self, evaluation: Evaluation) -> None:
+        self._write(EVALUATION, evaluation)
+
+    def champion_evaluation(self) -> Evaluation | None:
+        """Return the evaluation of a champion's backbone on the data of this run's evaluation."""
+        return self._read(CHAMPION, Evaluation)
+
+    def save_champion_evaluation(self, evaluation: Evaluation) -> None:
+        self._write(CHAMPION, evaluation)
+
+    def layers(self) -> dict[str, Any] | None:
+        """Return the result of the zoo's linear protocol."""
+        return self.storage.read_json(LAYERS) if self.storage.exists(LAYERS) else None
+
+    def save_layers(self, result: dict[str, Any]) -> None:
+        self.storage.write_json(LAYERS, result)
+
+    def gate(self) -> GateDecision | None:
+        return self._read(GATE, GateDecision)
+
+    def save_gate(self, decision: GateDecision) -> None:
+        self._write(GATE, decision)
+
+    def registered(self) -> Registered | None:
+        return self._read(REGISTERED, Registered)
+
+    def save_registered(self, registered: Registered) -> None:
+        self._write(REGISTERED, registered)
+
+    def warm_start(self) -> WarmRecord | None:
+        return self._read(WARM, WarmRecord)
+
+    def save_warm_start(self, record: WarmRecord) -> None:
+        self._write(WARM, record)
+
+    def step(self, name: str) -> StepRecord | None:
+        return self._read(f"{STEPS}/{name}.json", StepRecord)
+
+    def save_step(self, record: StepRecord) -> None:
+        self._write(f"{STEPS}/{record.step}.json", record)
+
+    def steps(self) -> list[StepRecord]:
+        """Return the records of all steps, in the order in which they started."""
+        names = [name for name in self.storage.list(f"{STEPS}/") if name.endswith(".json")]
+        records = [self._read(name, StepRecord) for name in names]
+        return sorted((record for record in records if record), key=lambda record: record.started)
+
+    def record(self) -> Record:
+        """Return metrics and events; leave out lines that cannot be read, with a warning."""
+        metrics = [line for line in read_lines(self.storage, METRICS) if isinstance(line.get("step"), int)]
+        return Record(metrics, [line for line in read_lines(self.storage, EVENTS) if "event" in line])
+
+    def save_report(self, page: str) -> str:
+        """Write the report; return its URI."""
+        self.storage.write_bytes(REPORT, page.encode())
+        return f"{self.uri}/{REPORT}"
+
+    # ---- checkpoints
+
+    def checkpoints(self, **options: Any) -> Checkpoints:
+        """Return the run's checkpoints; `options` are those of `Checkpoints`."""
+        from pirl.checkpoint import Checkpoints
+
+        return Checkpoints(self.storage / CHECKPOINTS, **options)
+
+    def commit(self) -> Commit:
+        """Return what is recorded of the checkpoint named, or of the newest; `CheckpointError` where there is none."""
+        checkpoints = self.checkpoints()
+        name = self.checkpoint or checkpoints.newest()
+        if name is None:
+            raise self._no_checkpoint()
+        return checkpoints.commit(name)
+
+    def load(self) -> tuple[Commit, dict[str, Any]]:
+        """Return the checkpoint named, or the newest that is whole; `CheckpointError` where there is none."""
+        loaded = self.checkpoints().load(self.checkpoint)
+        if loaded is None:
+            raise self._no_checkpoint()
+        return loaded
+
+    def _no_checkpoint(self) -> CheckpointError:
+        return CheckpointError(f"{self.uri} has no checkpoint", NO_CHECKPOINT_HINT)
+
+    def _read(self, name: str, kind: type[T]) -> T | None:
+        try:
+            value = self.storage.read_json(name)
+        except StorageNotFoundError:
+            return None
+        return kind.parse(value, f"{self.uri}/{name}")
+
+    def _write(self, name: str, content: Content) -> None:
+        self.storage.write_json(name, content.to_json())
+
+
+class RunSummary(Content):
+    """One line of the list of runs."""
+
+    run: str
+    state: str
+    step: int | None = None
+    loss: float | None = None
+    images_per_s: float | None = None
+    linear_top1: float | None = None
+    uri: str
+
+
+def list_runs(root: str) -> list[RunSummary]:
+    """Return a summary of each run below `root`, without reading checkpoints.
+
+    A content that cannot be read is left out with a warning: it hides neither the rest of its run nor other runs.
+    """
+    storage = open_storage(root)
+    folders = [name.rpartition("/")[0] for name in storage.list() if name.rpartition("/")[2] == RECIPE]
+    return [_summary(Run(storage / folder if folder else storage), folder or ".") for folder in folders]
+
+
+def _summary(run: Run, name: str) -> RunSummary:
+    last: dict[str, Any] = {}
+    result: Evaluation | None = None
+    try:
+        last = (run.record().metrics or [{}])[-1]
+    except PirlError as error:
+        warnings.warn(f"left out: {error}", stacklevel=2)
+    try:
+        result = run.evaluation()
+    except PirlError as error:
+        warnings.warn(f"left out: {error}", stacklevel=2)
+    linear = result.pretrained.get("linear") if result else None
+    return RunSummary(
+        run=name,
+        state="done" if run.storage.exists(DONE) else "unfinished",
+        step=last.get("step"),
+        loss=last.get("loss"),
+        images_per_s=last.get("images_per_s"),
+        linear_top1=linear.top1.mean if linear else None,
+        uri=run.uri,
+    )
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A root with ROOT/data, ROOT/runs and ROOT/registry."""
+
+    root: str
+
+    def run(self, name: str) -> Run:
+        return Run.at(f"{self._base}/runs/{name}")
+
+    def run_uri(self, name: str) -> str:
+        return f"{self._base}/runs/{name}"
+
+    def shards(self, split: str, key: str = "") -> str:
+        """Return the location of the shards of a split; `key` distinguishes states of one source."""
+        return f"{self._base}/data/{split}-{key}" if key else f"{self._base}/data/{split}"
+
+    def all_shards(self) -> list[str]:
+        """Return the locations of all sharded data sets."""
+        names = (name for name in open_storage(self.root).list("data/") if name.endswith("/manifest.json"))
+        return [f"{self._base}/{name.removesuffix('/manifest.json')}" for name in names]
+
+    @property
+    def registry(self) -> str:
+        return f"{self._base}/registry"
+
+    @property
+    def _base(self) -> str:
+        return self.root.rstrip("/") if self.root.strip("/") else self.root
