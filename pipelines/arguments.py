@@ -8,8 +8,9 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pirl.config import all_at_once, load_recipe
+from pirl.config import load_recipe
 from pirl.errors import UsageError, did_you_mean
+from pirl.settings import all_at_once
 
 KINDS = {
     "STRING": "a text",

@@ -15,37 +15,47 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from .errors import ConfigError, UsageError, did_you_mean
+from .settings import Settings, all_at_once, describe, read_items
 
 Probability = Annotated[float, Field(ge=0, le=1)]
-Strength = Annotated[float, Field(ge=0)]
+Strength = Annotated[float, Field(ge=0, le=100)]
+Pixels = Annotated[int, Field(ge=4, le=4096)]
 Pair = tuple[float, float]
+Blocks = Annotated[int, Field(ge=1, le=128)]
+Mean = Annotated[float, Field(ge=0, le=1)]
+Spread = Annotated[float, Field(ge=0.001, le=100)]
+PAIRS = {
+    "image_scale": (1e-6, 1.0),
+    "patch_scale": (1e-6, 1.0),
+    "image_ratio": (0.01, 100.0),
+    "patch_ratio": (0.01, 100.0),
+    "blur_sigma": (0.01, 100.0),
+}
+"""Least and largest value of the pairs: shares of the image's area, width over height, pixels."""
+MOST_SCORE = 50.0  # of the NCE loss: exp(50) times a million negatives is far below the largest float32
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
-
-
-class DataConfig(Section):
+class DataConfig(Settings):
     """Which images of the data set take part."""
 
-    images: int = Field(0, ge=0)
+    images: int = Field(0, ge=0, le=2**40)
     """Pretrain on at most this many images, evenly spaced over the ids (0: all). The memory bank has a row for each."""
 
 
-class ViewsConfig(Section):
+class ViewsConfig(Settings):
     """The two views of an image: a crop of it, and the patches of a jigsaw cut from a second, independent crop."""
 
-    image_size: int = Field(224, ge=4)
+    image_size: Pixels = 224
     image_scale: Pair = (0.08, 1.0)
     image_ratio: Pair = (0.75, 4 / 3)
-    patch_crop_size: int = Field(255, ge=4)
+    patch_crop_size: Pixels = 255
     patch_scale: Pair = (0.6, 1.0)
     patch_ratio: Pair = (0.75, 4 / 3)
     grid: int = Field(3, ge=1, le=5)
-    patch_size: int = Field(64, ge=2)
+    patch_size: int = Field(64, ge=2, le=4096)
     resampling: Literal["exact", "near"] = "exact"
     """exact: the crops' pixels are PIL's; near: within one level of them, in a third of the time."""
     photometric: Literal["base", "blur"] = "base"
@@ -61,8 +71,8 @@ class ViewsConfig(Section):
     blur_probability: Probability = 0.5
     """Chance of a Gaussian blur ("blur" only)."""
     blur_sigma: Pair = (0.1, 2.0)
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[Mean, Mean, Mean] = (0.485, 0.456, 0.406)
+    std: tuple[Spread, Spread, Spread] = (0.229, 0.224, 0.225)
 
     @property
     def patches(self) -> int:
@@ -90,22 +100,19 @@ class ViewsConfig(Section):
                 f"patch_size {self.patch_size} is larger than a cell of the {self.grid}x{self.grid} grid over "
                 f"patch_crop_size {self.patch_crop_size}, which is {self.cell} pixels"
             )
-        for name in ("image_scale", "patch_scale", "image_ratio", "patch_ratio", "blur_sigma"):
+        for name, (least, most) in PAIRS.items():
             low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name} must be a rising pair of positive numbers, not [{low}, {high}]")
-        for name in ("image_scale", "patch_scale"):
-            if getattr(self, name)[1] > 1:
-                raise ValueError(f"{name} is a share of the image's area and cannot exceed 1")
+            if not least <= low <= high <= most:
+                raise ValueError(f"{name} must be a rising pair from {least:g} to {most:g}, not [{low:g}, {high:g}]")
         return self
 
 
-class ModelConfig(Section):
+class ModelConfig(Settings):
     """Trunk and projection heads."""
 
     block: Literal["basic", "bottleneck"] = "bottleneck"
-    layers: tuple[int, int, int, int] = (3, 4, 6, 3)
-    width: float = Field(1.0, gt=0)
+    layers: tuple[Blocks, Blocks, Blocks, Blocks] = (3, 4, 6, 3)
+    width: float = Field(1.0, ge=1 / 64, le=16)
     """Multiplies the stem and all planes, inner and outer (w2 of the zoo), unlike torchvision's wide_resnet50_2."""
     stem: Literal["imagenet", "small"] = "imagenet"
     """imagenet: 7x7 stride 2 and a max pool; small: 3x3 and no pool, for images of 32 pixels or so."""
@@ -113,10 +120,10 @@ class ModelConfig(Section):
     head: Literal["linear", "mlp"] = "linear"
     image_head_relu: Literal["every", "hidden", "none"] = "every"
     """MLP head of the images: ReLU after every layer (zoo, R50), after the hidden one only, or none (zoo, R50w2)."""
-    embedding_dim: int = Field(128, ge=2)
+    embedding_dim: int = Field(128, ge=2, le=8192)
 
 
-class MemoryConfig(Section):
+class MemoryConfig(Settings):
     """The memory bank: one L2-normalised embedding per image."""
 
     momentum: float = Field(0.5, ge=0, lt=1)
@@ -125,38 +132,52 @@ class MemoryConfig(Section):
     """shared: unit rows, the same on all ranks; rank_mean: the mean of one bank per rank, rows of norm ~1/sqrt(W)."""
 
 
-class LossConfig(Section):
+class LossConfig(Settings):
     """Noise contrastive estimation against the memory bank."""
 
     kind: Literal["nce", "cross_entropy"] = "nce"
-    temperature: float = Field(0.07, gt=0)
-    negatives: int = Field(32000, ge=1)
+    temperature: float = Field(0.07, ge=0.01, le=100)
+    negatives: int = Field(32000, ge=1, lt=2**31)
     patch_weight: Probability = 0.5
     """Weight of the patches' term; the image's term has 1 - patch_weight (the paper's lambda)."""
     exclude_positive: bool = False
     """Never draw the image's own row as a negative: as in the paper; the reference draws it as any other row."""
 
+    @model_validator(mode="after")
+    def _check(self) -> LossConfig:
+        if self.kind == "nce" and self.temperature * MOST_SCORE < 1:
+            raise ValueError(
+                f"temperature must be at least {1 / MOST_SCORE:g} for the loss nce, not {self.temperature:g}"
+            )
+        return self
 
-class OptimConfig(Section):
+
+class OptimConfig(Settings):
     """SGD with momentum on a cosine schedule."""
 
-    base_lr: float = Field(0.03, gt=0)
+    base_lr: float = Field(0.03, gt=0, le=1000)
     """Learning rate for a global batch of 256; scaled linearly with the global batch."""
     end_lr_ratio: float = Field(0.001, ge=0, le=1)
     schedule: Literal["epoch", "step"] = "epoch"
     """Set the learning rate once an epoch, as the reference does, or at every step."""
-    warmup_epochs: float = Field(0.0, ge=0)
+    warmup_epochs: float = Field(0.0, ge=0, le=1_000_000)
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = False
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: float = Field(1e-4, ge=0, le=10)
     decay_norm_and_bias: bool = False
 
+    @model_validator(mode="after")
+    def _check(self) -> OptimConfig:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
 
-class TrainConfig(Section):
+
+class TrainConfig(Settings):
     """How long, in what batches, in what precision."""
 
-    epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
+    epochs: int = Field(ge=1, le=1_000_000)
+    batch_size: int = Field(ge=1, le=2**20)
     """Global: over all ranks."""
     last_batch: Literal["keep", "drop"] = "keep"
     """What is left of an epoch after its full batches: a smaller batch, dealt evenly, or dropped."""
@@ -164,12 +185,12 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63)
 
 
-class EvalConfig(Section):
+class EvalConfig(Settings):
     """How images are shown to a frozen trunk."""
 
-    resize: int = Field(256, ge=4)
+    resize: Pixels = 256
     """The shorter side, in pixels."""
-    crop: int = Field(224, ge=4)
+    crop: Pixels = 224
     """Side of the centre crop."""
 
     @model_validator(mode="after")
@@ -179,13 +200,14 @@ class EvalConfig(Section):
         return self
 
 
-class Recipe(Section):
+class Recipe(Settings):
     """Everything that decides what is learned."""
 
     format: Literal[1]
-    name: str
-    description: str = ""
-    published_top1: float | None = None
+    name: Annotated[str, Field(pattern=r"^[^\s./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,99}$")]
+    """Part of the names of runs: neither slashes nor a leading dot."""
+    description: str = Field("", max_length=10_000)
+    published_top1: float | None = Field(None, ge=0, le=100)
     data: DataConfig = DataConfig()
     views: ViewsConfig = ViewsConfig()
     model: ModelConfig = ModelConfig()
@@ -242,20 +264,19 @@ class Recipe(Section):
     def check_data(self, images: int) -> None:
         """Refuse what cannot work on a data set of `images` images."""
         rows = self.rows(images)
-        problems = []
+        others = rows - self.loss.exclude_positive
+        problems, proposed = [], []
         if self.train.batch_size > rows:
             problems.append(f"train.batch_size is {self.train.batch_size}, there are {rows} images to train on")
-        others = rows - self.loss.exclude_positive
+            proposed.append(f"train.batch_size={max(1, rows // 4)}")
         if self.loss.negatives > others:
             problems.append(
                 f"loss.negatives is {self.loss.negatives}, there are only {others} rows to draw from: they would repeat"
             )
+            proposed.append(f"loss.negatives={max(1, rows // 2)}")
         if problems:
-            raise ConfigError(
-                "recipe and data do not fit: " + "; ".join(problems),
-                "lower these settings, e.g. "
-                f"train.batch_size={min(self.train.batch_size, max(1, rows // 4))} loss.negatives={max(1, rows // 2)}",
-            )
+            hint = f"lower these settings, e.g. {' '.join(proposed)}" if others > 0 else "give at least two images"
+            raise ConfigError("recipe and data do not fit: " + "; ".join(problems), hint)
 
 
 def recipe_names() -> list[str]:
@@ -293,7 +314,7 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), origin: str = "recipe
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{origin} is not valid TOML: {error}", "correct that line; text needs quotes") from None
-    problems = [problem for item in overrides if (problem := _override(tree, item))]
+    problems = override(tree, overrides)
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
@@ -303,39 +324,39 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), origin: str = "recipe
     return recipe
 
 
-def all_at_once(origin: str, problems: Sequence[str], hint: str) -> ConfigError:
-    """The error that tells every problem of `origin`."""
-    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    return ConfigError(f"{origin}: {count}\n  " + "\n  ".join(dict.fromkeys(problems)), hint)
+def override(tree: dict[str, Any], items: Iterable[str]) -> list[str]:
+    """Set `section.key=value` items in a recipe's tree; returns every problem."""
+    values, problems = read_items(items, toml_value, "section.key=value")
+    for key, value in values.items():
+        *path, last = key.split(".")
+        section: Any = tree
+        for part in path:
+            section = section.setdefault(part, {}) if isinstance(section, dict) else None
+        if not isinstance(section, dict):
+            problems.append(f"override {key!r}: {path[-1]!r} is not a section")
+        elif isinstance(value, dict) or isinstance(section.get(last), dict):
+            problems.append(f"override {key!r}: set one key of a section, as {key}.KEY=VALUE")
+        else:
+            section[last] = value
+    return problems
 
 
-def _override(tree: dict[str, Any], item: str) -> str:
-    """Apply one `a.b=value`; returns what is wrong with it, or an empty string."""
-    key, equals, value = item.partition("=")
-    if not equals or not key:
-        return f"override {item!r} is not of the form section.key=value"
-    *path, last = key.strip().split(".")
-    for part in path:
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
-            return f"override {item!r}: {part!r} is not a section"
+def toml_value(text: str) -> Any:
+    """Return the one TOML value that `text` is; a bare word is a string.
+
+    Raises ValueError for a comment behind the value, which would be lost.
+    """
     try:
-        tree[last] = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        tree[last] = value  # a bare word is a string
-    return ""
-
-
-def describe(item: Any, whole: str, entry: str, known: Iterable[str]) -> str:
-    """One line for one pydantic error in `whole`, with the nearest known `entry` where one is unknown."""
-    path = ".".join(str(part) for part in item["loc"]) or whole
-    if item["type"] == "extra_forbidden":
-        return f"unknown {entry} {path!r}.{did_you_mean(path, known)}"
-    if item["type"] == "missing":
-        return f"{path} is missing"
-    message = item["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(item["input"], dict | BaseModel) else f" (got {item['input']!r})"
-    return f"{path}: {message[0].lower()}{message[1:]}{given}"
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        if text.strip()[:1] in set("'\"[{"):
+            raise ValueError(f"not one TOML value: {str(error).lower()}") from None
+        return text.strip()
+    try:
+        tomllib.loads(f"value = [{text}]")
+    except tomllib.TOMLDecodeError:  # a comment has hidden the bracket
+        raise ValueError("one TOML value is expected, without a comment") from None
+    return value
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterable[str]:

@@ -171,11 +171,10 @@ def plan_training(recipe: Recipe, nodes: int, gpus: int, images: int, machine: M
 def predict(recipe: Recipe, sizes: Sizes, nodes: int, gpus: int, images: int, machine: Machine) -> Plan:
     """The plan of a network that has been measured."""
     ranks, batch, dim = nodes * gpus, recipe.train.batch_size, recipe.model.embedding_dim
-    if batch < ranks:
-        raise UsageError(
-            f"a batch of {batch} images cannot be dealt to {ranks} GPUs", f"e.g. train.batch_size={32 * ranks}"
-        )
     rows = recipe.rows(images)
+    if batch < ranks:
+        larger = f"e.g. train.batch_size={min(32 * ranks, rows)}" if rows >= ranks else f"use at most {rows} GPUs"
+        raise UsageError(f"a batch of {batch} images cannot be dealt to {ranks} GPUs", larger)
     share = -(-batch // ranks)
 
     traffic = sizes.convolution_values * PASSES * value_bytes(recipe)

@@ -69,7 +69,7 @@ def test_missing_keys_are_named() -> None:
     [
         ("views.patch_size=7", "larger than a cell"),
         ("views.image_scale=[0.5, 0.2]", "rising pair"),
-        ("views.patch_scale=[0.5, 1.5]", "cannot exceed 1"),
+        ("views.patch_scale=[0.5, 1.5]", "rising pair from 1e-06 to 1"),
         ("views.image_size=4", "views.image_size 4 is too small"),
         ("views.image_scale=[0.1]", "views.image_scale"),
         ("loss.temperature=nan", "loss.temperature"),
@@ -79,10 +79,37 @@ def test_missing_keys_are_named() -> None:
         ("=3", "not of the form"),
         ("format=2", "format"),
         ("model.layers=[3, 4, 6]", "model.layers"),
+        ("model.layers=[0, 1, 1, 1]", "model.layers.0"),
+        ("model.layers=[-1, 1, 1, 1]", "model.layers.0"),
+        ("model.width=0.001", "model.width"),
+        ("model.width=1e9", "model.width"),
+        ("views.std=[0, 0, 0]", "views.std.0"),
+        ("views.std=[inf, 1, 1]", "views.std.0"),
+        ("views.brightness=1e39", "views.brightness"),
+        ("views.image_ratio=[1e-9, 1e-9]", "image_ratio"),
+        ("loss.temperature=0.011", "at least 0.02"),
+        ("optim.momentum=0", "nesterov needs a momentum"),
+        ("train.epochs=true", "true or false"),
+        ('train.epochs="5"', "not a text"),
+        ("train.epochs=05", "not a text"),
+        ("name=../x", "name"),
+        ("name=", "name"),
+        # one TOML value and nothing more
+        ("train.epochs=3\ntrain.batch_size=4", "line break"),
+        ("train.epochs=3 # three", "without a comment"),
+        ("train.epochs=3, 4", "train.epochs"),
+        ("train.epochs=3] #", "train.epochs"),
+        ("views.image_scale=[0.3, 1.0] 5", "not one TOML value"),
+        ('name="a" "b"', "not one TOML value"),
+        ("model={width = 0.5}", "one key of a section"),
     ],
 )
 def test_impossible_values(override: str, part: str) -> None:
-    assert part in "\n".join(problems(override))
+    assert part in "\n".join(problems(override, text=TINY.replace("base_lr", "nesterov = true\nbase_lr")))
+
+
+def test_a_key_that_is_given_twice_is_refused() -> None:
+    assert "train.epochs is given twice" in "\n".join(problems("train.epochs=7", "train.epochs=8"))
 
 
 def test_not_toml_and_no_such_recipe(tmp_path: Path) -> None:
@@ -98,16 +125,15 @@ def test_not_toml_and_no_such_recipe(tmp_path: Path) -> None:
 
 def test_overrides() -> None:
     recipe = tiny_recipe(
-        "train.epochs=7",
         "views.image_scale=[0.2, 0.9]",
         "loss.kind=cross_entropy",
         'model.head = "linear"',
         "loss.exclude_positive=true",
         "name=a=b",
-        "train.epochs=8",
+        " train.epochs = 8 ",
         "data.images=12",
     )
-    assert recipe.train.epochs == 8  # the last one counts
+    assert recipe.train.epochs == 8
     assert recipe.views.image_scale == (0.2, 0.9)
     assert recipe.loss.kind == "cross_entropy"
     assert recipe.loss.exclude_positive
@@ -170,11 +196,22 @@ def test_recipe_and_data_that_do_not_fit() -> None:
         tiny_recipe("data.images=12").check_data(42)
 
 
-def test_what_the_hint_proposes_works() -> None:
+@pytest.mark.parametrize("images", [2, 3, 5, 42])
+@pytest.mark.parametrize(
+    "overrides", [["train.batch_size=500"], ["loss.negatives=600"], ["loss.exclude_positive=true"]]
+)
+def test_what_the_hint_proposes_works(images: int, overrides: list[str]) -> None:
+    changed = {"train.batch_size": 500, "loss.negatives": 600} | dict(item.split("=") for item in overrides)
     with pytest.raises(ConfigError) as caught:
-        tiny_recipe("train.batch_size=500", "loss.negatives=600").check_data(42)
-    proposed = [word for word in caught.value.hint.split() if "=" in word]
-    tiny_recipe(*proposed).check_data(42)
+        tiny_recipe(*(f"{key}={value}" for key, value in changed.items())).check_data(images)
+    changed |= dict(word.split("=") for word in caught.value.hint.split() if "=" in word)
+    tiny_recipe(*(f"{key}={value}" for key, value in changed.items())).check_data(images)
+
+
+def test_one_image_has_no_negatives() -> None:
+    with pytest.raises(ConfigError) as caught:
+        tiny_recipe("loss.exclude_positive=true", "loss.negatives=1", "train.batch_size=1").check_data(1)
+    assert "at least two images" in caught.value.hint
 
 
 def test_sections_are_frozen(tiny: Recipe) -> None:

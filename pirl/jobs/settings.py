@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from .. import __version__
-from ..config import all_at_once, describe
+from ..settings import Settings, json_value, read_items, validated
 
 IMAGE = f"localhost/pirl-trainer:{__version__.replace('+', '-')}"
 SECRET_NAMES = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|PRIVATE_KEY", re.IGNORECASE)
@@ -23,13 +22,13 @@ MountPath = Annotated[str, Field(pattern=r"^/[^:]+$")]
 Seconds = Annotated[float, Field(gt=0)]
 
 
-class JobSettings(BaseModel):
+class JobSettings(Settings):
     """One PyTorchJob: its pods, where they may run, and how long the launcher waits for what.
 
     `pirl train --backend pytorchjob --job NAME=VALUE` sets each of these.
     """
 
-    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+    model_config = ConfigDict(coerce_numbers_to_str=True)
 
     namespace: DnsLabel = "pirl"
     image: Annotated[str, Field(min_length=1, pattern=r"^\S+$")] = Field(
@@ -51,8 +50,8 @@ class JobSettings(BaseModel):
     queue: DnsName | Literal[""] = ""
     """Kueue's LocalQueue, in which the job waits suspended until there is room."""
     priority_class: DnsName | Literal[""] = ""
-    node_selector: dict[str, str] = {}
-    tolerations: list[dict[str, Any]] = []
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    tolerations: list[dict[str, Any]] = Field(default_factory=list)
     """As Kubernetes writes them: {"key": "nvidia.com/gpu", "operator": "Exists"}."""
     spread: Literal["prefer", "require"] = "prefer"
     """Pods on different nodes: where possible, or else they wait."""
@@ -60,12 +59,12 @@ class JobSettings(BaseModel):
     service_account: DnsName = "pirl-trainer"
     secret: DnsName | Literal[""] = "pirl-s3"
     """Secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL; may be absent (workload identity)."""
-    env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
+    env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(default_factory=dict)
     """Environment of the pods; no secrets, which belong into the Secret."""
-    claims: dict[DnsName, MountPath] = {}
+    claims: dict[DnsName, MountPath] = Field(default_factory=dict)
     """PersistentVolumeClaims to mount read-only, and where: {"images": "/data"}."""
-    labels: dict[str, str] = {}
-    annotations: dict[str, str] = {}
+    labels: dict[str, str] = Field(default_factory=dict)
+    annotations: dict[str, str] = Field(default_factory=dict)
 
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = 10
     """Times that all pods may restart, each from the last checkpoint, before the job has failed."""
@@ -109,24 +108,7 @@ def job_settings(items: Iterable[str] = (), given: Mapping[str, Any] | None = No
 
     An empty text in `given` is the default.
     """
-    values: dict[str, Any] = {name: value for name, value in (given or {}).items() if value != ""}
-    problems = []
-    for item in items:
-        name, equals, text = item.partition("=")
-        if not equals or not name:
-            problems.append(f"{item!r} is not of the form name=value")
-            continue
-        try:
-            values[name.strip()] = json.loads(text)
-        except ValueError:
-            values[name.strip()] = text
-    try:
-        settings = JobSettings.model_validate(values)
-    except ValidationError as error:
-        for found in error.errors():
-            # what was given is not repeated for `env`: it may be the secret that does not belong there
-            shown = {**found, "input": {}} if found["loc"][:1] == ("env",) else found
-            problems.append(describe(shown, "job", "setting", JobSettings.model_fields))
-    if problems:
-        raise all_at_once("the job's settings", problems, f"the settings are {', '.join(JobSettings.model_fields)}")
-    return settings
+    values, problems = read_items(items, json_value, "name=value")
+    defaults = {name: value for name, value in (given or {}).items() if value != ""}
+    # what was given for `env` is not repeated: it may be the secret that does not belong there
+    return validated(JobSettings, defaults | values, "the job's settings", problems, secret=("env",))

@@ -71,8 +71,8 @@ def random_box(draws: np.ndarray, sizes: np.ndarray, scale: Sequence[float], rat
     found, first = fits.any(axis=1), fits.argmax(axis=1)[:, None]
 
     height, width = height[:, 0], width[:, 0]
-    centre_w = np.where(width / height > ratio[1], np.rint(height * ratio[1]), width)
-    centre_h = np.where(width / height < ratio[0], np.rint(width / ratio[0]), height)
+    centre_w = np.where(width / height > ratio[1], np.maximum(1, np.rint(height * ratio[1])), width)
+    centre_h = np.where(width / height < ratio[0], np.maximum(1, np.rint(width / ratio[0])), height)
     h = np.where(found, np.take_along_axis(tried_h, first, axis=1)[:, 0], centre_h)
     w = np.where(found, np.take_along_axis(tried_w, first, axis=1)[:, 0], centre_w)
     top = np.where(found, draws[:, 2 * TRIES] * (height - h + 1), (height - h) // 2)
