@@ -7,6 +7,7 @@ of the commands. `key=value` overrides use the dotted names of the file.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -35,6 +36,7 @@ PAIRS = {
     "blur_sigma": (0.01, 100.0),
 }
 """Least and largest value of the pairs: shares of the image's area, width over height, pixels."""
+NOT_LEARNED = {"format", "name", "description", "published_top1", "eval"}
 MOST_SCORE = 50.0  # of the NCE loss: exp(50) times a million negatives is far below the largest float32
 
 
@@ -238,19 +240,34 @@ class Recipe(Settings):
         return self.optim.base_lr * self.train.batch_size / 256
 
     def digest(self) -> str:
-        """SHA-256 over all that decides what is learned: not over the recipe's name and description."""
+        """Return the SHA-256 over all that decides what is learned and is not at its default.
+
+        A key that is added later, with a default that changes nothing, leaves the digests of existing runs as they are.
+        """
+        return hashlib.sha256(json.dumps(self.learned(), sort_keys=True).encode()).hexdigest()
+
+    def learned(self) -> dict[str, Any]:
+        """Return the settings that decide what is learned and are not at their defaults, by dotted key."""
+        body = _flatten(self.model_dump(mode="json", exclude=NOT_LEARNED, exclude_defaults=True))
+        return {key: value for key, value in body.items() if value != {}}
+
+    def digests(self) -> set[str]:
+        """Return all digests by which this recipe is recorded: `digest`, and that of version 0.1.
+
+        Version 0.1 took every key but the name, the evaluation's included. Keys that did not exist then would have to
+        be left out here.
+        """
         body = self.model_dump(exclude={"name", "description", "published_top1"})
-        return hashlib.sha256(tomli_w.dumps(_plain(body)).encode()).hexdigest()
+        return {self.digest(), hashlib.sha256(tomli_w.dumps(_plain(body)).encode()).hexdigest()}
 
     def to_toml(self) -> str:
         return tomli_w.dumps(_plain(self.model_dump(exclude_none=True)))
 
     def differences(self, other: Recipe) -> list[str]:
-        """`key: here -> there` for every science setting that differs."""
-        mine, theirs = _flatten(self.model_dump()), _flatten(other.model_dump())
-        skip = {"name", "description", "published_top1"}
-        keys = [key for key in dict.fromkeys([*mine, *theirs]) if key not in skip]
-        return [f"{key}: {mine.get(key)!r} -> {theirs.get(key)!r}" for key in keys if mine.get(key) != theirs.get(key)]
+        """Return `key: own value -> other value` for every setting that decides what is learned and differs."""
+        own, others = (_flatten(recipe.model_dump(exclude=NOT_LEARNED)) for recipe in (self, other))
+        keys = dict.fromkeys([*own, *others])
+        return [f"{key}: {own.get(key)!r} -> {others.get(key)!r}" for key in keys if own.get(key) != others.get(key)]
 
     def rows(self, images: int) -> int:
         """Images that take part, and rows of the memory bank, of a data set of `images`."""

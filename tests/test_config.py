@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
 from conftest import TINY, tiny_recipe
 
-from pirl.config import Recipe, load_recipe, parse_recipe, recipe_names
+from pirl.config import LossConfig, Recipe, load_recipe, parse_recipe, recipe_names
 from pirl.errors import ConfigError, UsageError
 
 
@@ -156,6 +157,8 @@ def test_digest_is_over_what_is_learned_and_nothing_else() -> None:
     assert tiny_recipe("name=other", "description=new", "published_top1=50.0").digest() == digest
     assert tiny_recipe("optim.base_lr=0.80").digest() == digest
     assert tiny_recipe("model.width=0.06250").digest() == digest
+    assert tiny_recipe("eval.crop=15").digest() == digest
+    assert tiny_recipe("views.hue=0.2", "optim.momentum=0.9", "data.images=0").digest() == digest  # the defaults
     changes = [
         "optim.base_lr=0.81",
         "train.seed=1",
@@ -163,11 +166,41 @@ def test_digest_is_over_what_is_learned_and_nothing_else() -> None:
         "views.flip_probability=0.4",
         "data.images=41",
         "memory.momentum=0.4",
-        "eval.crop=15",
         "train.epochs=4",
         "train.precision=bf16",
     ]
     assert len({digest, *(tiny_recipe(change).digest() for change in changes)}) == len(changes) + 1
+
+
+DIGESTS_OF_0_1 = {
+    "demo": "086ff8a3e5f264f443f336ffa04e618c1b6f997dbe77e227c750e9cb402adaad",
+    "demo-long": "c01e71fb9a7d43b930f4381edb929267d434afdcee711b7d99c73c63371b2a20",
+    "r50-200ep-linear": "ff7f295f98b373d09a85970ccebd88751df81fe6529bcb085fa734749425593d",
+    "r50-200ep-mlp": "c430c918daf9ed6ecac86d1e5f2e95ebf9f6ae5baab06428280c4ec63e501364",
+    "r50-800ep-linear": "3029e5aba80710aa0daaeb1ce30494ccd3cbb52952eaa0864fdedd53076634f1",
+    "r50-800ep-mlp": "66be22b4f393f7799689d39fe1af1c9471e04ec3c3b5604ee2f5384480f1c427",
+    "r50w2-400ep-linear": "2f96be61bab7bcec9b82732a56e33442287498c896705e76661e6672b3c02ab6",
+    "r50w2-400ep-mlp": "ec72af09b5c891e5b1c58e7a7c8898039f481ef86eee48fb2d5a81865d8739bb",
+}
+
+
+@pytest.mark.parametrize("name", DIGESTS_OF_0_1)
+def test_digests_that_version_0_1_recorded_are_recognised(name: str) -> None:
+    assert DIGESTS_OF_0_1[name] in load_recipe(name).digests()
+    assert DIGESTS_OF_0_1[name] not in load_recipe(name, ["train.seed=5"]).digests()
+
+
+def test_a_new_key_at_its_default_changes_no_digest() -> None:
+    class Later(LossConfig):
+        added: float = 0.5
+
+    class LaterRecipe(Recipe):
+        loss: Later = Later()
+
+    tree = tomllib.loads(TINY)
+    assert LaterRecipe.model_validate(tree).digest() == tiny_recipe().digest()
+    tree["loss"]["added"] = 0.25
+    assert LaterRecipe.model_validate(tree).digest() != tiny_recipe().digest()
 
 
 def test_differences_name_each_changed_setting() -> None:

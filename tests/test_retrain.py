@@ -73,6 +73,11 @@ class TestDecision:
         assert not decision.retrain
         assert "pirl v0001 was made of the same data, recipe and code" in decision.reasons[0]
 
+    def test_a_champion_of_version_0_1_is_recognised(self, tmp_path: Path, data: str, tiny: Recipe) -> None:
+        (older,) = tiny.digests() - {tiny.digest()}
+        registry = champion(tmp_path, data, tiny, recipe_digest=older)
+        assert not decide_retrain(str(tmp_path), registry, "pirl", tiny, data).retrain
+
     @pytest.mark.parametrize("what", ["data", "recipe", "code"])
     def test_each_change_alone(self, tmp_path: Path, data: str, tiny: Recipe, what: str) -> None:
         field = {"data": "data_digest", "recipe": "recipe_digest", "code": "code_version"}[what]

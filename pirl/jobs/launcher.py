@@ -334,10 +334,10 @@ class Launcher:
         except StorageNotFoundError:
             return False
         expected = {
-            "recipe_digest": self.recipe.digest(),
-            "data_digest": Manifest.load(open_storage(self.options.data)).digest,
+            "recipe_digest": self.recipe.digests(),
+            "data_digest": {Manifest.load(open_storage(self.options.data)).digest},
         }
-        wrong = [name for name, digest in expected.items() if done.get(name) != digest]
+        wrong = [name for name, digests in expected.items() if done.get(name) not in digests]
         if wrong:
             raise UsageError(
                 f"{self.options.out}/DONE.json is of another training ({', '.join(wrong)} differ)",

@@ -51,7 +51,7 @@ def decide_retrain(
     """
     digest = Manifest.load(open_storage(data)).digest
     warm_recipe = parse_recipe(recipe.to_toml(), [f"train.epochs={warm_epochs}"]) if warm_epochs else recipe
-    recipes = {recipe.digest(), warm_recipe.digest()}
+    recipes = recipe.digests() | warm_recipe.digests()
     cold = _run(root, recipe, digest, "cold")
 
     known = open_registry(registry)
