@@ -45,8 +45,8 @@ def end_with_runner() -> None:
 def told(name: str) -> Iterator[None]:
     """The step `name` ends with the runner that started it, and tells what a user can act on without a traceback."""
     end_with_runner()
-    logs.start()
     try:
+        logs.start()
         yield
     except PirlError as error:
         logs.complain(f"step {name}: {error}")

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from . import logs
 from .config import Recipe
 from .errors import DataError, PirlError, StorageError
 from .shards import ShardReader, decode_pixels, image_size
@@ -338,6 +339,7 @@ def start_worker(_: int) -> None:
 
     Nobody else would see to it: the server that it was forked from lives as long as a worker does.
     """
+    logs.guard_streams()
     torch.set_num_threads(1)
     employer = multiprocessing.parent_process()
     assert employer is not None

@@ -17,11 +17,13 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from . import logs
 from .errors import EXIT_DONE, EXIT_FAILURE, EXIT_PREEMPTED, PirlError
 from .logs import complain
 from .world import lost_peer
 
 OUTCOME = "PIRL_OUTCOME"  # folder in which each rank of this machine leaves how it ended
+CONSOLE_WAIT_S = 10.0  # that a rank waits for a reader of its output that has paused: the other ranks wait for it
 
 
 def die_with_parent() -> None:
@@ -48,6 +50,7 @@ def report_outcome(work: Callable[[], int]) -> int:
         return exit_code
 
     try:
+        logs.start(wait_s=CONSOLE_WAIT_S if folder else None)
         return work()
     except PirlError as error:
         return tell(str(error), error.exit_code)

@@ -1,24 +1,31 @@
-"""What the program tells while it works: lines for a person, or one JSON object per event for a log collector.
+"""Console output: lines for a person, or one JSON object per event for a log collector. It never ends the work.
 
 `PIRL_LOG` is `human` or `json`. Where it is not set, a pod that has no terminal writes JSON and everything else is for
 people: a pipe alone does not mean that a machine reads (`make demo | tee demo.log`, a pipeline on one's own machine).
 Secrets are blanked in both forms.
+
+Each program calls `start` first. From then on a line that the console cannot take is dropped, whoever prints it: no
+standard stream, a reader that has left (`| head -1`), a lost terminal, a full disk. A character that the console's
+encoding lacks is written with a backslash.
 """
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
 import os
 import re
+import select
 import sys
 import traceback
 import warnings
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
-from .errors import UsageError
+from .errors import StorageError, UsageError
 
 BLANK = "[redacted]"
 _SECRET_NAME = r"(?:secret[\w-]*|(?:[\w-]*token)|password|passwd|api[_-]?key|access[_-]?key(?:[_-]?id)?|authorization|\
@@ -41,50 +48,164 @@ _context: dict[str, Any] = {}
 
 
 def say(text: str, **fields: Any) -> None:
-    """One line for whoever watches, at once, also through a pipe; `fields` are for the JSON form."""
-    tell("info", text, fields)
+    """Print one line at once, also through a pipe; `fields` are for the JSON form."""
+    _line("info", text, fields)
 
 
 def complain(text: str, **fields: Any) -> None:
-    """What ended the work, on stderr."""
-    tell("error", text, fields)
-
-
-def tell(level: str, text: str, fields: dict[str, Any]) -> None:
-    stream = sys.stdout if level == "info" else sys.stderr
-    if is_json():
-        _emit(stream, level, {"message": text, **fields})
-    else:
-        prefix = "" if level == "info" else f"{level}: "
-        print(redact(prefix + text), file=stream, flush=True)
+    """Print on stderr what ended the work."""
+    _line("error", text, fields)
 
 
 def event(kind: str, **fields: Any) -> None:
-    """Something that happened, for machines alone: a person reads of it in other lines, or in `events.jsonl`."""
+    """Log an event for machines alone: a person reads of it in other lines, or in `events.jsonl`."""
     if is_json():
         _emit(sys.stdout, "warning" if kind.endswith(("failed", "skipped")) else "info", {"event": kind, **fields})
 
 
+def output(text: str) -> None:
+    """Print the result of a command as it is, for another program to read.
+
+    A reader that has left is no error. A full disk is one, for a file that is cut off looks like a result.
+    """
+    error = write(sys.stdout, text)
+    if error and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise StorageError(
+            f"the result cannot be written to standard output: {error.strerror}", "make room, and run it again"
+        )
+
+
+def write(stream: TextIO | None, text: str) -> OSError | None:
+    """Write and flush `text`; return the error of the console in place of raising it."""
+    if stream is None:
+        return None
+    try:
+        try:
+            stream.write(text)
+        except UnicodeError:
+            encoding = stream.encoding or "ascii"
+            stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except OSError as error:
+        return error
+    except (ValueError, AttributeError):  # closed
+        return None
+    raw = getattr(stream, "buffer", None)
+    return raw.error if isinstance(raw, LossyFile) else None
+
+
 def is_json() -> bool:
     form = os.environ.get("PIRL_LOG", "")
-    if form not in ("", "human", "json"):
-        raise UsageError(f"PIRL_LOG is {form!r}", "set it to human or json, or not at all")
-    return form == "json" or (not form and "KUBERNETES_SERVICE_HOST" in os.environ and not sys.stdout.isatty())
+    return form == "json" or (form != "human" and "KUBERNETES_SERVICE_HOST" in os.environ and not is_terminal())
+
+
+def is_terminal() -> bool:
+    """Return whether stdout is a terminal."""
+    try:
+        return sys.stdout.isatty()
+    except (AttributeError, ValueError):  # there is none, or it is closed
+        return False
 
 
 def about(**fields: Any) -> None:
-    """What every further JSON line of this process says of itself: run, rank, step. None takes a field away."""
+    """Set what every further JSON line of this process has: run, rank, step. None takes a field away."""
     _context.update(fields)
 
 
-def start() -> None:
-    """Give Python's warnings, its logging, and the last words of a crash the same form, where it is JSON."""
+def start(wait_s: float | None = None) -> None:
+    """Set up the console of a program: no output can raise, and all of it has the one form, where that is JSON.
+
+    wait_s: longest that a line waits for a reader that has paused; None: without end. A rank may not wait, since the
+    others wait for it.
+    """
+    guard_streams(wait_s)
+    form = os.environ.get("PIRL_LOG", "")
+    if form not in ("", "human", "json"):
+        raise UsageError(f"PIRL_LOG is {form!r}, expected human or json", "set it to one of them, or unset it")
     if not is_json():
         return
     warnings.showwarning = _show_warning
     sys.excepthook = _show_crash
     handler = _Handler(logging.WARNING)
     logging.getLogger().handlers = [handler]
+
+
+class LossyFile(io.RawIOBase):
+    """A file descriptor that takes what it can: a write drops the rest and never raises. The last error is kept.
+
+    wait_s: longest wait for a reader that has paused; after that, lines are dropped until it reads again.
+    """
+
+    def __init__(self, descriptor: int, wait_s: float | None = None) -> None:
+        self.descriptor, self.wait_s = descriptor, wait_s
+        self.error: OSError | None = None
+        self._stalled = False
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self.descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self.descriptor)
+
+    def write(self, data: Any) -> int:
+        rest = whole = memoryview(data).cast("B")
+        self.error = None
+        try:
+            while rest:
+                if self.wait_s is not None:
+                    self._wait()
+                piece = rest if self.wait_s is None else rest[: select.PIPE_BUF]  # a pipe with room takes so much
+                try:
+                    rest = rest[os.write(self.descriptor, piece) :]
+                except BlockingIOError:  # the other end has made it non-blocking
+                    self._wait()
+        except OSError as error:
+            self.error = error
+        return len(whole)
+
+    def _wait(self) -> None:
+        ready = select.poll()
+        ready.register(self.descriptor, select.POLLOUT)
+        patience = None if self.wait_s is None else 0.0 if self._stalled else self.wait_s * 1e3
+        self._stalled = not ready.poll(patience)
+        if self._stalled:
+            raise TimeoutError(errno.ETIMEDOUT, "nobody reads")
+
+
+def guard_streams(wait_s: float | None = None) -> None:
+    """Put a `LossyFile` under stdout and stderr, and give a closed descriptor to /dev/null.
+
+    Otherwise the next file that is opened would get its number, and with it what libraries print.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(opened, True)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+    sys.stdout = _guarded(sys.stdout, wait_s)
+    sys.stderr = _guarded(sys.stderr, wait_s)
+
+
+def _guarded(stream: TextIO | None, wait_s: float | None) -> TextIO:
+    if stream is None:  # its descriptor was closed when Python started; by now it may be another file's
+        return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
+    file = getattr(stream, "buffer", None)
+    if isinstance(file, LossyFile):
+        file.wait_s = wait_s
+        return stream
+    try:
+        file = LossyFile(stream.fileno(), wait_s)
+    except (OSError, ValueError, AttributeError):  # no file: a notebook's, or a test's
+        return stream
+    write(stream, "")
+    return io.TextIOWrapper(cast(Any, file), stream.encoding or "utf-8", "backslashreplace", line_buffering=True)
 
 
 def redact(text: str) -> str:
@@ -106,12 +227,22 @@ def readable(line: str) -> str:
     return str(found.get("message", line)) if isinstance(found, dict) else line
 
 
+def _line(level: str, text: str, fields: dict[str, Any]) -> None:
+    stream = sys.stdout if level == "info" else sys.stderr
+    if is_json():
+        _emit(stream, level, {"message": text, **fields})
+    else:
+        prefix = "" if level == "info" else f"{level}: "
+        write(stream, f"{redact(prefix + text)}\n")
+
+
 def _emit(stream: TextIO, level: str, fields: dict[str, Any]) -> None:
     time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     context = {"rank": int(os.environ["RANK"])} if os.environ.get("RANK", "").isdigit() else {}
     line = {"time": time, "level": level, **context, **_context, **fields}
     clean = {key: _clean(value) for key, value in line.items() if value is not None}
-    print(json.dumps(clean, ensure_ascii=False), file=stream, flush=True)
+    unicode = (getattr(stream, "encoding", None) or "").lower().startswith("utf")
+    write(stream, json.dumps(clean, ensure_ascii=not unicode) + "\n")
 
 
 def _clean(value: Any) -> Any:

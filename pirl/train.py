@@ -600,7 +600,6 @@ def main(argv: list[str] | None = None) -> int:
         return report_outcome(lambda: launch(recipe, options, overrides))
 
     def work() -> int:
-        logs.start()
         world = start_world(options.timeout_s)
         try:
             train(load_recipe(recipe, overrides), options, world)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
+from .. import logs
 from ..errors import PirlError
-from .app import app
+from .app import app, plain_console
 
 # each import adds its commands to the program; in this order --help lists them
 from . import dag  # isort: skip
@@ -30,14 +30,18 @@ __all__ += ["plan", "retrain", "schedule", "shard", "submit", "train"]
 def main() -> None:
     """Run the program: a `PirlError` is a message and an exit code, a bug is a traceback."""
     try:
+        logs.start()
         app()
     except PirlError as error:
-        _tell(error.what, error.hint)
+        _show(error)
         sys.exit(error.exit_code)
 
 
-def _tell(what: str, hint: str) -> None:
-    text = Console(stderr=True, soft_wrap=True)
-    text.print(f"[bold red]error:[/] {escape(what)}", highlight=False)
-    if hint:
-        text.print(f"  -> {escape(hint)}", highlight=False)
+def _show(error: PirlError) -> None:
+    if logs.is_json():
+        logs.complain(str(error))
+        return
+    console = plain_console(stderr=True)
+    console.print(Text.assemble(("error:", "bold red"), f" {logs.redact(error.what)}"))
+    if error.hint:
+        console.print(f"  -> {logs.redact(error.hint)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .. import __version__
+from .. import __version__, logs
 
 app = typer.Typer(
     name="pirl",
@@ -24,7 +23,14 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(width=None if sys.stdout.isatty() else 120)
+
+
+def plain_console(**settings: Any) -> Console:
+    """A console that prints names as they are: brackets are no markup, colons no emoji, and no line is folded."""
+    return Console(markup=False, emoji=False, highlight=False, soft_wrap=True, **settings)
+
+
+console = plain_console(width=None if logs.is_terminal() else 120)
 
 RecipeName = Annotated[str, typer.Argument(help="Name of a recipe (`pirl recipes`) or path of a TOML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Settings to change.")]
@@ -59,7 +65,7 @@ def options(
 def show_rows(rows: list[dict[str, Any]], as_json: bool, hide: tuple[str, ...] = ()) -> None:
     """A list of dictionaries with the same keys as JSON, or as a table without the keys to `hide`."""
     if as_json:
-        print(json.dumps(rows))
+        logs.output(f"{json.dumps(rows)}\n")
         return
     if not rows:
         console.print("none")
@@ -71,25 +77,29 @@ def show_rows(rows: list[dict[str, Any]], as_json: bool, hide: tuple[str, ...] =
     for row in rows:
         values = (row[key] for key in keys)
         table.add_row(*("" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
-    console.print(table)
+    show_table(table)
+
+
+def show_table(table: Table) -> None:
+    """Print a table within the width of the console."""
+    console.print(table, soft_wrap=False)
 
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal, a line for every tenth where it is none."""
     if console.is_terminal:
-        with Progress(
-            TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-        ) as bar:
+        columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
+        with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return
-    told = -1
+    tenths = -1
 
     def advance(done: int, total: int) -> None:
-        nonlocal told
-        if total and done * 10 // total > told:
-            told = done * 10 // total
-            print(f"{what}: {done}/{total}", flush=True)
+        nonlocal tenths
+        if total and done * 10 // total > tenths:
+            tenths = done * 10 // total
+            logs.say(f"{what}: {done}/{total}")
 
     yield advance

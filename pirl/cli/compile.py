@@ -33,4 +33,4 @@ def compile_pipeline(
         out.write_text(compiled(pipeline).text)
     except OSError as error:
         raise UsageError(f"cannot write {out}: {error.strerror}", "name another file") from None
-    console.print(str(out), soft_wrap=True)
+    console.print(str(out))

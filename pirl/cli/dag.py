@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from ..errors import UsageError
-from .app import DEFAULT_ROOT, DRY_RUN_HELP, BackendName, JobItems, Overrides, Processes, app, console
+from .app import DEFAULT_ROOT, DRY_RUN_HELP, BackendName, JobItems, Overrides, Processes, app, console, show_table
 
 
 @app.command()
@@ -112,7 +112,7 @@ def show_result(run: Any) -> None:
             *(f"{100 * value['mean']:.2f} ± {100 * value['std']:.2f}" for value in (ours, random)),
             f"{100 * (ours['mean'] - random['mean']):+.2f}",
         )
-    console.print(table)
+    show_table(table)
     steps = [run.read_json(name) for name in run.list("steps/")]
     steps.sort(key=lambda step: step["started"])
     console.print("seconds: " + ", ".join(f"{step['step']} {step['seconds']:.0f}" for step in steps))
@@ -121,4 +121,4 @@ def show_result(run: Any) -> None:
         console.print(f"registered as {version['model']} {version['version']}: {version['uri']}")
     else:
         console.print(f"not registered: {'; '.join(gate['reasons'])}")
-    console.print(f"report: {local_path(run) or run.uri}/report.html", soft_wrap=True)
+    console.print(f"report: {local_path(run) or run.uri}/report.html")

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from .. import logs
 from ..errors import UsageError, did_you_mean
-from .app import Json, app, console
+from .app import Json, app, console, show_table
 
 PROTOCOLS = ("fast", "zoo", "bank")
 
@@ -37,7 +38,7 @@ def evaluate(
 
     def tell(text: str) -> None:
         if not as_json:
-            console.print(text, soft_wrap=True, markup=False, highlight=False)
+            console.print(text)
 
     if protocol != "zoo" and (epochs is not None or workers):
         raise UsageError("--epochs and --workers are for --protocol zoo", "leave them out, or choose that protocol")
@@ -55,7 +56,7 @@ def evaluate(
 
         result = evaluate_run(run, data, test, progress=tell)
     if as_json:
-        print(json.dumps(result))
+        logs.output(f"{json.dumps(result)}\n")
     elif protocol == "zoo":
         show_layers(result)
     else:
@@ -83,9 +84,9 @@ def show_layers(result: dict[str, Any]) -> None:
             f"{100 * result['top5'][name]:.2f}",
             f"{100 * best['top1'][name]:.2f} (epoch {best['epoch']})",
         )
-    console.print(table)
+    show_table(table)
     for difference in result["differences"]:
-        console.print(f"not as in the zoo: {difference}", markup=False, highlight=False)
+        console.print(f"not as in the zoo: {difference}")
 
 
 @app.command()
@@ -100,4 +101,4 @@ def report(
     """
     from ..report import write_report
 
-    console.print(write_report(run, data, test), soft_wrap=True)
+    console.print(write_report(run, data, test))

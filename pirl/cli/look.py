@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
+from .. import logs
 from ..errors import EXIT_FAILURE, UsageError
 from .app import DEFAULT_ROOT, JobItems, Json, Overrides, RecipeName, app, console, show_rows
 
@@ -60,7 +61,6 @@ def recipes(
         f"iterations on ImageNet's {IMAGENET:,} images, {IMAGES_PER_RANK} of them a step on each rank (GPU): {batch}.\n"
         "lr: of the first and the last epoch; proportional to the global batch, as in the reference: "
         "--ranks N shows it for N.",
-        highlight=False,
     )
 
 
@@ -72,7 +72,7 @@ def show(recipe: RecipeName, overrides: Overrides = None) -> None:
     """
     from ..config import load_recipe
 
-    print(load_recipe(recipe, overrides or []).to_toml(), end="")
+    logs.output(load_recipe(recipe, overrides or []).to_toml())
 
 
 @app.command()
@@ -89,7 +89,7 @@ def preview(
     from ..report import write_preview
 
     write_preview(recipe, images, out, count=count)
-    console.print(str(out), soft_wrap=True)
+    console.print(str(out))
 
 
 @app.command()
@@ -132,10 +132,10 @@ def doctor(
         rows.append(vars(check))
         if as_json:
             continue
-        mark = {"ok": "[green]ok  [/]", "note": "[yellow]note[/]", "bad": "[red]bad [/]"}[check.state]
-        console.print(f"{mark} {check.name}: {escape(check.found)}", highlight=False)
+        style = {"ok": "green", "note": "yellow", "bad": "red"}[check.state]
+        console.print(Text.assemble((f"{check.state:4}", style), f" {check.name}: {check.found}"))
         if check.fix:
-            console.print(f"       -> {escape(check.fix)}", highlight=False)
+            console.print(f"       -> {check.fix}")
     if as_json:
-        print(json.dumps(rows))
+        logs.output(f"{json.dumps(rows)}\n")
     raise typer.Exit(EXIT_FAILURE if any(row["state"] == "bad" for row in rows) else 0)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.markup import escape
 
 from ..errors import EXIT_FAILURE
 from .app import DEFAULT_ROOT, DRY_RUN_HELP, Json, Overrides, app, console, show_rows
@@ -35,7 +34,7 @@ def register(
         console.print(f"{'would be registered' if promote else 'not registered'}: {reasons}")
         raise typer.Exit(0 if promote else EXIT_FAILURE)
     version = register_run(run, registry, model)
-    console.print(f"{version.model} {version.version}: {version.uri}", soft_wrap=True)
+    console.print(f"{version.model} {version.version}: {version.uri}")
 
 
 @app.command()
@@ -87,11 +86,11 @@ def import_checkpoint(
         found = examine(file, data, recipe, overrides or [])
     else:
         found = import_file(file, out, data, recipe, overrides or [])
-    console.print(found.summary(), soft_wrap=True, highlight=False)
+    console.print(found.summary())
     for note in found.notes:
-        console.print(f"note: {escape(note)}", soft_wrap=True, highlight=False)
+        console.print(f"note: {note}")
     if not dry_run:
-        console.print(f"run: {out}", soft_wrap=True)
+        console.print(f"run: {out}")
 
 
 @app.command()
@@ -108,4 +107,4 @@ def export(
     """
     from ..export import export as write
 
-    console.print(str(write(checkpoint, out, layout)), soft_wrap=True)
+    console.print(str(write(checkpoint, out, layout)))

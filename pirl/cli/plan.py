@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import logs
 from ..errors import UsageError
 from .app import Json, Overrides, RecipeName, app, console, show_rows
 
@@ -75,17 +76,17 @@ def plan(
     found = plan_training(chosen, nodes, gpus, parse_count(images), machine)
     grown = growth(chosen, gpus, -(-found.batch_size // (nodes * gpus)), machine)
     if as_json:
-        print(json.dumps({"plan": asdict(found), "growth": [asdict(each) for each in grown]}))
+        result = {"plan": asdict(found), "growth": [asdict(each) for each in grown]}
+        logs.output(f"{json.dumps(result)}\n")
         return
     show_rows([{"what": name, chosen.name: text} for name, text in summary(found, chosen.train.epochs)], False)
-    console.print("\nthe same with more images and nodes, the batch growing with the GPUs:", highlight=False)
+    console.print("\nthe same with more images and nodes, the batch growing with the GPUs:")
     show_rows([growth_row(each) for each in grown], False)
     estimate = "given" if images_per_s else "estimated for an H200: give yours by --images-per-s"
     console.print(
         f"speed of a GPU: {estimate}. The bank is held whole by every rank; where that does not fit (!), `sharded` is "
         "what a rank would hold of one cut by rows, which this version cannot do. A row is written once an epoch, so a "
         "bank needs several.",
-        highlight=False,
     )
 
 

@@ -78,7 +78,7 @@ test_source=s3://b/test root=s3://b/pirl
         tell_plan(f"would schedule {name} at {six}:", pipeline, version, values)
         return
     done = backend.schedule(name, version, values, six, experiment, service_account)
-    console.print(f"{name}: {done}, {six}, version {version.name}", soft_wrap=True, highlight=False)
+    console.print(f"{name}: {done}, {six}, version {version.name}")
 
 
 @group.command("list")
@@ -100,7 +100,7 @@ def pause(name: Name, endpoint: EndpointOption = "", namespace: Namespace = "") 
     backend = connect(endpoint, namespace)
     for one in backend.find_schedules(name):
         backend.pause(one)
-    console.print(f"{name}: paused", highlight=False)
+    console.print(f"{name}: paused")
 
 
 @group.command()
@@ -111,7 +111,7 @@ def resume(name: Name, endpoint: EndpointOption = "", namespace: Namespace = "")
     """
     backend = connect(endpoint, namespace)
     backend.resume(backend.find_schedules(name)[0])  # an older one of the name only waits for its last run
-    console.print(f"{name}: resumed", highlight=False)
+    console.print(f"{name}: resumed")
 
 
 @group.command()
@@ -129,7 +129,7 @@ def delete(name: Name, endpoint: EndpointOption = "", namespace: Namespace = "")
         )
     for one in found:
         backend.delete(one)
-    console.print(f"{name}: deleted", highlight=False)
+    console.print(f"{name}: deleted")
 
 
 def six_fields(cron: str) -> str:

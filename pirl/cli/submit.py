@@ -7,8 +7,8 @@ import os
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
+from .. import logs
 from ..errors import PirlError, UsageError, did_you_mean
 from .app import DRY_RUN_HELP, app, console
 
@@ -57,9 +57,10 @@ root=s3://b/pirl backend=pytorchjob nodes=4 gpus=8 --wait
     run_id = backend.run(version, name, values, experiment, service_account)
     link = backend.link(run_id)
     if as_json:
-        print(json.dumps({"run_id": run_id, "name": name, "version": version.name, "arguments": values, "url": link}))
+        result = {"run_id": run_id, "name": name, "version": version.name, "arguments": values, "url": link}
+        logs.output(f"{json.dumps(result)}\n")
     else:
-        console.print(f"{escape(name)}, version {version.name}: {link}", soft_wrap=True, highlight=False)
+        console.print(f"{name}, version {version.name}: {link}")
     if wait:
         backend.wait(run_id, lambda state: None if as_json else console.print(state))
 
@@ -106,6 +107,6 @@ def resolve(backend: Any, pipeline: str, items: list[str], upload: bool, dry_run
 def tell_plan(what: str, pipeline: str, version: Any, values: dict[str, Any]) -> None:
     """What a dry run shows."""
     known = f"version {version.name}" if version else "this code's version, to be uploaded first"
-    console.print(f"{what} {pipeline}, {known}", soft_wrap=True, highlight=False)
+    console.print(f"{what} {pipeline}, {known}")
     for name, value in values.items():
-        console.print(f"  {name} = {escape(json.dumps(value))}", soft_wrap=True, highlight=False)
+        console.print(f"  {name} = {json.dumps(value)}")

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .. import logs
 from ..errors import UsageError
 from .app import DRY_RUN_HELP, BackendName, JobItems, Overrides, Processes, RecipeName, app, console
 
@@ -63,7 +64,7 @@ def train(
             launch_job(recipe, options, settings, overrides or [])
             return
         _, manifest = prepare(recipe, options, settings, overrides or [])
-        print(to_yaml(manifest), end="")
+        logs.output(to_yaml(manifest))
         return
     if job:
         raise UsageError("--job is for a PyTorchJob", "add --backend pytorchjob, or leave it away")

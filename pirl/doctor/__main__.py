@@ -5,11 +5,13 @@ import uuid
 
 import torch
 
+from .. import logs
 from ..errors import EXIT_DONE, EXIT_FAILURE, EXIT_USAGE, PirlError
 from ..storage import open_storage
 
 
 def main(arguments: list[str]) -> int:
+    logs.start()
     if len(arguments) != 1:
         print("usage: python -m pirl.doctor ROOT", file=sys.stderr)
         return EXIT_USAGE

@@ -18,6 +18,7 @@ the job by its name, and goes on. While the API server does not answer, all cloc
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ from ..errors import (
     TrainingError,
     UsageError,
 )
-from ..logs import readable
+from ..logs import readable, write
 from ..metrics import duration, say
 from ..shards import Manifest
 from ..storage import S3Storage, open_storage
@@ -227,7 +228,7 @@ class Launcher:
             ran = ran or now_state is State.RUNNING
             self._tell_ends(pods)
             for line in self.log.lines(pods[0]) if pods and pod_index(pods[0]) == 0 else ():
-                print(line, flush=True)  # as it was written, so that what reads JSON lines can read them here
+                write(sys.stdout, f"{line}\n")  # as it was written, so that what reads JSON lines can read them here
             stepped = self.progress.advanced()
             now = time.monotonic()
             passed, before = min(now - before, 60.0), now

@@ -1,6 +1,8 @@
 """`python -m pirl.metrics > docs/metrics.md`"""
 
+from .. import logs
 from .table import markdown
 
 if __name__ == "__main__":
-    print(markdown(), end="")
+    logs.start()
+    logs.output(markdown())

@@ -13,6 +13,7 @@ from pickle import PicklingError
 from typing import Any
 
 from pirl.errors import DataError, UsageError
+from pirl.logs import start
 
 _held: Any = None  # in a worker process: what its methods are called on
 
@@ -80,6 +81,7 @@ class Workers:
 
 def _start(held: Any) -> None:
     global _held
+    start()
     _held = held
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
