@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from . import logs
 from .config import Recipe
 from .errors import DataError, PirlError, StorageError
+from .launch import STOP_SIGNALS
 from .shards import ShardReader, decode_pixels, image_size
 from .views import crop, draw_geometry, uniforms
 from .world import World
@@ -322,12 +323,13 @@ class Pins:
 
 
 def _start_server() -> None:
-    """Start the process that workers are forked from with SIGTERM blocked, which they inherit.
+    """Start the process that workers are forked from with the stop signals blocked, which they inherit.
 
-    A launcher signals the whole process group, and a rank that was told to stop still needs a few batches.
+    A launcher signals the whole process group, and a rank that stops still needs a few batches.
     """
-    resource_tracker.ensure_running()  # which unblocks these signals when it starts
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    resource_tracker.ensure_running()  # it inherits the mask, but unblocks SIGTERM and SIGINT in this process
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         forkserver.ensure_running()
     finally:

@@ -35,7 +35,7 @@ from .errors import (
     TrainingError,
     UsageError,
 )
-from .launch import default_processes, report_outcome, run_ranks
+from .launch import STOP_SIGNALS, default_processes, report_outcome, run_ranks
 from .loss import StepLoss, contrast, draw_negatives
 from .memory import MemoryBank, gather_updates
 from .metrics import Log, TrainingMetrics, duration, say
@@ -402,18 +402,21 @@ def check_state(state: TrainState, loss: Tensor | None, world: World, meter: Met
 
 
 class StopSignal:
-    """SIGTERM and SIGINT, agreed on by all ranks at the same step, without making a step wait for it."""
+    """Stop signals, agreed on by all ranks at the same step, without making a step wait for it."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.asked = False
         self._pending: tuple[Tensor, Any] | None = None
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        for number, handler in self._before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, self._ask)
 
     def release(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Restore the handlers from before."""
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _ask(self, *_: Any) -> None:
         self.asked = True

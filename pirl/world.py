@@ -31,6 +31,8 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     control: Any = None
     """A gloo group for messages between hosts, so that none of them waits for a GPU."""
+    store: Any = None
+    """Key-value store of the ranks, kept by rank 0."""
     timeout_s: float = 600.0
     """Longest that a rank waits for another one."""
     moment: str = "the start"
@@ -88,21 +90,12 @@ class World:
 
 def start_world(timeout_s: float = 600) -> World:
     """Join the process group that `torchrun` describes in the environment; gloo on CPU, NCCL on CUDA devices."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    values = []
-    for name in names:
-        text = os.environ.get(name, {"WORLD_SIZE": "1"}.get(name, "0"))
-        if not text.isdigit():
-            raise UsageError(
-                f"environment variable {name} is {text!r}, not a number", "start training with `pirl train`"
-            )
-        values.append(int(text))
-    rank, size, local_rank = values
+    rank, size, local_rank = _placement()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise UsageError(
-                f"this machine has {torch.cuda.device_count()} GPUs and local rank {local_rank} wants its own",
+                f"this machine has {torch.cuda.device_count()} GPUs and local rank {local_rank} needs its own",
                 "start at most one process per GPU",
             )
         device = torch.device("cuda", local_rank)
@@ -113,10 +106,63 @@ def start_world(timeout_s: float = 600) -> World:
         if device.type == "cpu":
             dist.init_process_group("gloo", timeout=timeout)
             world.control = dist.group.WORLD
-        else:  # NCCL ends the process where it stands: the messages between hosts are to notice first, and tell
+        else:  # NCCL's watchdog aborts the process, so the gloo group gets the shorter timeout and reports first
             dist.init_process_group("nccl", timeout=2 * timeout)
             world.control = dist.new_group(backend="gloo", timeout=timeout)
+        world.store = _open_store(world, timeout)
     return world
+
+
+def _placement() -> tuple[int, int, int]:
+    """Rank, number of ranks and local rank from the environment. Raises `UsageError` with every problem."""
+    problems, values = [], {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    for name, default in values.items():
+        text = os.environ.get(name, str(default))
+        value = parse_number(text)
+        if value is None:
+            problems.append(f"{name} is {text!r}, not a number")
+        values[name] = value or 0
+    rank, size, local_rank = values.values()
+    if not problems and not 0 <= rank < size:
+        problems.append(f"RANK is {rank}, expected less than WORLD_SIZE={size}")
+    if not problems and local_rank > rank:
+        problems.append(f"LOCAL_RANK is {local_rank}, expected at most RANK={rank}")
+    if not problems and size > 1:
+        port = os.environ.get("MASTER_PORT", "")
+        if not is_port(port):
+            problems.append(f"MASTER_PORT is {port!r}, expected a number from 1 to 65535")
+        if not os.environ.get("MASTER_ADDR"):
+            problems.append("MASTER_ADDR is not set, expected the host of rank 0")
+    if problems:
+        raise UsageError(
+            "environment variables are wrong: " + "; ".join(problems), "unset them and start training with `pirl train`"
+        )
+    return rank, size, local_rank
+
+
+def parse_number(text: str) -> int | None:
+    """The non-negative integer that `text` writes in decimal digits, or None."""
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def is_port(text: str, least: int = 1) -> bool:
+    """Whether `text` is a port number of at least `least`."""
+    value = parse_number(text)
+    return value is not None and least <= value < 65536
+
+
+def _open_store(world: World, timeout: timedelta) -> dist.Store:
+    """Open a key-value store that rank 0 keeps.
+
+    `torchrun` keeps that of the process group in the launcher, and a checkpoint must be published without it.
+    """
+    server = (
+        dist.TCPStore("localhost", 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        if world.is_main
+        else None
+    )
+    port = world.broadcast_object(server.port if server else None)
+    return server or dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, timeout=timeout)
 
 
 def stop_world(world: World) -> None:

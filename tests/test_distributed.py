@@ -14,7 +14,7 @@ import ranks
 import torch
 
 from pirl.errors import UsageError
-from pirl.launch import run_ranks
+from pirl.launch import STOP_SIGNALS, check_environment, run_ranks
 from pirl.world import World, start_world
 
 
@@ -60,17 +60,85 @@ def test_a_world_of_one_needs_no_process_group() -> None:
     assert not torch.distributed.is_initialized()
 
 
-def test_a_broken_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "one")
-    with pytest.raises(UsageError, match=r"RANK is 'one'.*\n.*pirl train"):
+PLACES = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "one"}, "RANK is 'one'"),
+        ({"RANK": "²"}, "RANK is '²'"),
+        ({"RANK": "2"}, "RANK is 2, expected less than WORLD_SIZE=2"),
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK is 1, expected at most RANK=0"),
+        ({"WORLD_SIZE": "0"}, "RANK is 0, expected less than WORLD_SIZE=0"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT is '65536'"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
+    ],
+)
+def test_the_environment_of_a_rank_is_checked(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
+) -> None:
+    for name, value in (PLACES | environment).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=rf"{re.escape(message)}.*\n.*pirl train"):
         start_world()
+
+
+@pytest.mark.parametrize(
+    ("environment", "messages"),
+    [
+        ({"PET_NNODES": "2"}, ["PET_NNODES is 2 without an address"]),
+        ({"PET_NNODES": "1:2", "PET_RDZV_BACKEND": "c10d"}, ["PET_NNODES is 2 without an address"]),
+        ({"PET_NNODES": "two"}, ["PET_NNODES is 'two'"]),
+        ({"PET_NNODES": "3:2"}, ["PET_NNODES is '3:2'"]),
+        ({"PET_NNODES": "0"}, ["PET_NNODES is '0'"]),
+        (
+            {"PET_MASTER_PORT": "123456", "PET_NPROC_PER_NODE": "-1"},
+            ["PET_MASTER_PORT is '123456', expected a number from 1 to 65535", "PET_NPROC_PER_NODE is '-1'"],
+        ),
+        ({"PET_NNODES": "2", "PET_MASTER_ADDR": "a", "PET_NODE_RANK": "2"}, ["PET_NODE_RANK is 2"]),
+        ({"PET_RDZV_ENDPOINT": "a:http"}, ["PET_RDZV_ENDPOINT has the port 'http'"]),
+        ({"PET_RDZV_ENDPOINT": "a:99999"}, ["PET_RDZV_ENDPOINT has the port '99999'"]),
+        ({"PET_MAX_RESTARTS": "1.5"}, ["PET_MAX_RESTARTS is '1.5'"]),
+    ],
+)
+def test_the_environment_of_a_launcher_is_checked(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], messages: list[str]
+) -> None:
+    """Before a process starts: torchrun would wait in silence for ten minutes, or end in a traceback."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError) as refused:
+        run_ranks("rank_program", ["none"], 1)
+    assert all(message in str(refused.value) for message in messages)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"PET_NNODES": "2", "PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": "host:29400"},
+        {"PET_NNODES": "1:4", "PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": "host"},
+        {"PET_NNODES": "2", "PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": "[::1]:0"},
+        {"PET_NNODES": "2", "PET_MASTER_ADDR": "host", "PET_MASTER_PORT": "23456", "PET_NODE_RANK": "1"},
+        {"PET_NPROC_PER_NODE": "auto"},
+    ],
+)
+def test_the_environment_of_operators_is_taken(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    check_environment()
 
 
 def launched(world: World, case: str) -> int:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)
-    return run_ranks("rank_program", [case], 2)
+    before = dict(os.environ), [signal.getsignal(number) for number in STOP_SIGNALS]
+    try:
+        return run_ranks("rank_program", [case], 2)
+    finally:
+        assert (dict(os.environ), [signal.getsignal(number) for number in STOP_SIGNALS]) == before
 
 
 def outcome(case: str, folder: Path) -> tuple[int, str]:

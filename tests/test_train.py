@@ -256,13 +256,13 @@ def test_resuming_on_another_number_of_ranks(shards: str, tmp_path: Path) -> Non
 def test_sigterm_saves_and_the_next_start_goes_on(
     uninterrupted: dict[int, Path], shards: str, tmp_path: Path, size: int
 ) -> None:
-    """Twice in a row; a rank other than the first is told, and all stop at the same step."""
+    """Three times; the last rank gets the signal, and all stop at the same step."""
     out, before = tmp_path / "run", 0
-    for step in (3, 17):
+    for step, number in ((3, signal.SIGTERM), (15, signal.SIGHUP), (26, signal.SIGQUIT)):
         processes = start(size, out, shards, checkpoint_every_s=1000)
         wait_for(reached(out, step))
         assert processes[-1].pid is not None
-        os.kill(processes[-1].pid, signal.SIGTERM)
+        os.kill(processes[-1].pid, number)
         assert ranks.finish(processes) == [75] * size, printed(out)
         assert all("error: stopped by a signal at step" in printed(out, rank) for rank in range(size))
         assert "run the same command again" in printed(out)
@@ -307,14 +307,15 @@ def arguments(recipe: Path, data: str, out: Path, *more: str) -> list[str]:
     return [str(recipe), "--data", data, "--out", str(out), "--log-every", "1", *more]
 
 
-def test_sigterm_with_worker_processes(shards: str, tiny_toml: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_with_worker_processes(shards: str, tiny_toml: Path, tmp_path: Path, number: signal.Signals) -> None:
     """The launcher passes a signal on to whole process groups: loading must go on until the state is saved."""
     out = tmp_path / "run"
     argv = arguments(tiny_toml, shards, out, "--processes", "1", "--workers", "2", "train.epochs=2000")
     (launcher,) = ranks.start(launched, 1, out.with_suffix(".ranks"), argv)
     wait_for(reached(out, 4))
     assert launcher.pid is not None
-    os.kill(launcher.pid, signal.SIGTERM)
+    os.kill(launcher.pid, number)
     assert ranks.finish([launcher]) == [0]
     assert torch.load(out.with_suffix(".ranks") / "result-0.pt") == 75, printed(out)
     assert printed(out).count("error: stopped by a signal at step") == 1

@@ -123,6 +123,32 @@ def test_a_launcher_ends_a_rank_that_hangs(shards: str, tiny_toml: Path, tmp_pat
     assert "resuming from step-" in second.stdout
 
 
+def test_the_ranks_of_a_killed_launcher_save(shards: str, tiny_toml: Path, tmp_path: Path) -> None:
+    """Without the key-value store that was in the launcher. Before: a hangup that `nohup` ignores changes nothing."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    argv = arguments(tiny_toml, shards, out, "--processes=2", "train.epochs=100000", "--checkpoint-every-s=1000")
+    command = ["nohup", sys.executable, "-m", "pirl.train", *argv]
+    with open(log, "w") as file:
+        launcher = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def step() -> int:
+        return max((int(number) for number in re.findall(r"step (\d+)/", log.read_text())), default=0)
+
+    wait_for(lambda: step() > 4, 120)
+    os.kill(launcher.pid, signal.SIGHUP)
+    for pid in rank_pids(launcher.pid).values():
+        os.kill(pid, signal.SIGHUP)
+    hung_up = step()
+    wait_for(lambda: step() > hung_up + 10)
+    pids = list(rank_pids(launcher.pid).values())
+    launcher.kill()
+    launcher.wait()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+    text = log.read_text()
+    assert saved_step(out) == step(), text
+    assert not re.search(r"frame #|Traceback|\[W\d", text), text
+
+
 def signal_worker(number: int, world: World, state: TrainState, kind: signal.Signals) -> None:
     if number == 8 and world.rank == 1:
         (worker,) = multiprocessing.active_children()

@@ -15,7 +15,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pirl.checkpoint.commit import Commit, Cursor, Part, parse_commit
@@ -179,7 +178,7 @@ class Checkpoints:
         the way of training's own, and could not be abandoned when a rank is gone."""
         if self.world.size == 1:
             return [outcome]
-        store = dist.distributed_c10d._get_default_store()
+        store = self.world.store
         keys = [f"pirl/checkpoint/{attempt}/{rank}" for rank in range(self.world.size)]
         store.set(keys[self.world.rank], json.dumps(outcome))
         if not self.world.is_main:
