@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pirl.errors import StorageError
+from pirl.text import score
 
 FORMAT = 1
 
@@ -79,7 +80,7 @@ class Score(Content):
     runs: list[float] = []
 
     def __str__(self) -> str:
-        return f"{100 * self.mean:.2f} ± {100 * self.std:.2f} %"
+        return f"{score(self.mean, self.std)} %"
 
 
 class Scores(Content):

@@ -16,10 +16,11 @@ from .config import load_recipe
 from .errors import EXIT_DONE, UsageError
 from .evaluate import evaluate_run
 from .jobs import JobSettings, launch_job
-from .metrics import say
+from .logs import say
 from .registry import Decision, data_uri, decide, decide_retrain, register_run
 from .shards import Source, open_source, write_shards
 from .storage import open_storage
+from .text import count
 from .train import launch
 from .training.spec import Options
 from .warm import warm_start
@@ -54,7 +55,8 @@ class Retraining:
         if self.job is None:
             return "on this machine"
         job = self.job
-        return f"by a PyTorchJob of {job.nodes} pods, each of {job.gpus} GPUs and {job.ranks_per_pod} ranks"
+        each = f"{count(job.gpus, 'GPU')} and {count(job.ranks_per_pod, 'rank')}"
+        return f"by a PyTorchJob of {count(job.nodes, 'pod')}, each of {each}"
 
 
 def keep_up_to_date(wanted: Retraining, dry_run: bool = False) -> int:
@@ -70,7 +72,7 @@ def keep_up_to_date(wanted: Retraining, dry_run: bool = False) -> int:
     if not dry_run:
         write_shards(sources["train"], open_storage(data["train"]))
     elif not open_storage(data["train"]).exists("manifest.json"):
-        say(f"new images: {len(sources['train']):,} would be sharded to {data['train']} and compared")
+        say(f"{count(len(sources['train']), 'image')} would be sharded to {data['train']} and compared")
         say(f"what is new would be trained {wanted.where}")
         return EXIT_DONE
     recipe = load_recipe(wanted.recipe, wanted.overrides)
@@ -94,7 +96,7 @@ def _train(wanted: Retraining, decision: Decision, data: str) -> int:
             overrides.append(f"train.epochs={wanted.warm_epochs}")
         if not open_storage(decision.run).list("checkpoints/"):
             kept, fresh = warm_start(decision.warm, data, decision.run, decision.recipe)
-            say(f"from {decision.warm.run}: {kept:,} rows of the bank kept, {fresh:,} new")
+            say(f"from {decision.warm.run}: {count(kept, 'row')} of the bank kept, {fresh:,} new")
     if wanted.job is None:
         return launch(wanted.recipe, Options(data, decision.run, wanted.processes or None), overrides)
     launch_job(wanted.recipe, Options(data, decision.run), wanted.job, overrides, wanted.labels)

@@ -30,6 +30,7 @@ from pirl.results import (
     parse_lines,
 )
 from pirl.storage import Storage, open_storage
+from pirl.text import count
 
 if TYPE_CHECKING:  # importing it loads torch, which a look into a folder does not need
     from pirl.checkpoint import Checkpoints, Commit
@@ -60,8 +61,7 @@ def read_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
         return []
     lines, damaged = parse_lines(text)
     if damaged:
-        some = "1 line" if damaged == 1 else f"{damaged} lines"
-        warnings.warn(f"{storage.uri}/{name} has {some} that cannot be read: left out", stacklevel=2)
+        warnings.warn(f"{storage.uri}/{name} has {count(damaged, 'line')} that cannot be read: left out", stacklevel=2)
     return lines
 
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from .errors import ConfigError, did_you_mean
+from .text import count
 
 Model = TypeVar("Model", bound=BaseModel)
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -184,8 +185,7 @@ def validated(
 def all_at_once(origin: str, problems: Sequence[str], hint: str) -> ConfigError:
     """Return the error that lists every problem of `origin`."""
     problems = list(dict.fromkeys(problems))
-    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    return ConfigError(f"{origin}: {count}\n  " + "\n  ".join(problems), hint)
+    return ConfigError(f"{origin}: {count(len(problems), 'problem')}\n  " + "\n  ".join(problems), hint)
 
 
 def describe(item: Any, whole: str, entry: str, names: Iterable[str]) -> str:

@@ -36,13 +36,15 @@ from .errors import (
     UsageError,
 )
 from .launch import STOP_SIGNALS, default_processes, report_outcome, run_ranks
+from .logs import say
 from .loss import StepLoss, contrast, draw_negatives
 from .memory import MemoryBank, gather_updates
-from .metrics import Log, TrainingMetrics, duration, say
+from .metrics import Log, TrainingMetrics
 from .model import PIRL, build_model, memory_format
 from .optim import build_optimizer, learning_rate, set_learning_rate
 from .shards import Manifest
 from .storage import Storage, open_storage
+from .text import count, duration
 from .training.spec import Options
 from .views import apply_photometrics, draw_photometrics
 from .world import World, naming_who_hangs, start_world, stop_world
@@ -565,11 +567,13 @@ def plan(recipe: str, options: Options, overrides: Sequence[str] = ()) -> list[s
     rows = resolved.rows(manifest.images)
     steps = resolved.steps_per_epoch(rows)
     return [
-        f"{resolved.name}: {resolved.train.epochs} epochs of {rows:,} images, {steps:,} steps each, "
+        f"{resolved.name}: {count(resolved.train.epochs, 'epoch')} of {count(rows, 'image')}, "
+        f"{count(steps, 'step')} each, "
         f"in batches of {resolved.train.batch_size}",
         f"learning rate {resolved.learning_rate:g}, {resolved.loss.negatives:,} negatives, "
         f"memory bank of {rows * resolved.model.embedding_dim * 4 / 2**20:.1f} MiB",
-        f"in {options.processes or default_processes()} processes, to {options.out}, from {newest or 'the start'}",
+        f"in {count(options.processes or default_processes(), 'process', 'processes')}, to {options.out}, "
+        f"from {newest or 'the start'}",
     ]
 
 

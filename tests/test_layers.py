@@ -11,7 +11,7 @@ import pirl
 
 ROOT = Path(pirl.__file__).parent
 ORDER = (
-    "errors logs settings config storage world launch | shards views data | model memory loss optim | "
+    "errors text logs settings config storage world launch | shards views data | model memory loss optim | "
     "checkpoint results run metrics training train plan warm | "
     "evaluate export report | registry jobs retrain | doctor cli"
 )

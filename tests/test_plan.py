@@ -18,7 +18,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from typer.testing import CliRunner
 
 from pirl import world as pirl_world
-from pirl.cli.plan import parse_count, size
+from pirl.cli.plan import parse_count
 from pirl.config import load_recipe
 from pirl.data import Loader
 from pirl.errors import UsageError
@@ -209,7 +209,3 @@ def test_counts_of_images() -> None:
     for text in ("", "many", "-3", "0", "1.28X", "1e6"):
         with pytest.raises(UsageError):
             parse_count(text)
-
-
-def test_bytes_as_text() -> None:
-    assert [size(n) for n in (7, 1500, 656e6, 512e9, 110e12)] == ["7 B", "1.5 kB", "656 MB", "512 GB", "110 TB"]

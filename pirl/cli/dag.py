@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from ..errors import UsageError
+from ..text import count, score
 from .app import DEFAULT_ROOT, DRY_RUN_HELP, BackendName, JobItems, Overrides, Processes, app, console, show_table
 
 
@@ -83,9 +84,10 @@ def run_dag(recipe: str, root: str, overrides: list[str] | None, dry_run: bool, 
     resolved = load_recipe(recipe, overrides or [])
     sizes = [len(open_source(arguments[name])) for name in ("train_source", "test_source")]
     resolved.check_data(sizes[0])
-    console.print(f"{sizes[0]:,} training and {sizes[1]:,} test images")
+    console.print(f"{count(sizes[0], 'training image')} and {count(sizes[1], 'test image')}")
     name = f"{resolved.name}-{resolved.digest()[:8]}"
-    console.print(f"run: {root}/runs/{name} ({resolved.train.epochs} epochs of {resolved.rows(sizes[0]):,} images)")
+    schedule = f"{count(resolved.train.epochs, 'epoch')} of {count(resolved.rows(sizes[0]), 'image')}"
+    console.print(f"run: {root}/runs/{name} ({schedule})")
     if dry_run:
         return
     from pipelines.local import run_local
@@ -109,7 +111,7 @@ def show_result(run: Any) -> None:
         ours, random = (result[trunk][key]["top1"] for trunk in ("pretrained", "random"))
         table.add_row(
             label,
-            *(f"{100 * value['mean']:.2f} ± {100 * value['std']:.2f}" for value in (ours, random)),
+            *(score(value["mean"], value["std"]) for value in (ours, random)),
             f"{100 * (ours['mean'] - random['mean']):+.2f}",
         )
     show_table(table)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from .. import logs
 from ..errors import UsageError, did_you_mean
+from ..text import count
 from .app import Json, app, console, show_table
 
 PROTOCOLS = ("fast", "zoo", "bank")
@@ -65,13 +66,14 @@ def evaluate(
                 found = [f"{name} {100 * value['top1']['mean']:.2f} %" for name, value in result[trunk].items()]
                 console.print(f"{trunk}: {', '.join(found)}")
         if bank := result.get("bank"):
-            console.print(f"memory bank: knn {100 * bank['top1']['mean']:.2f} % among its {bank['rows']:,} rows")
+            console.print(f"memory bank: knn {100 * bank['top1']['mean']:.2f} % among its {count(bank['rows'], 'row')}")
 
 
 def show_layers(result: dict[str, Any]) -> None:
     """The table of `pirl eval --protocol zoo`."""
     epochs = result["epochs"]
-    table = Table(title=f"the frozen trunk, layer by layer, after {len(epochs)} epochs of the zoo's linear protocol")
+    trained = f"after {count(len(epochs), 'epoch')} of the zoo's linear protocol"
+    table = Table(title=f"the frozen trunk, layer by layer, {trained}")
     for column in ("head", "pooling", "features", "top-1, %", "top-5, %", "best top-1, %"):
         table.add_column(column, justify="left" if column in ("head", "pooling") else "right")
     for name, head in result["protocol"]["heads"].items():

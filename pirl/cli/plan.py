@@ -11,6 +11,7 @@ import typer
 
 from .. import logs
 from ..errors import UsageError
+from ..text import count, size
 from .app import Json, Overrides, RecipeName, app, console, show_rows
 
 if TYPE_CHECKING:
@@ -22,10 +23,10 @@ SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 def parse_count(text: str) -> int:
     """1281167, 1_281_167, 70k, 1.28M or 1B, as a number."""
     match = re.fullmatch(r"([\d_,]*\.?\d+)([kmb]?)", text.strip().lower())
-    count = round(float(re.sub("[_,]", "", match[1])) * SUFFIXES[match[2]]) if match else 0
-    if count < 1:
+    number = round(float(re.sub("[_,]", "", match[1])) * SUFFIXES[match[2]]) if match else 0
+    if number < 1:
         raise UsageError(f"--images {text!r} is not a number of images", "e.g. 70000, 70k, 1.28M or 1B")
-    return count
+    return number
 
 
 @app.command()
@@ -93,9 +94,17 @@ def plan(
 def summary(plan: Plan, epochs: int) -> list[tuple[str, str]]:
     fits = "fits" if plan.fits else "DOES NOT FIT"
     return [
-        ("machines", f"{plan.nodes} nodes x {plan.gpus} GPUs, {plan.images:,} images, batch {plan.batch_size:,}"),
+        (
+            "machines",
+            f"{count(plan.nodes, 'node')} x {count(plan.gpus, 'GPU')}, {count(plan.images, 'image')}, "
+            f"batch {plan.batch_size:,}",
+        ),
         ("speed", f"{plan.images_per_s:,.0f} images/s, limited by: {plan.limited_by}"),
-        ("time", f"{plan.hours:,.2f} h: {epochs} epochs of {plan.epoch_s:,.1f} s, {plan.steps_per_epoch:,} steps each"),
+        (
+            "time",
+            f"{plan.hours:,.2f} h: {count(epochs, 'epoch')} of {plan.epoch_s:,.1f} s, "
+            f"{count(plan.steps_per_epoch, 'step')} each",
+        ),
         ("cost", f"{plan.cost:,.2f}: {plan.cost_per_epoch:,.3f} an epoch"),
         ("memory of a rank", f"{size(plan.memory_bytes_per_rank)}, {fits}"),
         ("- memory bank", size(plan.bank_bytes_per_rank)),
@@ -144,12 +153,3 @@ def short_count(count: int) -> str:
         if count >= times:
             return f"{count / times:.3g}{unit}"
     return str(count)
-
-
-def size(count: float) -> str:
-    """Bytes with a decimal unit and three digits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB" if count < 1000 else f"{count:,.0f} TB"

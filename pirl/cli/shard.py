@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..text import count
 from .app import DRY_RUN_HELP, app, console, progress
 
 
@@ -32,13 +33,14 @@ def shard(
 
     images = open_source(source)
     if dry_run:
-        console.print(f"{len(images):,} images would go to {out}")
+        console.print(f"{count(len(images), 'image')} would go to {out}")
         return
     with progress("sharding") as advance:
         manifest = write_shards(
             images, open_storage(out), processes=processes, max_bad_share=max_bad_share, progress=advance
         )
     console.print(
-        f"{manifest.images:,} images in {len(manifest.shards)} shards, {manifest.quarantined} quarantined, "
+        f"{count(manifest.images, 'image')} in {count(len(manifest.shards), 'shard')}, "
+        f"{manifest.quarantined:,} quarantined, "
         f"digest {manifest.digest[:12]}: {out}"
     )

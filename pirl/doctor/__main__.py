@@ -8,6 +8,7 @@ import torch
 from .. import logs
 from ..errors import EXIT_DONE, EXIT_FAILURE, EXIT_USAGE, PirlError
 from ..storage import open_storage
+from ..text import count
 
 
 def main(arguments: list[str]) -> int:
@@ -25,7 +26,7 @@ def main(arguments: list[str]) -> int:
         print(f"{error.what}; {error.hint}", file=sys.stderr)
         return EXIT_FAILURE
     print(f"{root.uri} {'can be written, listed and read' if whole else 'gives back other bytes than were written'}")
-    print(f"torch {torch.__version__}, {torch.cuda.device_count()} GPUs")
+    print(f"torch {torch.__version__}, {count(torch.cuda.device_count(), 'GPU')}")
     return EXIT_DONE if whole else EXIT_FAILURE
 
 

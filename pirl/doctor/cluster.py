@@ -17,7 +17,7 @@ from ..jobs.cluster import INSTALL, RIGHTS, AbsentError, Cluster, ClusterError, 
 from ..jobs.diagnose import Trouble, ends, troubles
 from ..jobs.pod import Object
 from ..jobs.pytorchjob import API
-from ..metrics import duration
+from ..text import duration
 from ..training.spec import Options
 from .check import Check
 

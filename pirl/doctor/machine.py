@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import StorageError
+from ..text import count
 from .check import Check
 
 
@@ -20,7 +21,7 @@ def _torch() -> Check:
     import torch
 
     gpus = torch.cuda.device_count()
-    found = f"torch {torch.__version__}, {f'{gpus} GPUs' if gpus else 'no GPU'}"
+    found = f"torch {torch.__version__}, {count(gpus, 'GPU') if gpus else 'no GPU'}"
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError) as error:

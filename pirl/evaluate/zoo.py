@@ -30,10 +30,10 @@ from pirl.errors import DataError, TrainingError, UsageError
 from pirl.evaluate.crops import FLIP, RATIO, SCALE, Chunk, LabelledCrops
 from pirl.evaluate.layers import LAYERS, FrozenLayers, Shapes
 from pirl.evaluate.probe import check_labels, load_trunk, split_checkpoint_uri
-from pirl.metrics import duration
 from pirl.optim import set_learning_rate
 from pirl.shards import ShardReader
 from pirl.storage import open_storage
+from pirl.text import duration
 
 RESULT = "eval_zoo.json"
 ZOO_EPOCHS, ZOO_DROPS = 28, (8, 16, 24)

@@ -17,6 +17,7 @@ from pirl.errors import CheckpointError, did_you_mean
 from pirl.export.vissl import Contents, vissl_name
 from pirl.model import PIRL
 from pirl.optim import learning_rate
+from pirl.text import count
 
 
 def identify(
@@ -147,7 +148,7 @@ def check(contents: Contents, model: PIRL, recipe: Recipe, path: Path) -> list[s
     if problems:
         lines = "\n  ".join(problems)
         raise CheckpointError(
-            f"{path} does not fit {recipe.name}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n  {lines}",
+            f"{path} does not fit {recipe.name}: {count(len(problems), 'problem')}\n  {lines}",
             "it may be of a changed model, or was renamed or damaged; --recipe NAME compares with another",
         )
     return _mend(contents, model)

@@ -23,6 +23,7 @@ from pirl.model import PIRL, build_model
 from pirl.optim import build_optimizer, parameter_groups
 from pirl.shards import Manifest
 from pirl.storage import open_storage, sha256_file
+from pirl.text import count
 
 UNKNOWN_DATA = "unknown"
 
@@ -49,12 +50,12 @@ class Import:
 
     def summary(self) -> str:
         """One line: what it is of, and what it contains."""
-        parts = [f"trunk ({len(self.contents.trunk)} tensors)"]
+        parts = [f"trunk ({count(len(self.contents.trunk), 'tensor')})"]
         if "heads" not in self.lacks:
-            parts.append(f"heads ({len(self.contents.heads)} tensors)")
+            parts.append(f"heads ({count(len(self.contents.heads), 'tensor')})")
         if "bank" not in self.lacks:
             z = self.state["bank"]["z"].item()
-            parts.append(f"memory bank of {len(self.state['bank']['memory']):,} rows")
+            parts.append(f"memory bank of {count(len(self.state['bank']['memory']), 'row')}")
             parts.append(f"Z {z:.4g}" if z > 0 else "no Z")
         if "optimizer" not in self.lacks:
             parts.append("optimiser")

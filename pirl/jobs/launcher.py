@@ -38,10 +38,10 @@ from ..errors import (
     TrainingError,
     UsageError,
 )
-from ..logs import readable, write
-from ..metrics import duration, say
+from ..logs import readable, say, write
 from ..shards import Manifest
 from ..storage import S3Storage, open_storage
+from ..text import duration
 from ..train import plan
 from ..training.spec import Options
 from .cluster import Cluster, ClusterError, UnreachableError, pod_index

@@ -6,9 +6,8 @@
 
 from __future__ import annotations
 
-from ..logs import say
 from ..run import read_lines
-from .record import Log, duration, peak_memory_bytes
+from .record import Log, peak_memory_bytes
 from .telemetry import Telemetry, task
 from .training import TrainingMetrics
 
@@ -16,9 +15,7 @@ __all__ = [
     "Log",
     "Telemetry",
     "TrainingMetrics",
-    "duration",
     "peak_memory_bytes",
     "read_lines",
-    "say",
     "task",
 ]

@@ -67,15 +67,6 @@ class Log:
             self._flushed = time.monotonic()
 
 
-def duration(seconds: float) -> str:
-    """12 s, 3:05, 2:03:04"""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    hours, rest = divmod(whole, 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
-
-
 def peak_memory_bytes() -> int:
     """Largest resident set of this process or of any one child that has ended."""
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)

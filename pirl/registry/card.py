@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pirl.text import score
+
 
 def model_card(record: Mapping[str, Any]) -> str:
     """The model card in Markdown.
@@ -67,7 +69,7 @@ _PROBES = {"linear": "linear, all labels", "linear_1pct": "linear, 1 % of the la
 
 
 def _percent(value: Mapping[str, Any] | None) -> str:
-    return f"{100 * value['mean']:.2f} ± {100 * value['std']:.2f}" if value else "not measured"
+    return score(value["mean"], value["std"]) if value else "not measured"
 
 
 def _loading(config: Mapping[str, Any]) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 from pirl.checkpoint import Checkpoints, Commit
 from pirl.config import Recipe, parse_recipe
 from pirl.errors import CheckpointError, StorageNotFoundError
-from pirl.metrics import duration, read_lines
+from pirl.metrics import read_lines
 from pirl.report.charts import Chart, Line, line_chart, number, ticks
 from pirl.storage import Storage
+from pirl.text import count, duration
 
 PROBES = {"linear": "Linear classifier", "linear_1pct": "Linear, few labels", "knn": "Nearest neighbours"}
 
@@ -203,10 +204,6 @@ def points(gain: float) -> str:
     return f"{100 * gain:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.2f}"
-
-
 def when(seconds: float) -> str:
     """Seconds since 1970 as a UTC time."""
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
@@ -224,8 +221,8 @@ def header(run: RunFacts) -> list[tuple[str, str]]:
         facts.append(
             (
                 "Training",
-                f"{_count(run.done['epochs'], 'epoch')}, {_count(run.done['steps'], 'step')}, "
-                f"{_count(run.done['images_seen'], 'image')} seen in {duration(run.done['seconds'])}",
+                f"{count(run.done['epochs'], 'epoch')}, {count(run.done['steps'], 'step')}, "
+                f"{count(run.done['images_seen'], 'image')} seen in {duration(run.done['seconds'])}",
             )
         )
     elif last:
@@ -241,10 +238,6 @@ def header(run: RunFacts) -> list[tuple[str, str]]:
     facts.append(("Trunk", f"ResNet of {model.block} blocks {layers}, width {model.width:g}"))
     facts.append(("Recipe digest", recipe.digest()[:12]))
     return facts
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def curves(run: RunFacts) -> list[Chart]:

@@ -6,8 +6,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from pirl.metrics import duration
-from pirl.report.facts import percent, points, when
+from pirl.report.facts import points, when
+from pirl.text import duration, percent, size
 
 
 def render(template: str, **values: Any) -> str:
@@ -26,9 +26,3 @@ def render(template: str, **values: Any) -> str:
 def writable(text: str) -> str:
     """Text without the lone surrogates that stand for undecodable bytes of file names."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def size(count: int) -> str:
-    """Bytes for reading, e.g. 12.5 MB."""
-    power = min(len(str(abs(count))) - 1, 14) // 3
-    return f"{count} B" if power == 0 else f"{count / 1000**power:.3g} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
