@@ -127,7 +127,9 @@ class CropDataset(Dataset[Batch]):
         read = dict(zip(unread, self._read(unread)))
         sources = [self._decoded[id] if id in self._decoded else read[id] for id in ids]
         sizes = [
-            source.shape[:2] if isinstance(source, np.ndarray) else image_size(source, self._name(id))
+            source.shape[:2]
+            if isinstance(source, np.ndarray)
+            else image_size(source, self._name(id), self.reader.manifest.decoding)
             for id, source in zip(ids, sources)
         ]
         geometry = draw_geometry(cfg, self.recipe.train.seed, epoch, np.array(ids), np.array(sizes, np.int64))
@@ -157,7 +159,7 @@ class CropDataset(Dataset[Batch]):
             return source
         if not self._buffer:
             self._buffer = bytearray(BUFFER_BYTES)
-        pixels = decode_pixels(source, self._name(id), self._buffer)
+        pixels = decode_pixels(source, self._name(id), self.reader.manifest.decoding, self._buffer)
         if max(pixels.shape) <= CACHED_SIDE and self._decoded_bytes < CACHED_BYTES:
             self._decoded[id] = pixels = pixels.copy()
             self._decoded_bytes += pixels.nbytes

@@ -49,15 +49,40 @@ def cmyk_jpeg(seed: int = 0) -> bytes:
     return encoded(picture(seed).convert("CMYK"), quality=90)
 
 
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def raw_png(samples: np.ndarray, depth: int, key: np.ndarray | None = None) -> bytes:
+    """A PNG of uint16 (H, W, channels) samples of `depth` bits, also of kinds that Pillow does not write.
+
+    `key` is the transparent colour, one sample for each channel.
+    """
+    height, width, channels = samples.shape
+    colour = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    bits = np.unpackbits(samples.astype(">u2").view(np.uint8).reshape(height, -1, 2), axis=2)[:, :, 16 - depth :]
+    rows = np.packbits(bits.reshape(height, -1), axis=1)
+    filtered = np.concatenate([np.zeros((height, 1), np.uint8), rows], axis=1)
+    chunks = [png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))]
+    if key is not None:
+        chunks.append(png_chunk(b"tRNS", key.astype(">u2").tobytes()))
+    chunks += [png_chunk(b"IDAT", zlib.compress(filtered.tobytes())), png_chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def bmp_with_alpha(rgba: np.ndarray) -> bytes:
+    """A BMP of version 4 of uint8 (H, W, 4), whose header names a mask for alpha."""
+    height, width = rgba.shape[:2]
+    masks = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + b"BGRs" + bytes(48)
+    header = struct.pack("<IiiHHIIiiII", 108, width, -height, 1, 32, 3, rgba.nbytes, 0, 0, 0, 0) + masks
+    return struct.pack("<2sIHHI", b"BM", 122 + rgba.nbytes, 0, 0, 122) + header + rgba[..., [2, 1, 0, 3]].tobytes()
+
+
 def bomb_png(width: int = 20_000, height: int = 20_000) -> bytes:
     """A PNG of a few hundred bytes that promises 400 million pixels."""
-    chunks = (
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(b"")),
-        (b"IEND", b""),
-    )
-    packed = [struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(kind, content) for kind, content in chunks)
 
 
 def folder_of_classes(root: Path, classes: int = 3, images: int = 4, width: int = 64, height: int = 48) -> Path:

@@ -17,12 +17,11 @@ import pytest
 import ranks
 import torch
 from conftest import IMAGES, tiny_recipe
-from images import encoded, picture
 
 from pirl.config import Recipe
 from pirl.data import Batch, CropDataset, Loader, Share, epoch_order, epoch_shares, negative_seeds
 from pirl.errors import DataError
-from pirl.shards import ShardReader, decode_image, decode_pixels, image_size
+from pirl.shards import ShardReader, decode_image
 from pirl.views import crop_batch
 from pirl.world import World
 
@@ -192,54 +191,6 @@ def test_fewer_images_are_spread_over_the_ids(shards: str) -> None:
     batch = dataset[0, np.array([3])]
     assert (batch.rows.item(), batch.ids.item()) == (3, ids[3])
     assert len(CropDataset(shards, tiny_recipe("data.images=1000")).image_ids(np.arange(IMAGES))) == IMAGES
-
-
-# ---- pixels
-
-
-@pytest.mark.parametrize("size", [(1, 1), (17, 9), (64, 48), (500, 375)])
-@pytest.mark.parametrize(
-    "options", [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"quality": 20}]
-)
-def test_pixels_of_a_jpeg_are_pils(size: tuple[int, int], options: dict[str, Any]) -> None:
-    for mode in ("RGB", "L", "CMYK"):
-        data = encoded(picture(3, *size).convert(mode), **options)
-        expected = np.asarray(decode_image(data, "x"))
-        room = bytearray(expected.nbytes)
-        for buffer in (None, room, bytearray(5)):
-            assert np.array_equal(decode_pixels(data, "x", buffer), expected)
-        assert image_size(data, "x") == expected.shape[:2]
-        assert mode == "CMYK" or bytes(room) == expected.tobytes()  # decoded in place
-
-
-def test_pixels_of_other_files_are_pils() -> None:
-    for kind in ("PNG", "BMP", "WEBP"):
-        data = encoded(picture(2, 30, 20), kind)
-        assert np.array_equal(decode_pixels(data, "x", bytearray(9999)), np.asarray(decode_image(data, "x")))
-        assert image_size(data, "x") == (20, 30)
-
-
-def test_damaged_jpegs_end_as_with_pil() -> None:
-    """What libjpeg-turbo only warns of is for Pillow to take or to refuse, with the image's name."""
-    whole = encoded(picture(1, 60, 40))
-    rng = np.random.default_rng(0)
-    refused = taken = 0
-    for trial in range(300):
-        data = bytearray(whole)
-        for place in rng.integers(20, len(data), 2):
-            data[place] = rng.integers(0, 256)
-        damaged = bytes(data) if trial % 3 else whole[: rng.integers(1, len(whole))]
-        try:
-            expected = np.asarray(decode_image(damaged, "cat.jpg"))
-        except DataError:
-            refused += 1
-            with pytest.raises(DataError, match=r"cat\.jpg"):
-                decode_pixels(damaged, "cat.jpg")
-            continue
-        taken += 1
-        assert np.array_equal(decode_pixels(damaged, "cat.jpg"), expected)
-    assert refused > 30
-    assert taken > 30
 
 
 # ---- loader

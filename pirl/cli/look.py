@@ -12,6 +12,7 @@ from rich.text import Text
 from .. import logs
 from ..errors import EXIT_FAILURE, UsageError
 from .app import DEFAULT_ROOT, JobItems, Json, Overrides, RecipeName, app, console, show_rows
+from .shard import Background, Exif, MaxPixels
 
 IMAGENET = 1_281_167  # training images of ImageNet-1k
 IMAGES_PER_RANK = 32  # in all of the reference's settings: its batch grows with the GPUs, and the rate with the batch
@@ -81,14 +82,18 @@ def preview(
     images: Annotated[str, typer.Argument(help="Folder of images, or any source that `pirl shard` takes.")],
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("preview.html"),
     count: Annotated[int, typer.Option(help="Images.", min=1)] = 8,
+    background: Background = "white",
+    exif: Exif = "apply",
+    max_pixels: MaxPixels = None,
 ) -> None:
     """Write a sheet of the views that a recipe makes of images.
 
     Example: pirl preview demo photos/train --out preview.html
     """
     from ..report import write_preview
+    from ..shards import decoding_settings
 
-    write_preview(recipe, images, out, count=count)
+    write_preview(recipe, images, out, count=count, decoding=decoding_settings(background, exif, max_pixels))
     console.print(str(out))
 
 

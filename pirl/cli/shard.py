@@ -10,6 +10,12 @@ import typer
 from ..text import count
 from .app import DRY_RUN_HELP, app, console, progress
 
+Background = Annotated[str, typer.Option(help="Colour below transparent pixels: a name, #rrggbb, or none: drop alpha.")]
+Exif = Annotated[str, typer.Option(help="EXIF orientation: apply (as viewers do), or ignore.")]
+MaxPixels = Annotated[
+    int | None, typer.Option(help="Of one image (100 million); larger JPEGs are read at a reduced size.", min=1)
+]
+
 
 @app.command()
 def shard(
@@ -22,23 +28,34 @@ def shard(
     out: Annotated[str, typer.Argument(help="Folder or s3:// prefix.")],
     processes: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
     max_bad_share: Annotated[float, typer.Option(help="Stop if a larger share of images is unreadable.")] = 0.01,
+    background: Background = "white",
+    exif: Exif = "apply",
+    max_pixels: MaxPixels = None,
     dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP)] = False,
 ) -> None:
     """Pack images into WebDataset shards with a manifest.
 
     Example: pirl shard photos/train shards/train
     """
-    from ..shards import open_source, write_shards
+    from ..shards import decoding_notes, decoding_settings, open_source, write_shards
     from ..storage import open_storage
 
+    decoding = decoding_settings(background, exif, max_pixels)
     images = open_source(source)
     if dry_run:
         console.print(f"{count(len(images), 'image')} would go to {out}")
         return
     with progress("sharding") as advance:
         manifest = write_shards(
-            images, open_storage(out), processes=processes, max_bad_share=max_bad_share, progress=advance
+            images,
+            open_storage(out),
+            processes=processes,
+            max_bad_share=max_bad_share,
+            decoding=decoding,
+            progress=advance,
         )
+    for note in decoding_notes(manifest.decoding, manifest.pictures):
+        console.print(note)
     console.print(
         f"{count(manifest.images, 'image')} in {count(len(manifest.shards), 'shard')}, "
         f"{manifest.quarantined:,} quarantined, "

@@ -14,7 +14,7 @@ from pirl.config import Recipe
 from pirl.data import ErrorsAsValues, start_worker
 from pirl.errors import PirlError
 from pirl.evaluate.probe import centre_crop
-from pirl.shards import ShardReader, decode_image
+from pirl.shards import ShardReader
 from pirl.views import CROP_DRAWS, random_box, uniforms
 
 PROBE_STREAM = 240  # of the counter-based random numbers; the views use small numbers, `data` those from 250 on
@@ -58,7 +58,7 @@ class LabelledCrops(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """(n, crop, crop, 3) uint8 and (n,) int64."""
         epoch, ids = chunk
-        images = [decode_image(self.reader.read(int(id)), f"image {id} ({self.reader.name(int(id))})") for id in ids]
+        images = [self.reader.image(int(id)) for id in ids]
         if epoch is None:
             pixels = np.stack([centre_crop(image, self.recipe) for image in images])
         else:

@@ -25,7 +25,7 @@ from pirl.config import Recipe, parse_recipe
 from pirl.data import CropDataset
 from pirl.errors import CheckpointError, DataError, UsageError
 from pirl.model import PIRL, Trunk, build_model
-from pirl.shards import Manifest, ShardReader, decode_image
+from pirl.shards import Manifest, ShardReader
 from pirl.storage import open_storage
 
 SIMILARITIES = 1 << 28  # that are held at a time: a gigabyte
@@ -317,7 +317,7 @@ def load_pixels(reader: ShardReader, recipe: Recipe) -> Callable[[], Iterator[Te
             return
         for start in range(0, len(reader), size):
             ids = range(start, min(start + size, len(reader)))
-            pixels = np.stack([centre_crop(decode_image(reader.read(id), f"image {id}"), recipe) for id in ids])
+            pixels = np.stack([centre_crop(reader.image(id), recipe) for id in ids])
             if keep:
                 kept.append(torch.from_numpy(pixels))
             yield torch.from_numpy(pixels)

@@ -19,7 +19,7 @@ from pirl.report.facts import RunFacts, curves, header, rates, read_run, scale, 
 from pirl.report.neighbours import Neighbours, find_neighbours
 from pirl.report.page import render
 from pirl.report.sheet import Example, draw_views, views_sheet, write_preview
-from pirl.shards import Manifest, ShardReader, decode_image
+from pirl.shards import Manifest, ShardReader
 from pirl.storage import open_storage
 
 __all__ = ["render_report", "views_sheet", "write_preview", "write_report"]
@@ -92,7 +92,7 @@ def first_examples(dataset: CropDataset) -> list[Example]:
     recipe, reader = dataset.recipe, dataset.reader
     rows = epoch_order(recipe.train.seed, 0, dataset.rows)[:EXAMPLES]
     ids = [int(id) for id in dataset.image_ids(rows)]
-    images = [decode_image(reader.read(id), f"image {id}") for id in ids]
+    images = [reader.image(id) for id in ids]
     return draw_views(recipe, images, ids, names=[reader.name(id) for id in ids])
 
 
@@ -105,13 +105,15 @@ def usage(run: RunFacts) -> str | None:
     model = run.recipe.model.model_dump(include={"block", "layers", "width", "stem", "stem_stride"})
     trunk = ", ".join(f"{key}={value!r}" for key, value in model.items())
     return f"""\
+from pathlib import Path
+
 import torch
-from PIL import Image
 from safetensors.torch import load
 from torchvision import transforms
 
 from pirl.config import ModelConfig
 from pirl.model import Trunk
+from pirl.shards import decode_image
 from pirl.storage import open_storage
 
 version = open_storage({run.registered["uri"]!r})
@@ -125,7 +127,7 @@ prepare = transforms.Compose([
     transforms.ToTensor(),
     transforms.Normalize({list(views.mean)}, {list(views.std)}),
 ])
-image = Image.open("image.png").convert("RGB")
+image = decode_image(Path("image.png").read_bytes(), "image.png")
 with torch.no_grad():
     features = trunk(prepare(image)[None])  # (1, D)
 """

@@ -13,7 +13,7 @@ from pirl.data import epoch_order
 from pirl.evaluate import centre_crop, extract, load_trunk, neighbours
 from pirl.model import build_model
 from pirl.report.pictures import Picture, picture
-from pirl.shards import ShardReader, decode_image
+from pirl.shards import ShardReader
 
 QUERIES, SHOWN = 10, 6
 GALLERY = 10_000  # training images that are searched
@@ -59,7 +59,7 @@ def find_neighbours(run: str, train: ShardReader, test: ShardReader) -> Neighbou
     trunks = (trained, build_model(recipe).trunk.eval())
 
     def features(reader: ShardReader, ids: Sequence[int]) -> list[torch.Tensor]:
-        images = [decode_image(reader.read(id), f"image {id}") for id in ids]
+        images = [reader.image(id) for id in ids]
         pixels = torch.from_numpy(np.stack([centre_crop(image, recipe) for image in images]))
         return [extract(trunk, lambda: iter([pixels]), recipe) for trunk in trunks]
 
@@ -79,7 +79,7 @@ def find_neighbours(run: str, train: ShardReader, test: ShardReader) -> Neighbou
         classes = reader.manifest.classes
         label = classes[reader.label(id)] if classes else None
         wrong = None not in (label, like) and label != like
-        return Shown(id, picture(decode_image(reader.read(id), f"image {id}"), 160), label, similarity, wrong)
+        return Shown(id, picture(reader.image(id), 160), label, similarity, wrong)
 
     shown = [show(test, id) for id in queries]
     nearest: list[list[list[Shown]]] = []

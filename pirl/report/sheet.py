@@ -15,7 +15,7 @@ from pirl.config import Recipe, load_recipe
 from pirl.errors import DataError, UsageError
 from pirl.report.page import render, writable
 from pirl.report.pictures import Picture, picture
-from pirl.shards import decode_image, open_source
+from pirl.shards import DEFAULT, Decoding, decode_image, open_source
 from pirl.storage import LocalStorage
 from pirl.views import apply_photometrics, crop_batch, denormalise, draw_geometry, draw_photometrics
 
@@ -189,7 +189,9 @@ def _shorten(text: str, most: int) -> str:
     return text if len(text) <= most else "..." + text[-most + 3 :]
 
 
-def write_preview(recipe: Recipe | str, folder: str, out_path: str | Path, count: int = 8) -> Path:
+def write_preview(
+    recipe: Recipe | str, folder: str, out_path: str | Path, count: int = 8, decoding: Decoding = DEFAULT
+) -> Path:
     """Write the views of `count` images of a folder, evenly spaced, to a `.html` or `.png` file.
 
     `recipe` is a recipe or the name of one; `folder` may be anything that `pirl shard` takes. Unreadable images are
@@ -207,7 +209,7 @@ def write_preview(recipe: Recipe | str, folder: str, out_path: str | Path, count
     count = min(count, len(source))
     for index in (step * len(source) // count for step in range(count)):
         try:
-            chosen[index] = decode_image(source.load(index), source.names[index])
+            chosen[index] = decode_image(source.load(index), source.names[index], decoding)
         except DataError as error:
             problem = error
     if not chosen:

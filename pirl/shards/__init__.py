@@ -11,6 +11,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from pirl.errors import UsageError, did_you_mean
+from pirl.shards.decoding import (
+    DEFAULT,
+    LEGACY,
+    MAX_PIXELS,
+    Decoding,
+    Pictures,
+    decoding_notes,
+    decoding_settings,
+)
 from pirl.shards.fashion import cache_root, fashion_mnist, find_fashion_mnist
 from pirl.shards.images import check_image, decode_image, decode_pixels, image_size
 from pirl.shards.manifest import MANIFEST, QUARANTINE, Manifest, Shard
@@ -20,14 +29,19 @@ from pirl.shards.sources import ArraySource, DatasetSource, FileSource, Source, 
 from pirl.shards.write import SHARD_BYTES, write_shards
 
 __all__ = [
+    "DEFAULT",
+    "LEGACY",
     "MANIFEST",
+    "MAX_PIXELS",
     "QUARANTINE",
     "SHARD_BYTES",
     "ArraySource",
     "DatasetSource",
+    "Decoding",
     "FileSource",
     "Manifest",
     "ObjectSource",
+    "Pictures",
     "Shard",
     "ShardReader",
     "Source",
@@ -35,6 +49,8 @@ __all__ = [
     "check_image",
     "decode_image",
     "decode_pixels",
+    "decoding_notes",
+    "decoding_settings",
     "fashion_mnist",
     "find_fashion_mnist",
     "image_size",

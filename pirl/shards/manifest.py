@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pirl.errors import DataError, StorageNotFoundError
+from pirl.shards.decoding import LEGACY, Decoding, Pictures
 from pirl.storage import Storage
 
 FORMAT: Literal[1] = 1
@@ -39,7 +40,8 @@ class Shard(BaseModel):
 class Manifest(BaseModel):
     """The data set: `images` dense ids, their classes (None when unlabelled) and the shards that hold them.
 
-    `digest` (SHA-256) depends on the images, labels and names and their order, not on where they came from.
+    `digest` (SHA-256) depends on the images, labels and names and their order, not on where they came from; and on the
+    settings of `decoding` that change a pixel of them (`Decoding.decisive`). `pictures` is None in version 0.1's.
     `source` says where from and with which settings; it ends with a hash that tells the same input from another.
     """
 
@@ -51,13 +53,30 @@ class Manifest(BaseModel):
     digest: Sha256
     source: str
     quarantined: Count
+    decoding: Decoding = LEGACY
+    pictures: Pictures | None = None
     shards: list[Shard]
 
     @classmethod
-    def of(cls, shards: list[Shard], classes: list[str] | None, source: str, quarantined: int) -> Manifest:
-        images = sum(shard.images for shard in shards)
-        digest = content_digest(shards, classes)
-        return cls(images=images, classes=classes, digest=digest, source=source, quarantined=quarantined, shards=shards)
+    def of(
+        cls,
+        shards: list[Shard],
+        classes: list[str] | None,
+        source: str,
+        quarantined: int,
+        decoding: Decoding = LEGACY,
+        pictures: Pictures | None = None,
+    ) -> Manifest:
+        return cls(
+            images=sum(shard.images for shard in shards),
+            classes=classes,
+            digest=content_digest(shards, classes, decoding.decisive(pictures or Pictures())),
+            source=source,
+            quarantined=quarantined,
+            decoding=decoding,
+            pictures=pictures,
+            shards=shards,
+        )
 
     @classmethod
     def load(cls, storage: Storage) -> Manifest:
@@ -85,12 +104,17 @@ class Manifest(BaseModel):
             next_id += shard.images
         if next_id != manifest.images:
             raise DataError(f"{where} promises {manifest.images} images, its shards hold {next_id}", hint)
-        if manifest.digest != content_digest(manifest.shards, manifest.classes):
+        settings = manifest.decoding.decisive(manifest.pictures or Pictures())
+        if manifest.digest != content_digest(manifest.shards, manifest.classes, settings):
             raise DataError(f"{where}: the digest does not belong to the shards that it lists", hint)
         return manifest
 
 
-def content_digest(shards: list[Shard], classes: list[str] | None) -> str:
-    """SHA-256 over the hashes of all shards and indexes (bytes, names, labels, order) and the class names."""
-    content = [[shard.images, shard.sha256, shard.index_sha256] for shard in shards]
-    return hashlib.sha256(json.dumps([FORMAT, classes, content]).encode()).hexdigest()
+def content_digest(shards: list[Shard], classes: list[str] | None, decoding: dict[str, Any]) -> str:
+    """Return the SHA-256 over the hashes of all shards and indexes (bytes, names, labels, order) and the class names.
+
+    `decoding` holds the settings that change a pixel; where there is none, the digest is that of version 0.1.
+    """
+    content: list[Any] = [[shard.images, shard.sha256, shard.index_sha256] for shard in shards]
+    body = [FORMAT, classes, content, *([decoding] if decoding else [])]
+    return hashlib.sha256(json.dumps(body).encode()).hexdigest()

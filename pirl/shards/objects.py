@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from pirl.errors import DataError, StorageError, StorageNotFoundError, UsageError
+from pirl.shards.decoding import Checked, Decoding
 from pirl.shards.fashion import cache_root
 from pirl.shards.images import EXTENSIONS, MAX_IMAGE_BYTES, check_image
 from pirl.shards.sources import Source, check_class, numbered
@@ -66,9 +67,9 @@ class ObjectSource(Source):
         digest.update("\0".join(self.names).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
-    def check(self, i: int) -> tuple[str, int]:
+    def check(self, i: int, decoding: Decoding) -> tuple[Checked, int]:
         data = self.load(i)
-        return check_image(data, self.names[i]), len(data)
+        return check_image(data, self.names[i], decoding), len(data)
 
     def load(self, i: int) -> bytes:
         name = self.names[i]

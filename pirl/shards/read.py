@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from zlib_ng import zlib_ng
 
 from pirl.errors import DataError, StorageError, StorageNotFoundError
 from pirl.shards.cache import BlockCache
 from pirl.shards.fashion import cache_root
+from pirl.shards.images import decode_image
 from pirl.shards.manifest import Manifest, Shard
 from pirl.shards.remote import HINT, Ahead, RemoteShards, Span
 from pirl.storage import Storage, local_path, open_storage
@@ -75,6 +77,10 @@ class ShardReader:
             shard = self.manifest.shards[number]
             raise DataError(f"{self.storage.uri}/{shard.name} was cut while it was in use (image {id})", HINT)
         return data
+
+    def image(self, id: int) -> Image.Image:
+        """Return the RGB image, decoded with the settings of the manifest."""
+        return decode_image(self.read(id), f"image {id} ({self.name(id)})", self.manifest.decoding)
 
     def read_many(self, ids: Sequence[int]) -> list[bytes]:
         """Several images, checked against their checksums.

@@ -18,7 +18,9 @@ import numpy as np
 from PIL import Image
 
 from pirl.errors import DataError, UsageError
-from pirl.shards.images import EXTENSIONS, MAX_IMAGE_BYTES, check_image
+from pirl.shards.decoding import Checked, Decoding
+from pirl.shards.images import EXTENSIONS, MAX_IMAGE_BYTES, check_image, check_limit
+from pirl.shards.pixels import ALPHA_MODES, flattened, transparency, with_alpha
 
 MAX_CLASSES = 1_000_000
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
@@ -43,8 +45,8 @@ class Source(ABC):
         """Hex SHA-256 that changes when the input does. Not a place: a copied array data set has the same."""
 
     @abstractmethod
-    def check(self, i: int) -> tuple[str, int]:
-        """Decode image i: (extension, upper bound of its encoded size in bytes). DataError if it is unreadable."""
+    def check(self, i: int, decoding: Decoding) -> tuple[Checked, int]:
+        """Decode image i; return what it is and an upper bound of its encoded bytes. DataError if it is unreadable."""
 
     @abstractmethod
     def load(self, i: int) -> bytes:
@@ -82,9 +84,9 @@ class FileSource(Source):
             digest.update(os.fsencode(name) + f"\0{self.sizes[i]} {self.mtimes_ns[i]} {label}\n".encode())
         return digest.hexdigest()
 
-    def check(self, i: int) -> tuple[str, int]:
+    def check(self, i: int, decoding: Decoding) -> tuple[Checked, int]:
         data = self.load(i)
-        return check_image(data, self.names[i]), len(data)
+        return check_image(data, self.names[i], decoding), len(data)
 
     def load(self, i: int) -> bytes:
         with self._opened(i) as (descriptor, size):
@@ -264,9 +266,9 @@ class ArraySource(Source):
             digest.update(self.labels.tobytes())
         return digest.hexdigest()
 
-    def check(self, i: int) -> tuple[str, int]:
+    def check(self, i: int, decoding: Decoding) -> tuple[Checked, int]:
         height, width = self.images.shape[1:]
-        return "png", height * (width + 1) + height * width // 1000 + 128  # deflate never grows data by more
+        return Checked("png"), height * (width + 1) + height * width // 1000 + 128  # deflate never grows data by more
 
     def load(self, i: int) -> bytes:
         return grey_png(self.images[i])
@@ -331,13 +333,21 @@ class DatasetSource(Source):
     def fingerprint(self) -> str:
         return self._digest
 
-    def check(self, i: int) -> tuple[str, int]:
-        image, _ = self._item(i)
+    def check(self, i: int, decoding: Decoding) -> tuple[Checked, int]:
+        image = self._saved(i)
+        check_limit(image.size, self.names[i], decoding.max_pixels)
+        checked = Checked("png", transparent=transparency(image) is not None)
         values = image.width * image.height * max(len(image.getbands()), 1) * (2 if image.mode == "I;16" else 1)
-        return "png", values + image.height + values // 100 + 4096
+        return checked, values + image.height + values // 100 + 4096
 
     def load(self, i: int) -> bytes:
-        image, _ = self._item(i)
         buffer = io.BytesIO()
-        (image if image.mode in PNG_MODES else image.convert("RGB")).save(buffer, "PNG")
+        self._saved(i).save(buffer, "PNG")
         return buffer.getvalue()
+
+    def _saved(self, i: int) -> Image.Image:
+        """Return image i in a mode that a PNG holds. DataError where it has no 8-bit form."""
+        image, _ = self._item(i)
+        if image.mode in PNG_MODES:
+            return image
+        return with_alpha(image) if image.mode in ALPHA_MODES else flattened(image, self.names[i], None)

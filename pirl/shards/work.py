@@ -19,6 +19,7 @@ import numpy as np
 from zlib_ng import zlib_ng
 
 from pirl.errors import DataError, StorageError
+from pirl.shards.decoding import Decoding, Pictures
 from pirl.shards.manifest import Shard
 from pirl.shards.sources import Source
 from pirl.shards.tar import Digest, Load, write_tar
@@ -57,24 +58,30 @@ class PartWorker:
     digest: Callable[[], Digest] = staticmethod(hashlib.sha256)
     checksum: Callable[[bytes | memoryview], int] = staticmethod(zlib_ng.crc32)  # zlib's, five times as fast
 
-    def __init__(self, source: Source, uri: str, key: str) -> None:
-        self.source, self.uri, self.key = source, uri, key
+    def __init__(self, source: Source, uri: str, key: str, decoding: Decoding) -> None:
+        self.source, self.uri, self.key, self.decoding = source, uri, key, decoding
 
     def check(self, images: np.ndarray) -> dict[str, Any]:
-        """Decode images (int64 indices) -> columns "ext" and "size" (-1: unreadable), and "bad" {index: reason}."""
+        """Decode images (int64 indices) -> columns "ext" and "size" (-1: unreadable), and "bad" {index: reason}.
+
+        "pictures" are the counts of special kinds among the readable ones (`Pictures`).
+        """
+        pictures = Pictures()
         extensions: list[str] = []
         sizes: list[int] = []
         bad: dict[str, str] = {}
         self.source.expect(images.tolist())
         for i in images.tolist():
             try:
-                extension, size = self.source.check(i)
+                checked, size = self.source.check(i, self.decoding)
+                extension = checked.extension
+                pictures.add(checked)
             except DataError as error:
                 extension, size = "", -1
                 bad[str(i)] = error.what.removeprefix(f"{self.source.names[i]}: ")
             extensions.append(extension)
             sizes.append(size)
-        return {"ext": extensions, "size": sizes, "bad": bad}
+        return {"ext": extensions, "size": sizes, "bad": bad, "pictures": pictures.model_dump()}
 
     def write(self, plan: Plan) -> Shard:
         """Write one shard, its index and its record, each published whole and in this order."""

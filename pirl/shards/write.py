@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from pirl.errors import DataError, StorageError, StorageNotFoundError, UsageError
+from pirl.shards.decoding import DEFAULT, LEGACY, Decoding, Pictures
 from pirl.shards.manifest import FORMAT, MANIFEST, QUARANTINE, Manifest, Shard
 from pirl.shards.parallel import Workers
 from pirl.shards.sources import Source
@@ -43,6 +44,7 @@ def write_shards(
     shard_bytes: int = SHARD_BYTES,
     processes: int = 1,
     limit: int = 0,
+    decoding: Decoding = DEFAULT,
     progress: Progress | None = None,
 ) -> Manifest:
     """Write `source` as shards of at most `shard_bytes` to `out` and return the manifest.
@@ -50,7 +52,8 @@ def write_shards(
     The same input gives the same bytes for any number of processes; if `out` already holds it, nothing is done.
     Unreadable images get no id and are named in quarantine.json; a share of them above `max_bad_share` stops the run
     before anything is published (DataError). `limit` > 0 takes that many images, evenly spread over the source (so
-    that all classes of a sorted folder are in). `progress(done, total)` counts image visits over both passes.
+    that all classes of a sorted folder are in). `decoding` says what a pixel is, here and for whoever reads the shards;
+    shards of version 0.1 are kept as they are. `progress(done, total)` counts image visits over both passes.
     """
     if not 0 <= max_bad_share <= 1 or shard_bytes < 1 or processes < 1 or limit < 0:
         raise UsageError(
@@ -67,7 +70,7 @@ def write_shards(
     wanted = np.arange(len(source))
     if 0 < limit < len(source):
         wanted = np.arange(limit) * len(source) // limit
-    run = _Run(source, out, wanted, shard_bytes, progress or (lambda done, total: None))
+    run = _Run(source, out, wanted, shard_bytes, decoding, progress or (lambda done, total: None))
     if done := run.finished():
         run.clear()  # what a run that was killed right after publishing has left
         return done
@@ -80,13 +83,26 @@ def write_shards(
 
 
 class _Run:
-    def __init__(self, source: Source, out: Storage, wanted: np.ndarray, shard_bytes: int, progress: Progress) -> None:
-        self.source, self.out, self.wanted, self.shard_bytes = source, out, wanted, shard_bytes
+    def __init__(
+        self,
+        source: Source,
+        out: Storage,
+        wanted: np.ndarray,
+        shard_bytes: int,
+        decoding: Decoding,
+        progress: Progress,
+    ) -> None:
+        self.source, self.out, self.wanted, self.shard_bytes, self.decoding = source, out, wanted, shard_bytes, decoding
         self.progress, self.visited = progress, 0
         settings = [FORMAT, source.fingerprint(), wanted.size, shard_bytes]
-        self.key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
         part = "" if wanted.size == len(source) else f", {wanted.size} of {len(source)} images"
-        self.origin = f"{source.description}{part}, shards of {shard_bytes} bytes, sha256:{self.key}"
+        origin = f"{source.description}{part}, shards of {shard_bytes} bytes"
+        self.legacy_key = _key(settings)
+        if source.in_memory or decoding == LEGACY:  # grey arrays have the same pixels with any settings
+            self.key, self.origin = self.legacy_key, f"{origin}, sha256:{self.legacy_key}"
+        else:
+            self.key = _key([*settings, decoding.model_dump()])
+            self.origin = f"{origin}, {decoding}, sha256:{self.key}"
         self.records = out / WORK / self.key[:16]
 
     def finished(self) -> Manifest | None:
@@ -94,7 +110,8 @@ class _Run:
         if not self.out.exists(MANIFEST):
             return None
         manifest = Manifest.load(self.out)
-        if not manifest.source.endswith(self.key):
+        is_legacy = manifest.pictures is None and manifest.source.endswith(self.legacy_key)
+        if not manifest.source.endswith(self.key) and not (is_legacy and self.decoding == DEFAULT):
             raise self._occupied(manifest.source, "choose another output, or remove this one first")
         there = set(self.out.list("shard-"))
         for name in (name for shard in manifest.shards for name in (shard.name, shard.index_name)):
@@ -111,26 +128,28 @@ class _Run:
         return UsageError(f"{self.out.uri} holds shards of another input{note}: {other}; this is {self.origin}", hint)
 
     def all(self, processes: int, max_bad_share: float) -> Manifest:
-        with Workers(PartWorker(self.source, self.out.uri, self.key), processes) as workers:
-            extensions, sizes, bad = self._check(workers, max_bad_share)
+        with Workers(PartWorker(self.source, self.out.uri, self.key, self.decoding), processes) as workers:
+            extensions, sizes, bad, pictures = self._check(workers, max_bad_share)
             plans = self._plans(extensions, sizes)
             self._claim()
             shards = self._write(workers, plans)
         report = [{"name": self.source.names[i], "reason": reason} for i, reason in sorted(bad.items())]
         quarantine = {"quarantined": len(report), "of": len(self.wanted), "images": report}
         self.out.write_bytes(QUARANTINE, ascii_json(quarantine, indent=2))
-        manifest = Manifest.of(shards, self.source.classes, self.origin, len(report))
+        manifest = Manifest.of(shards, self.source.classes, self.origin, len(report), self.decoding, pictures)
         self.out.write_bytes(MANIFEST, encode_json(manifest.model_dump()))
         self.clear()
         return manifest
 
-    def _check(self, workers: Workers, max_bad_share: float) -> tuple[list[str], np.ndarray, dict[int, str]]:
+    def _check(self, workers: Workers, max_bad_share: float) -> tuple[list[str], np.ndarray, dict[int, str], Pictures]:
         """Pass 1. Extension ("" for an unreadable one) and size of every wanted image, and why some are unreadable."""
         chunks = [self.wanted[start : start + CHUNK_IMAGES] for start in range(0, len(self.wanted), CHUNK_IMAGES)]
         there = set(self.records.list("checked-"))
         results: dict[int, dict[str, Any]] = {}
         for number in range(len(chunks)):
             if _checked_name(number) in there and (result := self._record(_checked_name(number))):
+                if "pictures" not in result:  # of version 0.1
+                    continue
                 results[number] = result
         self._advance(sum(len(chunks[number]) for number in results))
         bad: dict[int, str] = {int(i): reason for result in results.values() for i, reason in result["bad"].items()}
@@ -147,7 +166,10 @@ class _Run:
         self._refuse_too_bad(bad, max_bad_share)
         extensions = [extension for number in range(len(chunks)) for extension in results[number]["ext"]]
         sizes = np.concatenate([np.array(results[number]["size"], np.int64) for number in range(len(chunks))])
-        return extensions, sizes, bad
+        pictures = Pictures()
+        for result in results.values():
+            pictures.add(Pictures.model_validate(result["pictures"]))
+        return extensions, sizes, bad, pictures
 
     def _refuse_too_bad(self, bad: dict[int, str], max_bad_share: float) -> None:
         if len(bad) <= max_bad_share * len(self.wanted) and len(bad) < len(self.wanted):
@@ -241,6 +263,10 @@ class _Run:
         self.out.delete(CLAIM)
         if folder:
             shutil.rmtree(folder / WORK, ignore_errors=True)
+
+
+def _key(settings: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 def _checked_name(number: int) -> str:
