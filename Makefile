@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo demo-long test test-slow cluster-test cluster-faults needs-cluster images bench check format clean
+.PHONY: setup demo demo-long test test-fast test-slow cluster-test cluster-faults needs-cluster images bench check format clean
 
 setup: $(VENV)/.installed
 
@@ -26,8 +26,13 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two workers share the tests by file.
 test: check
-	$(BIN)/pytest -m "not slow and not cluster and not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not cluster and not gpu"
+
+# Those that start no process: the inner loop of a change.
+test-fast: setup
+	$(BIN)/pytest -n 2 --dist loadfile -m "not process and not slow and not cluster and not gpu"
 
 test-slow: setup
 	$(BIN)/pytest -m "slow and not cluster and not gpu"
