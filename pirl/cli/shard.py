@@ -22,7 +22,7 @@ def shard(
     source: Annotated[
         str,
         typer.Argument(
-            help="Folder, list of files (.txt), s3://bucket/prefix (images or tars), or fashion-mnist:train|test."
+            help="Folder or s3://bucket/prefix (images or tars), list of files (.txt), or fashion-mnist:train|test."
         ),
     ],
     out: Annotated[str, typer.Argument(help="Folder or s3:// prefix.")],
@@ -31,33 +31,47 @@ def shard(
     background: Background = "white",
     exif: Exif = "apply",
     max_pixels: MaxPixels = None,
+    image: Annotated[
+        str, typer.Option(metavar="PART", help="Of samples in tar files, the part that is the image (jpg); each: all.")
+    ] = "",
+    label: Annotated[
+        str, typer.Option(metavar="PART", help="Of samples in tar files, the part with the label: cls, json:KEY.")
+    ] = "",
     dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP)] = False,
 ) -> None:
     """Pack images into WebDataset shards with a manifest.
 
     Example: pirl shard photos/train shards/train
     """
-    from ..shards import decoding_notes, decoding_settings, open_source, write_shards
+    from ..shards import Quarantine, decoding_notes, decoding_settings, listed, open_source, summary, write_shards
     from ..storage import open_storage
 
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
+
     decoding = decoding_settings(background, exif, max_pixels)
-    images = open_source(source)
+    images = open_source(source, image, label)
+    for line in summary(images):
+        say(line)
     if dry_run:
-        console.print(f"{count(len(images), 'image')} would go to {out}")
+        say(f"{count(len(images), 'image')} would go to {out}")
         return
+    place = open_storage(out)
     with progress("sharding") as advance:
         manifest = write_shards(
             images,
-            open_storage(out),
+            place,
             processes=processes,
             max_bad_share=max_bad_share,
             decoding=decoding,
             progress=advance,
+            share_option="--max-bad-share",
         )
     for note in decoding_notes(manifest.decoding, manifest.pictures):
-        console.print(note)
-    console.print(
+        say(note)
+    if manifest.quarantined and (empty := Quarantine.load(place).empty_classes):
+        say(f"{count(len(empty), 'class', 'classes')} without a readable image: {listed(empty)}")
+    say(
         f"{count(manifest.images, 'image')} in {count(len(manifest.shards), 'shard')}, "
-        f"{manifest.quarantined:,} quarantined, "
-        f"digest {manifest.digest[:12]}: {out}"
+        f"{manifest.quarantined:,} quarantined, digest {manifest.digest[:12]}: {out}"
     )

@@ -21,11 +21,16 @@ from pirl.shards.decoding import (
     decoding_settings,
 )
 from pirl.shards.fashion import cache_root, fashion_mnist, find_fashion_mnist
+from pirl.shards.folders import folder_source, tar_file_source
 from pirl.shards.images import check_image, decode_image, decode_pixels, image_size
-from pirl.shards.manifest import MANIFEST, QUARANTINE, Manifest, Shard
-from pirl.shards.objects import ObjectSource, object_source
+from pirl.shards.labels import class_summary, listed, match_classes
+from pirl.shards.lists import list_source
+from pirl.shards.manifest import MANIFEST, QUARANTINE, Manifest, Quarantine, Shard
+from pirl.shards.objects import ObjectSource
+from pirl.shards.prefix import object_source
 from pirl.shards.read import ShardReader
-from pirl.shards.sources import ArraySource, DatasetSource, FileSource, Source, folder_source, list_source
+from pirl.shards.samples import Parts
+from pirl.shards.sources import ArraySource, DatasetSource, FileSource, Source
 from pirl.shards.write import SHARD_BYTES, write_shards
 
 __all__ = [
@@ -42,6 +47,7 @@ __all__ = [
     "Manifest",
     "ObjectSource",
     "Pictures",
+    "Quarantine",
     "Shard",
     "ShardReader",
     "Source",
@@ -54,34 +60,59 @@ __all__ = [
     "fashion_mnist",
     "find_fashion_mnist",
     "image_size",
+    "listed",
+    "match_classes",
     "open_source",
+    "summary",
     "write_shards",
 ]
 
 
-def open_source(spec: str) -> Source:
-    """What the user named: a folder of images, a `.txt` list of files, `fashion-mnist:train` / `:test`, or a place on
-    S3 with images or tar files."""
+def open_source(spec: str, image: str = "", label: str = "") -> Source:
+    """Return the source that the user named: a folder of images or tar files, a `.txt` list of files, a tar file,
+    `fashion-mnist:train` / `:test`, or a place on S3 with images or tar files.
+
+    `image` and `label` choose the parts of a sample in tar files: "jpg", or "each" for every image; "cls", "json:KEY".
+    """
+    source = _open(spec, Parts(image, label))
+    if (image or label) and not isinstance(source, ObjectSource):
+        raise UsageError(
+            f"{spec} has no tar files, whose parts {image or label!r} could be", "leave out --image and --label"
+        )
+    return source
+
+
+def summary(source: Source) -> list[str]:
+    """Return lines for the user: images and classes, images a class, what is left out, and what else to know."""
+    lines = [*class_summary(source.labels, source.classes, len(source)), *source.notes]
+    if source.left_out:
+        lines.append(f"left out, each named in {QUARANTINE}: {source.left_out}")
+    return lines
+
+
+def _open(spec: str, parts: Parts) -> Source:
     if spec.startswith("s3://"):
-        return object_source(spec)
+        return object_source(spec, parts)
     name, _, split = spec.partition(":")
     path = Path(spec).expanduser()
     try:
         if path.is_dir():
-            return folder_source(path)
+            return folder_source(path, parts)
         if path.is_file() and path.suffix == ".txt":
             return list_source(path)
+        if path.is_file() and path.suffix.lower() == ".tar":
+            return tar_file_source(path, parts)
     except OSError as error:
         raise UsageError(
             f"{error.filename or spec} cannot be read: {error.strerror}", "check the path and its permissions"
         ) from None
-    known = (
-        "a source is a folder of images, a .txt list of files, fashion-mnist:train, fashion-mnist:test, "
-        "or s3://bucket/prefix with images or tar files"
+    forms = (
+        "a source is a folder of images or tar files, a .txt list of files, a .tar file, fashion-mnist:train, "
+        "fashion-mnist:test, or s3://bucket/prefix with images or tar files"
     )
     if name == "fashion-mnist":
         return fashion_mnist(split)
     if path.is_file():
-        raise UsageError(f"{spec} is neither a folder nor a .txt list of files", known)
+        raise UsageError(f"{spec} is neither a folder nor a .txt list of files", forms)
     near = did_you_mean(spec, ("fashion-mnist:train", "fashion-mnist:test"))
-    raise UsageError(f"{spec} does not exist.{near}", known)
+    raise UsageError(f"{spec} does not exist.{near}", forms)

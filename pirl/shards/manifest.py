@@ -118,3 +118,39 @@ def content_digest(shards: list[Shard], classes: list[str] | None, decoding: dic
     content: list[Any] = [[shard.images, shard.sha256, shard.index_sha256] for shard in shards]
     body = [FORMAT, classes, content, *([decoding] if decoding else [])]
     return hashlib.sha256(json.dumps(body).encode()).hexdigest()
+
+
+class LeftOutFiles(BaseModel):
+    """Files that are no image of the data set, for one reason; a folder, which ends in a slash, counts once."""
+
+    reason: str
+    count: Count
+    names: list[str]
+
+
+class UnreadableImage(BaseModel):
+    """An image without an id."""
+
+    name: str
+    reason: str
+
+
+class Quarantine(BaseModel):
+    """`quarantine.json`: what of the source is not in the data set. Lists that are empty are not written."""
+
+    quarantined: Count
+    of: Count
+    images: list[UnreadableImage]
+    left_out: list[LeftOutFiles] = []
+    empty_classes: list[str] = []
+    """Classes whose images are all unreadable or left out."""
+
+    @classmethod
+    def load(cls, storage: Storage) -> Quarantine:
+        """Return the quarantine of a sharded data set."""
+        try:
+            return cls.model_validate(json.loads(storage.read_bytes(QUARANTINE)))
+        except ValueError as error:
+            raise DataError(
+                f"{storage.uri}/{QUARANTINE} is not a quarantine: {error}", "shard the images again"
+            ) from None

@@ -1,31 +1,35 @@
-"""Images on S3, each an object of its own or inside tar files, read ahead of the work with bounded memory."""
+"""Images that are ranges of objects on S3 or of local tar files, read ahead of the work with bounded memory."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-import tarfile
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from pirl.errors import DataError, StorageError, StorageNotFoundError, UsageError
+from pirl.errors import DataError, StorageNotFoundError
 from pirl.shards.decoding import Checked, Decoding
-from pirl.shards.fashion import cache_root
-from pirl.shards.images import EXTENSIONS, MAX_IMAGE_BYTES, check_image
-from pirl.shards.sources import Source, check_class, numbered
-from pirl.storage import Entry, S3Storage, open_storage
+from pirl.shards.filter import LeftOut
+from pirl.shards.images import MAX_IMAGE_BYTES, check_image
+from pirl.shards.sources import Source
+from pirl.storage import Entry
 
 THREADS = 16  # requests at a time, of each process
 AHEAD_BYTES = 64 * 2**20  # that a process has asked for and not used yet
 REQUEST_BYTES = 8 * 2**20  # for neighbours in a tar file
 GAP_BYTES = 64 * 2**10
-SCAN_BYTES = 4 * 2**20
-MAX_LABEL_BYTES = 1024
+
+
+class Objects(Protocol):
+    """A place whose files are read by ranges, as long as they are the version that was listed."""
+
+    uri: str
+
+    def read_version(self, name: str, version: str, offset: int, length: int) -> bytes | None:
+        """Return the bytes; None where the file is another version."""
 
 
 class ObjectSource(Source):
@@ -33,7 +37,7 @@ class ObjectSource(Source):
 
     def __init__(
         self,
-        storage: S3Storage,
+        storage: Objects,
         entries: Sequence[Entry],
         objects: Sequence[int],
         starts: Sequence[int],
@@ -41,9 +45,12 @@ class ObjectSource(Source):
         names: list[str],
         labels: np.ndarray | None,
         classes: list[str] | None,
+        left_out: LeftOut | None = None,
+        description: str = "",
     ) -> None:
         self.storage, self.entries, self.uri = storage, list(entries), storage.uri
-        self.description, self.names, self.labels, self.classes = storage.uri, names, labels, classes
+        self.names, self.labels, self.classes = names, labels, classes
+        self.description, self.left_out = description or storage.uri, left_out or LeftOut()
         self.objects, self.starts, self.sizes = (np.array(column, np.int64) for column in (objects, starts, sizes))
         self._forget()
 
@@ -128,178 +135,3 @@ class ObjectSource(Source):
             return dict.fromkeys(request)
         offsets = [(i, int(self.starts[i]) - start) for i in request]
         return {i: data[offset : offset + int(self.sizes[i])] for i, offset in offsets}
-
-
-def object_source(uri: str) -> ObjectSource:
-    """What lies under s3://bucket/prefix: images as in `folder_source`, or tar files (also one alone) with images.
-
-    Images in tar files have the class that a WebDataset's `.cls` beside them says, or else the folder in which they
-    lie, or else none.
-    """
-    storage = open_storage(uri)
-    assert isinstance(storage, S3Storage)
-    entries = storage.entries()
-    if not entries and storage.prefix.endswith(".tar"):
-        folder, _, name = storage.prefix.rpartition("/")
-        storage = S3Storage(storage.bucket, folder)
-        entries = [entry for entry in storage.entries(name) if entry.name == name]
-    images = [entry for entry in entries if entry.name.lower().endswith(EXTENSIONS)]
-    tars = [entry for entry in entries if entry.name.endswith(".tar")]
-    if images and tars:
-        raise UsageError(
-            f"{uri} mixes images ({images[0].name!r}, ...) with tar files ({tars[0].name!r}, ...)",
-            "give a prefix with one kind only",
-        )
-    if images:
-        return _from_images(storage, images)
-    if tars:
-        return _from_tars(storage, tars)
-    raise DataError(
-        f"no image in {uri}", f"there should be objects ending in {' '.join(EXTENSIONS)}, below their classes, or .tar"
-    )
-
-
-def _from_images(storage: S3Storage, entries: list[Entry]) -> ObjectSource:
-    # as a walk through a folder tree meets them: the classes, in each the folders, in each the files
-    entries = sorted(entries, key=lambda entry: (_top(entry.name), entry.name.rpartition("/")[0], entry.name))
-    entries = [entry for entry in entries if not _top(entry.name).startswith(".")]
-    names = [entry.name for entry in entries]
-    sizes = [entry.bytes for entry in entries]
-    labels, classes = _by_folder(names, storage.uri)
-    return ObjectSource(storage, entries, range(len(entries)), [0] * len(entries), sizes, names, labels, classes)
-
-
-def _top(name: str) -> str:
-    """The first folder of a name, empty when it lies in none."""
-    return name.partition("/")[0] if "/" in name else ""
-
-
-def _by_folder(names: list[str], where: str) -> tuple[np.ndarray | None, list[str] | None]:
-    """Labels and classes by the first folder of each name; none when all lie on top."""
-    tops = [_top(name) for name in names]
-    classes = sorted(set(tops) - {""})
-    if not classes:
-        return None, None
-    if "" in tops:
-        raise UsageError(
-            f"{where} mixes images ({names[tops.index('')]!r}, ...) with classes ({classes[0]!r}, ...)",
-            "give a prefix with one kind only: images, or images below one name per class",
-        )
-    for name in classes:
-        check_class(name)
-    numbers = {name: number for number, name in enumerate(classes)}
-    return np.array([numbers[top] for top in tops], np.int64), classes
-
-
-# --- tar files --------------------------------------------------------------------------------------------------------
-
-Member = tuple[str, int, int, str | None]
-"""Name, offset, size, and what a `.cls` beside it says."""
-
-
-def _from_tars(storage: S3Storage, tars: list[Entry]) -> ObjectSource:
-    with ThreadPoolExecutor(THREADS) as pool:
-        scanned = list(pool.map(lambda entry: _members(storage, entry), tars))
-    objects = [number for number, members in enumerate(scanned) for _ in members]
-    members = [member for found in scanned for member in found]
-    if not members:
-        raise DataError(f"no image in the tar files of {storage.uri}", f"they should hold {' '.join(EXTENSIONS)}")
-    names = [member[0] for member in members]
-    given = [member[3] for member in members]
-    labels: np.ndarray | None
-    classes: list[str] | None
-    if any(text is not None for text in given):
-        for number, text in enumerate(given):
-            if text is None:
-                raise UsageError(
-                    f"{names[number]} in {tars[objects[number]].name} has no .cls beside it, others have",
-                    "give every image a label, or none",
-                )
-        labels, classes = numbered([text for text in given if text is not None], storage.uri)
-    else:
-        labels, classes = _by_folder(names, storage.uri)
-    return ObjectSource(
-        storage,
-        tars,
-        objects,
-        [member[1] for member in members],
-        [member[2] for member in members],
-        [f"{tars[number].name}/{name}" for number, name in zip(objects, names)],
-        labels,
-        classes,
-    )
-
-
-def _members(storage: S3Storage, entry: Entry) -> list[Member]:
-    """The images of one tar file. To find them it is read once; what was found is remembered in the cache."""
-    key = hashlib.sha256(repr((storage.uri, entry)).encode()).hexdigest()
-    remembered = open_storage(cache_root() / "tars")
-    with suppress(StorageError):
-        return [tuple(member) for member in remembered.read_json(f"{key}.json")]
-    members = _scan(storage, entry)
-    with suppress(StorageError, UnicodeEncodeError):
-        remembered.write_json(f"{key}.json", members)
-    return members
-
-
-def _scan(storage: S3Storage, entry: Entry) -> list[Member]:
-    where = f"{storage.uri}/{entry.name}"
-    found: list[tuple[str, int, int]] = []
-    labels: dict[str, str] = {}
-
-    def read(start: int, length: int) -> bytes:
-        data = storage.read_version(entry.name, entry.version, start, length)
-        if data is None:
-            raise DataError(f"{where} changed while it was read", "leave it alone, then run this again")
-        return data
-
-    try:
-        with tarfile.open(fileobj=io.BufferedReader(_Ranged(read, entry.bytes), SCAN_BYTES), mode="r:") as tar:
-            for member in tar:
-                if not member.isreg() or member.sparse is not None:
-                    continue
-                if member.offset_data + member.size > entry.bytes:
-                    raise tarfile.ReadError(f"{member.name} goes beyond its end")
-                name = member.name.removeprefix("./")
-                if name.endswith(".cls") and member.size <= MAX_LABEL_BYTES:
-                    content = tar.extractfile(member)
-                    labels[_sample(name)] = content.read().decode("utf-8", "replace").strip() if content else ""
-                elif name.lower().endswith(EXTENSIONS) and not _top(name).startswith("."):
-                    found.append((name, member.offset_data, member.size))
-            if entry.bytes - tar.offset < tarfile.BLOCKSIZE:  # of zeros, which tarfile does not miss
-                raise tarfile.ReadError("its end is missing")
-    except tarfile.TarError as error:
-        raise DataError(
-            f"{where} is no tar file, or was cut: {error}", "compressed ones must be unpacked; upload it again"
-        ) from None
-    return [(*member, labels.get(_sample(member[0]))) for member in found]
-
-
-def _sample(name: str) -> str:
-    """The part of a name that the members of one WebDataset sample share."""
-    folder, slash, file = name.rpartition("/")
-    return f"{folder}{slash}{file.partition('.')[0]}"
-
-
-class _Ranged(io.RawIOBase):
-    """An object as a file."""
-
-    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
-        self._read, self._size, self._position = read, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = start + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._read(self._position, min(len(buffer), max(self._size - self._position, 0)))
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)

@@ -1,4 +1,4 @@
-"""Where images come from: a folder tree, a list of files, arrays, or a torchvision-style data set."""
+"""Sources of images: files, arrays, and torchvision-style data sets."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from PIL import Image
 
 from pirl.errors import DataError, UsageError
 from pirl.shards.decoding import Checked, Decoding
-from pirl.shards.images import EXTENSIONS, MAX_IMAGE_BYTES, check_image, check_limit
+from pirl.shards.filter import LeftOut
+from pirl.shards.images import MAX_IMAGE_BYTES, check_image, check_limit
+from pirl.shards.labels import MAX_CLASSES
 from pirl.shards.pixels import ALPHA_MODES, flattened, transparency, with_alpha
 
-MAX_CLASSES = 1_000_000
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
@@ -36,6 +37,8 @@ class Source(ABC):
     folder: Path | None = None  # where the images lie; an output must not be put inside
     uri: str | None = None  # where they lie on S3; the same
     in_memory = False  # checking one costs nothing
+    left_out: LeftOut = LeftOut()  # what is no image of this source
+    notes: Sequence[str] = ()  # what a user should know of it
 
     def __len__(self) -> int:
         return len(self.names)
@@ -64,9 +67,16 @@ class FileSource(Source):
     """Image files that keep their bytes. `names` are relative to `root`; every file's size and time are noted."""
 
     def __init__(
-        self, description: str, root: Path, names: list[str], labels: np.ndarray | None, classes: list[str] | None
+        self,
+        description: str,
+        root: Path,
+        names: list[str],
+        labels: np.ndarray | None,
+        classes: list[str] | None,
+        left_out: LeftOut | None = None,
     ) -> None:
         self.description, self.root, self.names, self.labels, self.classes = description, root, names, labels, classes
+        self.left_out = left_out or LeftOut()
         self.sizes = np.full(len(names), -1, np.int64)  # -1: not there, or no regular file
         self.mtimes_ns = np.zeros(len(names), np.int64)
         for i, name in enumerate(names):
@@ -133,119 +143,6 @@ def _fill(descriptor: int, buffer: memoryview, name: str) -> None:
 
 def _changed(name: str) -> DataError:
     return DataError(f"{name}: changed since the folder was listed")
-
-
-def folder_source(root: Path) -> FileSource:
-    """A folder in torchvision's ImageFolder order (classes sorted, paths sorted), or a flat folder without labels.
-
-    Links to files and folders are followed, as torchvision does, but not into a loop. Hidden folders are no classes.
-    """
-    entries = list(os.scandir(root))
-    classes = sorted(e.name for e in entries if _is_folder(e) and not e.name.startswith("."))
-    flat = sorted(e.name for e in entries if _has_image_name(e.name) and not _is_folder(e))
-    names: list[str] = []
-    counts: list[int] = []
-    for name in classes:
-        before = len(names)
-        folders = sorted(_walk(os.path.join(root, name), set()))
-        names += [os.path.join(top, file)[len(str(root)) :].lstrip("/") for top, files in folders for file in files]
-        counts.append(len(names) - before)
-    if names and flat:
-        raise UsageError(
-            f"{root} mixes images ({flat[0]!r}, ...) with class folders that hold images ({names[0]!r}, ...)",
-            "give a folder with one kind only: images, or one folder of images per class",
-        )
-    if not names and not flat:
-        raise DataError(
-            f"no image in {root}", f"it should hold files ending in {' '.join(EXTENSIONS)}, or one folder per class"
-        )
-    if flat:
-        source = FileSource(f"folder {_shown(root)}", root, flat, None, None)
-    else:
-        for name in classes:
-            check_class(name)
-        source = FileSource(f"folder {_shown(root)}", root, names, np.repeat(np.arange(len(classes)), counts), classes)
-    source.folder = root
-    return source
-
-
-def _has_image_name(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _walk(top: str, above: set[tuple[int, int]]) -> Iterator[tuple[str, list[str]]]:
-    """(folder, sorted image names) of a tree; a folder that is reached again below itself is left out."""
-    info = os.stat(top)
-    here = (info.st_dev, info.st_ino)
-    if here in above:
-        return
-    with os.scandir(top) as entries:
-        found = list(entries)
-    yield top, sorted(e.name for e in found if _has_image_name(e.name) and not _is_folder(e))
-    for entry in found:
-        if _is_folder(entry):
-            yield from _walk(entry.path, above | {here})
-
-
-def _shown(path: Path) -> str:
-    return os.fsencode(path.absolute()).decode("utf-8", "replace")
-
-
-def check_class(name: str) -> None:
-    """UsageError unless `name` can be written into our files."""
-    if not name.isprintable():  # also the surrogates of a name that is no UTF-8, which JSON files cannot carry
-        raise UsageError(f"the class name {name!r} has characters that cannot be written", "rename the class")
-
-
-def list_source(path: Path) -> FileSource:
-    """A text file with one image a line, `path` or `path<TAB>label`; paths are relative to the list's folder.
-
-    Labels are class names, or class indices when every one of them is a number.
-    """
-    names: list[str] = []
-    given: list[str] = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}", "check the permissions of the list") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        name, tab, label = line.partition("\t")
-        unlike = bool(names) and bool(tab) != bool(given)
-        if unlike or not name.strip() or (tab and not label.strip()):
-            raise UsageError(
-                f"{path}, line {number}: {line!r} is not like the lines before",
-                "every line is `path`, or every line is `path<TAB>label`",
-            )
-        names.append(name)
-        if tab:
-            given.append(label.strip())
-    if not names:
-        raise DataError(f"{path} lists no image", "write one path a line, or path<TAB>label")
-    labels, classes = numbered(given, str(path)) if given else (None, None)
-    return FileSource(f"list {_shown(path)}", path.parent, names, labels, classes)
-
-
-def numbered(given: list[str], where: str) -> tuple[np.ndarray, list[str]]:
-    """Labels as they are written, class indices or names -> indices, int64 (N,), and the classes."""
-    if all(label.isascii() and label.isdecimal() for label in given):
-        indices = np.array([int(label[:20]) for label in given], dtype=object)
-        if indices.max() >= MAX_CLASSES:
-            raise UsageError(f"{where}: class index {indices.max()} is not below {MAX_CLASSES:,}", "number from 0 on")
-        return indices.astype(np.int64), [str(i) for i in range(int(indices.max()) + 1)]
-    classes = sorted(set(given))
-    for name in classes:
-        check_class(name)
-    index = {name: i for i, name in enumerate(classes)}
-    return np.array([index[label] for label in given], np.int64), classes
 
 
 class ArraySource(Source):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -20,6 +21,7 @@ from zlib_ng import zlib_ng
 
 from pirl.errors import DataError, StorageError
 from pirl.shards.decoding import Decoding, Pictures
+from pirl.shards.filter import LeftOut
 from pirl.shards.manifest import Shard
 from pirl.shards.sources import Source
 from pirl.shards.tar import Digest, Load, write_tar
@@ -59,7 +61,8 @@ class PartWorker:
     checksum: Callable[[bytes | memoryview], int] = staticmethod(zlib_ng.crc32)  # zlib's, five times as fast
 
     def __init__(self, source: Source, uri: str, key: str, decoding: Decoding) -> None:
-        self.source, self.uri, self.key, self.decoding = source, uri, key, decoding
+        self.source, self.uri, self.key, self.decoding = copy.copy(source), uri, key, decoding
+        self.source.left_out = LeftOut()  # no worker needs the names, which may be many
 
     def check(self, images: np.ndarray) -> dict[str, Any]:
         """Decode images (int64 indices) -> columns "ext" and "size" (-1: unreadable), and "bad" {index: reason}.

@@ -46,6 +46,7 @@ def write_shards(
     limit: int = 0,
     decoding: Decoding = DEFAULT,
     progress: Progress | None = None,
+    share_option: str = "max_bad_share",
 ) -> Manifest:
     """Write `source` as shards of at most `shard_bytes` to `out` and return the manifest.
 
@@ -54,6 +55,7 @@ def write_shards(
     before anything is published (DataError). `limit` > 0 takes that many images, evenly spread over the source (so
     that all classes of a sorted folder are in). `decoding` says what a pixel is, here and for whoever reads the shards;
     shards of version 0.1 are kept as they are. `progress(done, total)` counts image visits over both passes.
+    `share_option` is the name that the user knows `max_bad_share` by, for the hint.
     """
     if not 0 <= max_bad_share <= 1 or shard_bytes < 1 or processes < 1 or limit < 0:
         raise UsageError(
@@ -70,7 +72,7 @@ def write_shards(
     wanted = np.arange(len(source))
     if 0 < limit < len(source):
         wanted = np.arange(limit) * len(source) // limit
-    run = _Run(source, out, wanted, shard_bytes, decoding, progress or (lambda done, total: None))
+    run = _Run(source, out, wanted, shard_bytes, decoding, progress or (lambda done, total: None), share_option)
     if done := run.finished():
         run.clear()  # what a run that was killed right after publishing has left
         return done
@@ -91,8 +93,10 @@ class _Run:
         shard_bytes: int,
         decoding: Decoding,
         progress: Progress,
+        share_option: str,
     ) -> None:
         self.source, self.out, self.wanted, self.shard_bytes, self.decoding = source, out, wanted, shard_bytes, decoding
+        self.share_option = share_option
         self.progress, self.visited = progress, 0
         settings = [FORMAT, source.fingerprint(), wanted.size, shard_bytes]
         part = "" if wanted.size == len(source) else f", {wanted.size} of {len(source)} images"
@@ -133,13 +137,25 @@ class _Run:
             plans = self._plans(extensions, sizes)
             self._claim()
             shards = self._write(workers, plans)
-        report = [{"name": self.source.names[i], "reason": reason} for i, reason in sorted(bad.items())]
-        quarantine = {"quarantined": len(report), "of": len(self.wanted), "images": report}
-        self.out.write_bytes(QUARANTINE, ascii_json(quarantine, indent=2))
-        manifest = Manifest.of(shards, self.source.classes, self.origin, len(report), self.decoding, pictures)
+        self.out.write_bytes(QUARANTINE, ascii_json(self._quarantine(bad), indent=2))
+        manifest = Manifest.of(shards, self.source.classes, self.origin, len(bad), self.decoding, pictures)
         self.out.write_bytes(MANIFEST, encode_json(manifest.model_dump()))
         self.clear()
         return manifest
+
+    def _quarantine(self, bad: dict[int, str]) -> dict[str, Any]:
+        """Return the content of quarantine.json, see `Quarantine`."""
+        source = self.source
+        report = [{"name": source.names[i], "reason": reason} for i, reason in sorted(bad.items())]
+        quarantine: dict[str, Any] = {"quarantined": len(report), "of": len(self.wanted), "images": report}
+        if source.left_out:
+            quarantine["left_out"] = source.left_out.as_json()
+        if source.classes and source.labels is not None:
+            kept = np.setdiff1d(self.wanted, np.array(list(bad), np.int64))
+            held = np.bincount(source.labels[kept], minlength=len(source.classes))
+            if empty := [name for name, images in zip(source.classes, held) if not images]:
+                quarantine["empty_classes"] = empty
+        return quarantine
 
     def _check(self, workers: Workers, max_bad_share: float) -> tuple[list[str], np.ndarray, dict[int, str], Pictures]:
         """Pass 1. Extension ("" for an unreadable one) and size of every wanted image, and why some are unreadable."""
@@ -181,7 +197,7 @@ class _Run:
         raise DataError(
             f"at least {len(bad)} of {len(self.wanted)} images of {self.source.description} are unreadable, "
             f"more than the allowed share of {max_bad_share:g}; nothing was published. For example:\n    {first}",
-            "repair or remove them, or allow a larger share (max_bad_share)",
+            f"repair or remove them, or allow a larger share ({self.share_option})",
         )
 
     def _plans(self, extensions: list[str], sizes: np.ndarray) -> list[Plan]:

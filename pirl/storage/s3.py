@@ -148,8 +148,8 @@ class S3Storage(Storage):
     def list(self, prefix: str = "") -> Names:
         return [entry.name for entry in self.entries(prefix)]
 
-    def entries(self, prefix: str = "") -> Entries:
-        """What `list` names, with sizes and versions."""
+    def entries(self, prefix: str = "", unusable: Names | None = None) -> Entries:
+        """What `list` names, with sizes and versions. Keys that are no names are put into `unusable`."""
         start = f"{self.prefix}/" if self.prefix else ""
         with self._errors("list", prefix) as client:
             pages = client.get_paginator("list_objects_v2").paginate(
@@ -160,6 +160,8 @@ class S3Storage(Storage):
                 for page in pages
                 for entry in page.get("Contents", ())
             ]
+        if unusable is not None:
+            unusable += [e.name for e in entries if not is_name(e.name) and (e.bytes or not e.name.endswith("/"))]
         return sorted(entry for entry in entries if is_name(entry.name))  # others' markers ("folder/") are no objects
 
     def size(self, name: str) -> int:

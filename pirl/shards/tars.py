@@ -1,0 +1,237 @@
+"""Tar files as a source of images: each is scanned once, and images are read from where they lie in it.
+
+The members become samples in `samples`. What a scan finds is remembered in the cache under `tars/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pirl.errors import DataError, StorageError, StorageNotFoundError, UsageError
+from pirl.shards.fashion import cache_root
+from pirl.shards.filter import HEAD_BYTES, HIDDEN, Kind, LeftOut, hidden_part, is_image, kind_of
+from pirl.shards.labels import by_folder, check_level, numbered
+from pirl.shards.objects import THREADS, Objects, ObjectSource
+from pirl.shards.samples import Grouped, Member, Parts, check_words, group_samples
+from pirl.storage import Entry, open_storage
+
+SCAN_BYTES = 4 * 2**20
+MAX_LABEL_BYTES = 2**20
+SCAN_VERSION = 2  # of what is remembered
+
+Read = Callable[[int, int], bytes]
+
+
+class LocalObjects:
+    """Files below a local folder, read as objects on S3 are."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.uri = self.root.as_uri()
+
+    def entry(self, name: str) -> Entry:
+        """Return the file as it is now."""
+        info = os.stat(self.root / name)
+        return Entry(name, info.st_size, f"{info.st_size} {info.st_mtime_ns}")
+
+    def read_version(self, name: str, version: str, offset: int, length: int) -> bytes | None:
+        """Return the bytes; None where the file has another size or time than `version` says."""
+        try:
+            with open(self.root / name, "rb", buffering=0) as file:
+                info = os.fstat(file.fileno())
+                if f"{info.st_size} {info.st_mtime_ns}" != version:
+                    return None
+                file.seek(offset)
+                return io.BufferedReader(file).read(length)
+        except FileNotFoundError:
+            raise StorageNotFoundError(f"{self.root / name} does not exist", "check the path") from None
+        except OSError as error:
+            raise StorageError(
+                f"{self.root / name} cannot be read: {error.strerror}", "check the path and its permissions"
+            ) from None
+
+
+def tar_source(
+    objects: Objects, tars: Sequence[Entry], left_out: LeftOut, parts: Parts, description: str
+) -> ObjectSource:
+    """Return the images of tar files as a source.
+
+    Their labels are those of `parts`, or else the folders in which they lie, or else none.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        groups = list(pool.map(lambda entry: _samples(objects, entry, parts), tars))
+    check_words(groups)
+    for entry, group in zip(tars, groups):
+        left_out.update((reason, f"{entry.name}/{name}", files) for reason, name, files in group.left_out)
+    numbers = [number for number, group in enumerate(groups) for _ in group.samples]
+    samples = [sample for group in groups for sample in group.samples]
+    if not samples:
+        note = f"; left out: {left_out}" if left_out else ""
+        raise DataError(
+            f"no image in the tar files of {description}{note}", "check the files, and --image if you gave it"
+        )
+    names = [sample.name for sample in samples]
+    labels: np.ndarray | None
+    classes: list[str] | None
+    texts = [sample.label for sample in samples if sample.label is not None]
+    if texts or parts.label:
+        for number, sample in zip(numbers, samples):
+            if sample.label is None:
+                others = "others have" if texts else "expected one"
+                raise UsageError(
+                    f"{sample.name} in {tars[number].name} has no .{parts.label_part} beside it, {others}",
+                    "give every image a label, or none; --label PART chooses another part",
+                )
+        labels, classes = numbered(texts, description)
+    else:
+        labels, classes = by_folder(names, description)
+    notes = check_level(names, classes, description) if classes and not texts else []
+    source = ObjectSource(
+        objects,
+        tars,
+        numbers,
+        [sample.offset for sample in samples],
+        [sample.size for sample in samples],
+        [f"{tars[number].name}/{name}" for number, name in zip(numbers, names)],
+        labels,
+        classes,
+        left_out=left_out,
+        description=description,
+    )
+    source.notes = notes
+    return source
+
+
+def refuse_compressed(name: str, where: str) -> DataError:
+    """Return the refusal of a compressed tar file."""
+    return DataError(
+        f"{name} in {where} is compressed; images are read from where they lie in a tar file, without unpacking it",
+        "decompress it (`gunzip`, `unzstd` ...) beside the others, or move it away",
+    )
+
+
+def _samples(objects: Objects, entry: Entry, parts: Parts) -> Grouped:
+    """The samples of one tar file. To find them it is read once; its members are remembered in the cache."""
+    key = hashlib.sha256(repr((SCAN_VERSION, objects.uri, entry, parts.label_part)).encode()).hexdigest()
+    remembered = open_storage(cache_root() / "tars")
+    members: list[Member] = []
+    left_out: list[tuple[str, str, int]] = []
+    with suppress(StorageError):
+        record = remembered.read_json(f"{key}.json")
+        members = [Member(*row) for row in record["members"]]
+        left_out = [(reason, name, files) for reason, name, files in record["left_out"]]
+    if not members:
+        members, left_out = _scan(objects, entry, parts.label_part)
+        with suppress(StorageError, UnicodeEncodeError):
+            remembered.write_json(f"{key}.json", {"members": members, "left_out": left_out})
+    group = group_samples(members, parts)
+    group.left_out += left_out
+    return group
+
+
+def _scan(objects: Objects, entry: Entry, label_part: str) -> tuple[list[Member], list[tuple[str, str, int]]]:
+    """Members of one tar file that are not hidden, and (reason, name, 1) of what is no readable member."""
+    where = f"{objects.uri}/{entry.name}"
+    members: list[Member] = []
+    left_out = LeftOut()
+
+    def read(start: int, length: int) -> bytes:
+        data = objects.read_version(entry.name, entry.version, start, length)
+        if data is None:
+            raise DataError(f"{where} changed while it was read", "leave it alone, then run this again")
+        return data
+
+    try:
+        for tar, member in _tar_members(io.BufferedReader(_Ranged(read, entry.bytes), SCAN_BYTES), entry.bytes):
+            name = member.name.removeprefix("./")
+            if member.isdir():
+                continue
+            if part := hidden_part(name):
+                left_out.add(HIDDEN, part)
+            elif not member.isreg() or member.sparse is not None:
+                left_out.add("a link, or no regular file, in a tar file", name)
+            else:
+                members.append(_member(tar, member, name, label_part, where))
+    except tarfile.TarError as error:
+        raise DataError(
+            f"{where} is no tar file, or was cut: {error}", "compressed ones must be unpacked; upload it again"
+        ) from None
+    return members, list(left_out.items())
+
+
+def _member(tar: tarfile.TarFile, info: tarfile.TarInfo, name: str, label_part: str, where: str) -> Member:
+    text = None
+    kind = kind_of(name)
+    image = kind is Kind.IMAGE
+    if name.lower().endswith(f".{label_part}"):
+        if info.size > MAX_LABEL_BYTES:
+            raise DataError(f"{name} in {where} is no label: {info.size:,} bytes", "choose another --label PART")
+        content = tar.extractfile(info)
+        text = content.read().decode("utf-8", "replace") if content else ""
+    elif kind is Kind.UNKNOWN:
+        content = tar.extractfile(info)
+        image = content is not None and is_image(name, content.read(HEAD_BYTES))
+    return Member(name, info.offset_data, info.size, image, text)
+
+
+def _tar_members(file: io.BufferedReader, size: int) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Members of an archive and of those that were joined to it (`cat a.tar b.tar`). TarError for anything else."""
+    start: int | None = 0
+    while start is not None:
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError(f"{member.name} goes beyond its end")
+                yield tar, member
+            end = tar.offset
+        if size - end < tarfile.BLOCKSIZE:  # of zeros, which tarfile does not miss
+            raise tarfile.ReadError("its end is missing")
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a broken header for the end
+            raise tarfile.ReadError(f"the header at byte {end:,} is broken")
+        start = _next_archive(file, end + tarfile.BLOCKSIZE)
+
+
+def _next_archive(file: io.BufferedReader, start: int) -> int | None:
+    """The first byte from `start` on that is not zero."""
+    file.seek(start)
+    while data := file.read(SCAN_BYTES):
+        if behind := len(data.lstrip(b"\0")):
+            return start + len(data) - behind
+        start += len(data)
+    return None
+
+
+class _Ranged(io.RawIOBase):
+    """An object as a file."""
+
+    def __init__(self, read: Read, size: int) -> None:
+        self._read, self._size, self._position = read, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._read(self._position, min(len(buffer), max(self._size - self._position, 0)))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
