@@ -17,6 +17,7 @@ from .errors import EXIT_DONE, UsageError
 from .evaluate import evaluate_run
 from .jobs import JobSettings, launch_job
 from .logs import say
+from .outputs import check_outside, check_registry
 from .registry import Decision, data_uri, decide, decide_retrain, register_run
 from .shards import Source, open_source, write_shards
 from .storage import open_storage
@@ -68,6 +69,9 @@ def keep_up_to_date(wanted: Retraining, dry_run: bool = False) -> int:
     for split, source in sources.items():
         if source.classes is None:
             raise UsageError(f"the {split} images have no classes", "the gate asks for an evaluation, which needs them")
+    check_outside(wanted.root, list(sources.values()))
+    check_registry(wanted.registry, list(sources.values()))
+    open_storage(wanted.root).require_writable()
     data = {split: data_uri(wanted.root, split, source) for split, source in sources.items()}
     if not dry_run:
         write_shards(sources["train"], open_storage(data["train"]))

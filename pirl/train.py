@@ -42,6 +42,7 @@ from .memory import MemoryBank, gather_updates
 from .metrics import Log, TrainingMetrics
 from .model import PIRL, build_model, memory_format
 from .optim import build_optimizer, learning_rate, set_learning_rate
+from .outputs import check_run_output
 from .shards import Manifest
 from .storage import Storage, open_storage
 from .text import count, duration
@@ -562,6 +563,7 @@ def plan(recipe: str, options: Options, overrides: Sequence[str] = ()) -> list[s
     resolved = load_recipe(recipe, overrides)
     manifest = Manifest.load(open_storage(options.data))
     resolved.check_data(manifest.images)
+    check_run_output(options.out, data=options.data)
     check_same_run(options.out, resolved, manifest.digest)
     newest = Checkpoints(open_storage(options.out) / "checkpoints").newest()
     rows = resolved.rows(manifest.images)

@@ -12,7 +12,7 @@ import pirl
 ROOT = Path(pirl.__file__).parent
 ORDER = (
     "errors text logs settings config storage world launch | shards views data | model memory loss optim | "
-    "checkpoint results run metrics training train plan warm | "
+    "checkpoint results run outputs metrics training train plan warm | "
     "evaluate export report | registry jobs retrain | doctor cli"
 )
 POSITION = {name: index for index, name in enumerate(ORDER.replace("|", "").split())}

@@ -79,15 +79,19 @@ def run(
 def run_dag(recipe: str, root: str, overrides: list[str] | None, dry_run: bool, **arguments: Any) -> None:
     """Run the pipeline's steps here, one after the other, and show its result."""
     from ..config import load_recipe
+    from ..outputs import check_registry, check_run_output
     from ..shards import open_source
 
     resolved = load_recipe(recipe, overrides or [])
-    sizes = [len(open_source(arguments[name])) for name in ("train_source", "test_source")]
+    sources = [open_source(arguments[name]) for name in ("train_source", "test_source")]
+    sizes = [len(source) for source in sources]
     resolved.check_data(sizes[0])
     console.print(f"{count(sizes[0], 'training image')} and {count(sizes[1], 'test image')}")
     name = f"{resolved.name}-{resolved.digest()[:8]}"
     schedule = f"{count(resolved.train.epochs, 'epoch')} of {count(resolved.rows(sizes[0]), 'image')}"
     console.print(f"run: {root}/runs/{name} ({schedule})")
+    check_run_output(f"{root}/runs/{name}", sources)
+    check_registry(f"{root}/registry", sources)
     if dry_run:
         return
     from pipelines.local import run_local

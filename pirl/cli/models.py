@@ -24,8 +24,11 @@ def register(
 
     Example: pirl register runs/mine --registry runs/registry
     """
+    from ..outputs import check_registry
     from ..registry import decide, register_run
 
+    if not dry_run:
+        check_registry(registry)
     promote = decide(run, registry, model, metric, min_gain)
     if dry_run or not promote:
         from ..storage import open_storage

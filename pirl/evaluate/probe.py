@@ -169,6 +169,7 @@ def evaluate_run(
         same = [before["checkpoint"].rpartition("/")[2], before["train_data"], before["test_data"]]
         if same == [checkpoints.newest(), *digests] and before["protocol"] | as_json(Protocol()) == before["protocol"]:
             return before
+    storage.require_writable("eval.json")
     result = evaluate(run, train_data, test_data, progress=progress)
     storage.write_json("eval.json", result)
     return result

@@ -288,6 +288,7 @@ def evaluate_layers(
     started = time.monotonic()
     recipe, commit, trunk = load_trunk(run)
     storage = open_storage(split_checkpoint_uri(run)[0])
+    storage.require_writable("eval_zoo.json")
     readers = [ShardReader(uri) for uri in (train_data, test_data)]
     classes = check_labels(*readers)
     if len(readers[0]) < 2:

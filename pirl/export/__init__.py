@@ -15,6 +15,7 @@ from pirl.evaluate import load_trunk, split_checkpoint_uri
 from pirl.export.importing import Import, examine, import_file
 from pirl.export.vissl import to_vissl, vissl_bytes
 from pirl.model import Trunk
+from pirl.outputs import check_file_output
 from pirl.storage import LocalStorage, open_storage
 
 __all__ = ["Import", "examine", "export", "import_file", "trunk_bytes"]
@@ -46,6 +47,7 @@ def export(checkpoint: str, out: Path, layout: Literal["torchvision", "vissl"] =
     """Write a checkpoint to the file `out`: its trunk as safetensors for torchvision, or all of it for VISSL."""
     if out.suffix != SUFFIXES[layout]:
         raise UsageError(f"{out} should end in {SUFFIXES[layout]}", f"that is what {layout}'s files are called")
+    check_file_output(out)
     if layout == "torchvision":
         recipe, _, trunk = load_trunk(checkpoint)
         data = trunk_bytes(trunk, recipe)

@@ -21,6 +21,7 @@ from pirl.memory import MemoryBank
 from pirl.metrics import Log
 from pirl.model import PIRL, build_model
 from pirl.optim import build_optimizer, parameter_groups
+from pirl.outputs import check_run_output
 from pirl.shards import Manifest
 from pirl.storage import open_storage, sha256_file
 from pirl.text import count
@@ -70,6 +71,7 @@ def import_file(
     run = open_storage(out)
     if run.exists("config.toml"):
         raise UsageError(f"{out} holds a run already", "give another --out: an import never writes over a run")
+    check_run_output(out, data=data)
     found = examine(path, data, recipe, overrides)
     found.state["imported"] = {"file": path.name, "sha256": sha256_file(path), "lacks": found.lacks}
     checkpoints = Checkpoints(run / "checkpoints")

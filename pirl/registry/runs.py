@@ -7,6 +7,7 @@ from typing import Any
 from pirl import __version__
 from pirl.config import parse_recipe
 from pirl.errors import RegistryError, StorageNotFoundError, UsageError, did_you_mean
+from pirl.outputs import check_registry
 from pirl.registry.embedded import CHAMPION, Version
 from pirl.registry.locate import open_registry
 from pirl.storage import Storage, open_storage
@@ -65,6 +66,7 @@ def register_run(run: str, registry: str, model: str) -> Version:
         raise RegistryError(
             f"{run} did not pass the gate: {'; '.join(gate['reasons'])}", "train longer, or differently"
         )
+    check_registry(registry)
     recipe, _, trunk = load_trunk(result["checkpoint"])
     record = {
         "lineage": {

@@ -45,8 +45,9 @@ def write_report(run: str, train_data: str, test_data: str | None = None) -> str
 
     Neighbours need `test_data`. Raises `StorageNotFoundError` where there is no run, `DataError` where no shards are.
     """
-    page = render_report(run, train_data, test_data)
     storage = open_storage(run)
+    storage.require_writable("report.html")
+    page = render_report(run, train_data, test_data)
     storage.write_bytes("report.html", page.encode())
     return f"{storage.uri}/report.html"
 

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pirl.config import Recipe, load_recipe
 from pirl.errors import DataError, UsageError
+from pirl.outputs import check_file_output
 from pirl.report.page import render, writable
 from pirl.report.pictures import Picture, picture
 from pirl.shards import DEFAULT, Decoding, decode_image, open_source
@@ -204,6 +205,7 @@ def write_preview(
         raise UsageError(f"{count} images make no sheet", "ask for 1 or more")
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     source = open_source(folder)
+    check_file_output(out, [source])
     chosen: dict[int, Image.Image] = {}
     problem: DataError | None = None
     count = min(count, len(source))

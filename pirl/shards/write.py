@@ -24,6 +24,7 @@ from pirl.errors import DataError, StorageError, StorageNotFoundError, UsageErro
 from pirl.shards.decoding import DEFAULT, LEGACY, Decoding, Pictures
 from pirl.shards.manifest import FORMAT, MANIFEST, QUARANTINE, Manifest, Shard
 from pirl.shards.parallel import Workers
+from pirl.shards.place import require_outside
 from pirl.shards.sources import Source
 from pirl.shards.tar import END, padded
 from pirl.shards.work import WORK, PartWorker, Plan, ascii_json, record_name
@@ -62,11 +63,7 @@ def write_shards(
             f"{max_bad_share=}, {shard_bytes=}, {processes=}, {limit=}: not all of these make sense",
             "0 <= max_bad_share <= 1, shard_bytes >= 1, processes >= 1, limit >= 0 (0: all images)",
         )
-    folder = local_path(out)
-    if folder and source.folder and folder.resolve().is_relative_to(source.folder.resolve()):
-        raise UsageError(f"the output {folder} lies inside the images {source.folder}", "choose a folder outside")
-    if source.uri and f"{out.uri}/".startswith(f"{source.uri}/"):
-        raise UsageError(f"the output {out.uri} lies inside the images {source.uri}", "choose a prefix outside")
+    require_outside(out, source)
     if len(source) == 0:
         raise DataError(f"{source.description} has no images", "give one with images")
     wanted = np.arange(len(source))

@@ -14,6 +14,7 @@ from pirl.errors import StorageError, StorageNotFoundError
 Names = list[str]  # inside the classes `list` is the method
 TEMPORARY = ".pirl-tmp-"  # files of this prefix are unfinished and no objects
 MAX_SMALL_BYTES = 256 * 2**20  # of a record; the manifest of a billion images in shards of 1 GB has about 25 MB
+MAX_CHILDREN = 1000
 FULL_HINT = "Free some space or choose another place, then run the same command again; what was there is untouched."
 
 
@@ -68,6 +69,14 @@ class Storage(ABC):
     @abstractmethod
     def delete(self, name: str) -> None:
         """Remove the object; absent is fine."""
+
+    @abstractmethod
+    def children(self) -> Names:
+        """Return the names directly below, those of folders with a slash: the first thousand, sorted."""
+
+    @abstractmethod
+    def require_writable(self, name: str = "probe") -> None:
+        """Raise `StorageError` where the object cannot be written. Nothing is left behind."""
 
     def exists(self, name: str) -> bool:
         """Whether the object is there."""

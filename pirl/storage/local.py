@@ -6,10 +6,12 @@ import errno
 import fcntl
 import hashlib
 import io
+import itertools
 import os
 import secrets
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pirl.errors import StorageError, StorageNotFoundError
-from pirl.storage.base import FULL_HINT, TEMPORARY, Names, Storage, checked, checked_prefix
+from pirl.storage.base import FULL_HINT, MAX_CHILDREN, TEMPORARY, Names, Storage, checked, checked_prefix
 
 _COPY_BYTES = 4 << 20
 _STALE_S = 60.0
@@ -91,6 +93,23 @@ class LocalStorage(Storage):
                 objects = (file for file in files if not file.startswith(TEMPORARY))
                 names.extend(file if below == "." else f"{below}/{file}" for file in objects)
         return sorted(name for name in names if name.startswith(prefix))
+
+    def children(self) -> Names:
+        names: Names = []
+        with local_errors("list", self.path), suppress(FileNotFoundError), os.scandir(self.path) as entries:
+            for entry in itertools.islice(entries, MAX_CHILDREN):
+                names += [] if entry.name.startswith(TEMPORARY) else [entry.name + "/" * entry.is_dir()]
+        return sorted(names)
+
+    def require_writable(self, name: str = "probe") -> None:
+        path = self._file(name)
+        with local_errors("write", path):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "not a file", str(path))
+            folder = path.parent
+            while not os.path.lexists(folder):
+                folder = folder.parent
+            tempfile.TemporaryFile(prefix=TEMPORARY, dir=folder).close()
 
     def size(self, name: str) -> int:
         path = self._file(name)

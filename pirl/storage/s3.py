@@ -11,13 +11,13 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from pirl.errors import PirlError, StorageError, StorageNotFoundError, UsageError
-from pirl.storage.base import FULL_HINT, Names, Storage, checked, checked_prefix, is_name, without_login
+from pirl.storage.base import FULL_HINT, MAX_CHILDREN, Names, Storage, checked, checked_prefix, is_name, without_login
 from pirl.storage.local import local_errors, reading_local, replacing
 
 _PARALLEL = 8  # requests of one transfer
@@ -163,6 +163,21 @@ class S3Storage(Storage):
         if unusable is not None:
             unusable += [e.name for e in entries if not is_name(e.name) and (e.bytes or not e.name.endswith("/"))]
         return sorted(entry for entry in entries if is_name(entry.name))  # others' markers ("folder/") are no objects
+
+    def children(self) -> Names:
+        start = f"{self.prefix}/" if self.prefix else ""
+        with self._errors("list", "") as client:
+            page = client.list_objects_v2(Bucket=self.bucket, Prefix=start, Delimiter="/", MaxKeys=MAX_CHILDREN)
+        keys = [entry["Key"] for entry in page.get("Contents", ())]
+        keys += [entry["Prefix"] for entry in page.get("CommonPrefixes", ())]
+        return sorted(key[len(start) :] for key in keys if is_name(key[len(start) :].removesuffix("/")))
+
+    def require_writable(self, name: str = "probe") -> None:
+        key = self._key(name)
+        with self._errors("write", name) as client:  # an upload in parts is no object before it is completed
+            upload = client.create_multipart_upload(Bucket=self.bucket, Key=key)["UploadId"]
+        with suppress(StorageError), self._errors("write", name) as client:
+            client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload)
 
     def size(self, name: str) -> int:
         key = self._key(name)
