@@ -76,7 +76,7 @@ def keep_up_to_date(wanted: Retraining, dry_run: bool = False) -> int:
     if not dry_run:
         write_shards(sources["train"], open_storage(data["train"]))
     elif not open_storage(data["train"]).exists("manifest.json"):
-        say(f"{count(len(sources['train']), 'image')} would be sharded to {data['train']} and compared")
+        say(f"new images: {len(sources['train']):,} would be sharded to {data['train']} and compared")
         say(f"what is new would be trained {wanted.where}")
         return EXIT_DONE
     recipe = load_recipe(wanted.recipe, wanted.overrides)
