@@ -1,4 +1,4 @@
-"""shards -> a trained network, its memory bank and its checkpoints; here, or by a PyTorchJob."""
+"""shards -> a trained network, its memory bank and its checkpoints; here, or by a job on the cluster."""
 
 from kfp import dsl
 
@@ -33,25 +33,16 @@ def pretrain(
     import shlex
 
     from components.step import step
-    from pirl.errors import UsageError
-    from pirl.train import launch
+    from pirl.backends import open_backend
+    from pirl.programs import Training
     from pirl.training.spec import Options
 
     out = f"{root}/runs/{run}"
-    options = Options(data=data, out=out, processes=processes or None)
+    given = {"nodes": nodes, "gpus": gpus, "image": image, "namespace": namespace, "queue": queue}
     with step(out, "pretrain"):
-        if backend == "local":
-            code = launch(recipe, options, overrides.split())
-            if code:
-                raise SystemExit(code)
-        elif backend == "pytorchjob":
-            from pirl.jobs import job_settings, launch_job
-
-            world = {"nodes": nodes, "gpus": gpus, "processes": processes}
-            texts = {"image": image, "namespace": namespace, "queue": queue}
-            settings = job_settings(shlex.split(job), world | texts)
-            labels = {"pirl.dev/kfp-run": kfp_run} if kfp_run else {}
-            launch_job(recipe, options, settings, overrides.split(), labels)
-        else:
-            raise UsageError(f"there is no backend {backend!r}", 'it is "local" or "pytorchjob"')
+        chosen = open_backend(backend, shlex.split(job), {**given, "processes": processes})
+        options = Options(data=data, out=out, processes=processes or None)
+        labels = {"pirl.dev/kfp-run": kfp_run} if kfp_run else {}
+        if code := chosen.run(Training(recipe, options, overrides.split()), labels):
+            raise SystemExit(code)
     return out

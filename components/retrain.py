@@ -33,13 +33,12 @@ def retrain(
     import shlex
 
     from components.step import told
-    from pirl.jobs import job_settings
+    from pirl.backends import open_backend
     from pirl.retrain import Retraining, keep_up_to_date
 
     with told("retrain"):
-        world = {"nodes": nodes, "gpus": gpus, "processes": processes}
-        texts = {"image": image, "namespace": namespace, "queue": queue}
-        settings = job_settings(shlex.split(job), world | texts)
+        given = {"nodes": nodes, "gpus": gpus, "image": image, "namespace": namespace, "queue": queue}
+        chosen = open_backend(backend, shlex.split(job), {**given, "processes": processes})
         code = keep_up_to_date(
             Retraining(
                 train_source=train_source,
@@ -53,7 +52,7 @@ def retrain(
                 min_gain=min_gain,
                 warm_epochs=warm_epochs if warm_epochs >= 0 else None,
                 processes=processes,
-                job=settings if backend == "pytorchjob" else None,
+                backend=chosen,
                 labels={"pirl.dev/kfp-run": kfp_run} if kfp_run else {},
             )
         )

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pirl.backends import open_backend
 from pirl.config import load_recipe
 from pirl.errors import UsageError, did_you_mean
 from pirl.settings import all_at_once
@@ -80,13 +81,14 @@ def complete(values: dict[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any
         recipe = load_recipe(checked["recipe"], str(checked.get("overrides", "")).split())
         if "run" in inputs and not checked.get("run"):
             checked["run"] = f"{recipe.name}-{recipe.digest()[:8]}"
-    if checked.get("backend") == "pytorchjob":
-        from pirl.jobs import job_settings
-
-        known = ("nodes", "gpus", "processes", "image", "namespace", "queue")
-        job_settings(shlex.split(checked.get("job", "")), {name: checked[name] for name in known if name in checked})
-    elif checked.get("backend", "local") != "local":
-        raise UsageError(f"there is no backend {checked['backend']!r}", 'it is "local" or "pytorchjob"')
+    if "backend" in inputs:
+        names = ("nodes", "gpus", "processes", "image", "namespace", "queue")
+        given = {name: checked[name] for name in names if name in checked}
+        open_backend(
+            checked.get("backend", inputs["backend"].get("defaultValue", "local")),
+            shlex.split(checked.get("job", "")),
+            given,
+        )
     return checked
 
 

@@ -4,7 +4,7 @@
       `-> nothing to do                           `-> not registered, and not trained again until something changes
 
 Every step is done once for the same images, recipe and code, under names made of these. So this is repeated after it
-broke off, or started twice at once: with a PyTorchJob the second finds the job of the first and follows it.
+broke off, or started twice at once: with a job on a cluster the second finds the job of the first and follows it.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from .backends import Backend, LocalBackend
 from .config import load_recipe
 from .errors import EXIT_DONE, UsageError
 from .evaluate import evaluate_run
-from .jobs import JobSettings, launch_job
 from .logs import say
 from .outputs import check_outside, check_registry
+from .programs import Training
 from .registry import Decision, data_uri, decide, decide_retrain, register_run
 from .shards import Source, open_source, write_shards
 from .storage import open_storage
 from .text import count
-from .train import launch
 from .training.spec import Options
 from .warm import warm_start
 
@@ -46,18 +46,10 @@ class Retraining:
     """Epochs of a warm start where images were only added; 0: the recipe's, None: never one."""
     processes: int = 0
     """On this machine; 0: as many as GPUs, else two."""
-    job: JobSettings | None = None
-    """Train by this PyTorchJob; None: on this machine."""
+    backend: Backend = field(default_factory=LocalBackend)
+    """Where to train."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """Of that job, beside its own: who started it."""
-
-    @property
-    def where(self) -> str:
-        if self.job is None:
-            return "on this machine"
-        job = self.job
-        each = f"{count(job.gpus, 'GPU')} and {count(job.ranks_per_pod, 'rank')}"
-        return f"by a PyTorchJob of {count(job.nodes, 'pod')}, each of {each}"
+    """Labels of the training that say who started it, on a backend that keeps labels."""
 
 
 def keep_up_to_date(wanted: Retraining, dry_run: bool = False) -> int:
@@ -77,7 +69,7 @@ def keep_up_to_date(wanted: Retraining, dry_run: bool = False) -> int:
         write_shards(sources["train"], open_storage(data["train"]))
     elif not open_storage(data["train"]).exists("manifest.json"):
         say(f"new images: {len(sources['train']):,} would be sharded to {data['train']} and compared")
-        say(f"what is new would be trained {wanted.where}")
+        say(f"what is new would be trained {wanted.backend.where}")
         return EXIT_DONE
     recipe = load_recipe(wanted.recipe, wanted.overrides)
     decision = decide_retrain(wanted.root, wanted.registry, wanted.model, recipe, data["train"], wanted.warm_epochs)
@@ -86,7 +78,7 @@ def keep_up_to_date(wanted: Retraining, dry_run: bool = False) -> int:
     if not decision.retrain:
         say("nothing to do")
         return EXIT_DONE
-    say(f"{'would train' if dry_run else 'training'} {decision.run} {wanted.where}")
+    say(f"{'would train' if dry_run else 'training'} {decision.run} {wanted.backend.where}")
     if dry_run:
         return EXIT_DONE
     return _train(wanted, decision, data["train"]) or _register(wanted, decision.run, data, sources["test"])
@@ -101,10 +93,8 @@ def _train(wanted: Retraining, decision: Decision, data: str) -> int:
         if not open_storage(decision.run).list("checkpoints/"):
             kept, fresh = warm_start(decision.warm, data, decision.run, decision.recipe)
             say(f"from {decision.warm.run}: {count(kept, 'row')} of the bank kept, {fresh:,} new")
-    if wanted.job is None:
-        return launch(wanted.recipe, Options(data, decision.run, wanted.processes or None), overrides)
-    launch_job(wanted.recipe, Options(data, decision.run), wanted.job, overrides, wanted.labels)
-    return EXIT_DONE
+    options = Options(data, decision.run, wanted.processes or None)
+    return wanted.backend.run(Training(wanted.recipe, options, overrides), wanted.labels)
 
 
 def _register(wanted: Retraining, run: str, data: dict[str, str], test: Source) -> int:

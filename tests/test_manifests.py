@@ -20,7 +20,7 @@ from kubernetes.utils import parse_quantity
 from pirl import __version__
 from pirl.cli import app
 from pirl.jobs import job_settings
-from pirl.jobs.cluster import RIGHTS
+from pirl.jobs.pytorchjob import PyTorchJob
 
 MANIFESTS = Path(__file__).parent.parent / "manifests"
 OVERLAYS = sorted(path.name for path in (MANIFESTS / "overlays").iterdir())
@@ -104,7 +104,7 @@ class TestBase:
             for resource in rule["resources"]
             for verb in rule["verbs"]
         }
-        assert given == set(RIGHTS)
+        assert given == set(PyTorchJob().rights)
 
     def test_the_secret_is_not_installed_by_accident(self) -> None:
         example = documents((MANIFESTS / "secret.yaml.example").read_text())[0]

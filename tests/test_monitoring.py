@@ -22,10 +22,11 @@ import yaml
 from conftest import TINY
 from test_operations import TEXT
 
-from pirl.jobs import build_job
-from pirl.jobs.pod import METRICS_PORT
+from pirl.jobs.pod import METRICS_PORT, build_job
+from pirl.jobs.pytorchjob import PyTorchJob
 from pirl.jobs.settings import JobSettings
 from pirl.metrics.table import METRICS, TASKS
+from pirl.programs import Training
 from pirl.training.spec import Options
 
 OVERLAY = Path(__file__).parent.parent / "manifests" / "overlays" / "monitoring"
@@ -224,9 +225,10 @@ def test_an_alert_says_which_run_how_bad_and_where_to_read_on(name: str) -> None
     assert f"\n### {name}\n" in TEXT
 
 
-def test_the_monitor_finds_the_pods_of_a_training(tiny: Any) -> None:
+def test_the_monitor_finds_the_pods_of_a_training() -> None:
     spec = yaml.safe_load((OVERLAY / "pod-monitor.yaml").read_text())["spec"]
-    job = build_job(tiny, Options("s3://bucket/data", "s3://bucket/run"), JobSettings(image="i:1"))
+    program = Training("demo", Options("s3://bucket/data", "s3://bucket/run"))
+    (job,) = build_job(PyTorchJob(), program, JobSettings(image="i:1"))
     template = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
     assert spec["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
     assert set(spec["podTargetLabels"]) <= template["metadata"]["labels"].keys()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .. import __version__, logs
+from ..backends import BACKENDS
 
 app = typer.Typer(
     name="pirl",
@@ -37,11 +38,11 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...",
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Processes = Annotated[int, typer.Option(help="Processes on this machine; 0: as many as GPUs, else two.")]
 BackendName = Annotated[
-    Literal["local", "pytorchjob"], typer.Option(help="Train on this machine, or by a PyTorchJob on the cluster.")
+    str, typer.Option(metavar="NAME", help=f"Train on this machine, or by a job on the cluster: {', '.join(BACKENDS)}.")
 ]
 JobItems = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME=VALUE", help="Setting of the PyTorchJob (once for each): nodes=4, gpus=8, image=..."),
+    typer.Option(metavar="NAME=VALUE", help="Setting of the cluster job (once for each): nodes=4, gpus=8, image=..."),
 ]
 DRY_RUN_HELP = "Check everything, say what would be done, and stop."
 DEFAULT_ROOT = "runs"

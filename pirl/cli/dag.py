@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..errors import UsageError
 from ..text import count, score
 from .app import DEFAULT_ROOT, DRY_RUN_HELP, BackendName, JobItems, Overrides, Processes, app, console, show_table
 
@@ -54,14 +53,9 @@ def run(
 
     Example: pirl run photos/train photos/test --root s3://bucket/pirl --backend pytorchjob --job nodes=4 --job gpus=8
     """
-    if backend == "pytorchjob":
-        from ..jobs import job_settings
+    from ..backends import open_backend
 
-        job_settings(job or (), {"processes": processes})
-        if not root.startswith("s3://"):
-            raise UsageError(f"--root {root} is on this machine, where pods cannot see it", "use s3://bucket/prefix")
-    elif job:
-        raise UsageError("--job is for a PyTorchJob", "add --backend pytorchjob, or leave it away")
+    open_backend(backend, job or (), {"processes": processes}).check_location("root", root)
     run_dag(
         train_source=train_source,
         test_source=test_source,

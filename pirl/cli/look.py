@@ -10,8 +10,9 @@ import typer
 from rich.text import Text
 
 from .. import logs
+from ..backends import DEFAULT_CLUSTER, open_cluster
 from ..errors import EXIT_FAILURE, UsageError
-from .app import DEFAULT_ROOT, JobItems, Json, Overrides, RecipeName, app, console, show_rows
+from .app import DEFAULT_ROOT, BackendName, JobItems, Json, Overrides, RecipeName, app, console, show_rows
 from .shard import Background, Exif, MaxPixels
 
 IMAGENET = 1_281_167  # training images of ImageNet-1k
@@ -116,6 +117,7 @@ def doctor(
     root: Annotated[
         str, typer.Option(envvar="PIRL_ROOT", help="s3:// place of the runs; a pod tries to write there.")
     ] = "",
+    backend: BackendName = DEFAULT_CLUSTER,
     job: JobItems = None,
     as_json: Json = False,
 ) -> None:
@@ -128,12 +130,12 @@ def doctor(
     Example: pirl doctor --cluster --root s3://bucket/pirl --job nodes=4 --job gpus=8
     """
     from ..doctor import cluster_checks, machine_checks
-    from ..jobs import job_settings
 
     if job and not cluster:
         raise UsageError("--job is for a cluster", "add --cluster, or leave it away")
     rows = []
-    for check in cluster_checks(job_settings(job or ()), root) if cluster else machine_checks():
+    chosen = open_cluster(backend, job or ()) if cluster else None
+    for check in cluster_checks(chosen.kind, chosen.settings, root) if chosen else machine_checks():
         rows.append(vars(check))
         if as_json:
             continue

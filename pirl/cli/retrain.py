@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from ..errors import UsageError
+from ..backends import BACKENDS, open_backend
 from .app import DEFAULT_ROOT, DRY_RUN_HELP, Overrides, app, console
 
 
@@ -30,10 +30,14 @@ def retrain(
         ),
     ] = -1,
     backend: Annotated[
-        Literal["local", "pytorchjob"],
-        typer.Option(envvar="PIRL_BACKEND", help="Train on this machine, or by a PyTorchJob on the current cluster."),
+        str,
+        typer.Option(
+            envvar="PIRL_BACKEND",
+            metavar="NAME",
+            help=f"Train on this machine, or by a job on the cluster: {', '.join(BACKENDS)}.",
+        ),
     ] = "local",
-    nodes: Annotated[int, typer.Option(envvar="PIRL_NODES", help="Pods of the PyTorchJob.", min=0)] = 0,
+    nodes: Annotated[int, typer.Option(envvar="PIRL_NODES", help="Pods of the job.", min=0)] = 0,
     gpus: Annotated[int, typer.Option(envvar="PIRL_GPUS", help="GPUs of each pod.", min=0)] = 0,
     processes: Annotated[
         int,
@@ -46,7 +50,7 @@ def retrain(
         typer.Option(
             envvar="PIRL_JOB",
             metavar="NAME=VALUE",
-            help="Other setting of the PyTorchJob (once for each; in the variable separated by spaces).",
+            help="Other setting of the job (once for each; in the variable separated by spaces).",
         ),
     ] = None,
     overrides: Overrides = None,
@@ -59,17 +63,9 @@ def retrain(
 
     Example: pirl retrain --train-source photos/train --test-source photos/test --root runs
     """
-    from ..jobs import job_settings
     from ..retrain import Retraining, keep_up_to_date
 
-    settings = None
-    if backend == "pytorchjob":
-        settings = job_settings(job or (), {"nodes": nodes or 1, "gpus": gpus, "processes": processes})
-    elif nodes or gpus or job:
-        raise UsageError(
-            "nodes, gpus and job settings are for a PyTorchJob",
-            "add --backend pytorchjob (PIRL_BACKEND), or leave them away (PIRL_NODES, PIRL_GPUS, PIRL_JOB)",
-        )
+    given = {"nodes": nodes or "", "gpus": gpus, "processes": processes}
     wanted = Retraining(
         train_source,
         test_source,
@@ -82,7 +78,7 @@ def retrain(
         min_gain,
         warm_epochs if warm_epochs >= 0 else None,
         processes,
-        settings,
+        open_backend(backend, job or (), given),
     )
     if code := keep_up_to_date(wanted, dry_run):
         raise typer.Exit(code)

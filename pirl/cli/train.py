@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import logs
-from ..errors import UsageError
-from .app import DRY_RUN_HELP, BackendName, JobItems, Overrides, Processes, RecipeName, app, console
+from .app import DRY_RUN_HELP, BackendName, JobItems, Overrides, Processes, RecipeName, app
 
 
 @app.command()
@@ -33,7 +32,7 @@ def train(
     ] = 600.0,
     job: JobItems = None,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP + " With pytorchjob: print its manifest.")] = False,
+    dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP + " On a cluster: print the manifest.")] = False,
 ) -> None:
     """Pretrain, or go on with a run that was interrupted.
 
@@ -41,9 +40,11 @@ def train(
 
     Example: pirl train r50-200ep-mlp --backend pytorchjob --job nodes=4 --job gpus=8 --data s3://b/data --out s3://b/r
     """
-    from ..train import launch, plan
+    from ..backends import open_backend
+    from ..programs import Training
     from ..training.spec import Options
 
+    chosen = open_backend(backend, job or (), {"processes": processes})
     options = Options(
         data,
         out,
@@ -56,20 +57,9 @@ def train(
         keep_best,
         timeout_s,
     )
-    if backend == "pytorchjob":
-        from ..jobs import job_settings, launch_job, prepare, to_yaml
-
-        settings = job_settings(job or (), {"processes": processes})
-        if not dry_run:
-            launch_job(recipe, options, settings, overrides or [])
-            return
-        _, manifest = prepare(recipe, options, settings, overrides or [])
-        logs.output(to_yaml(manifest))
-        return
-    if job:
-        raise UsageError("--job is for a PyTorchJob", "add --backend pytorchjob, or leave it away")
+    program = Training(recipe, options, overrides or ())
     if dry_run:
-        for line in plan(recipe, options, overrides or []):
-            console.print(line)
+        logs.output(chosen.plan(program))
         return
-    raise typer.Exit(launch(recipe, options, overrides or []))
+    if code := chosen.run(program):
+        raise typer.Exit(code)

@@ -1,7 +1,7 @@
-"""A look at a cluster before the first run, with the rights of whoever asks.
+"""Checks of a cluster before the first run, with the rights of the account that runs them.
 
-It ends with a job of one pod, as a training's is made: API, operator, admission, image, Secret, network and storage are
-all found to work together, or the first of them that does not is named. The job is deleted afterwards.
+The last one starts a job of one pod, as a training's is made. It finds API, operator, admission, image, Secret, network
+and storage working together, or names the first that does not. The job is deleted afterwards.
 """
 
 from __future__ import annotations
@@ -9,76 +9,91 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from ..config import load_recipe
 from ..errors import PirlError
-from ..jobs import JobSettings, build_job
-from ..jobs.cluster import INSTALL, RIGHTS, AbsentError, Cluster, ClusterError, ForbiddenError, Right, UnreachableError
+from ..jobs import JobSettings
+from ..jobs.cluster import AbsentError, Cluster, ClusterError, ForbiddenError, UnavailableError
 from ..jobs.diagnose import Trouble, ends, troubles
-from ..jobs.pod import Object
-from ..jobs.pytorchjob import API
+from ..jobs.kind import JobKind, Object, Right
+from ..jobs.pod import build_job
 from ..text import duration
-from ..training.spec import Options
 from .check import Check
 
-OPERATOR = "1.9"  # what the launcher was tried with
 ACCOUNT = "pirl-launcher"
-HOPELESS_S = 15.0
+PERMANENT_S = 15.0
 POLL_S = 1.0
 
 
-def cluster_checks(settings: JobSettings, root: str) -> Iterator[Check]:
-    """One after the other, each as soon as it is known. `root` is the place of the runs; "" leaves the pod away."""
+def cluster_checks(kind: JobKind, settings: JobSettings, root: str) -> Iterator[Check]:
+    """Yield each check as soon as it is made. `root` is the location of the runs; "" leaves the pod out."""
     try:
-        survey = Survey(settings.namespace)
+        survey = Survey(settings.namespace, kind)
         yield Check("API server", "ok", f"Kubernetes {survey.version()}, namespace {settings.namespace}")
-        yield from _definition(survey)
+        yield from _definitions(survey)
     except ClusterError as error:
         yield Check("API server", "bad", error.what, error.hint or "is it up, and is KUBECONFIG right?")
         return
-    for look in (_operator, _rights, _gpus, _queue):
+    for check in (_operator, _rights, _gpus, _queue):
         try:
-            yield look(survey, settings)
+            yield check(survey, settings)
         except ClusterError as error:
-            yield Check(look.__name__.strip("_"), "bad", error.what, error.hint or "run it again")
+            yield Check(check.__name__.strip("_"), "bad", error.what, error.hint or "run it again")
     if not root:
         yield Check("pod", "note", "no pod was tried", "give --root s3://bucket/prefix, where runs are to be kept")
         return
     try:
         yield from _pod(survey, settings, root)
     except PirlError as error:
-        yield Check("pod", "bad", error.what, error.hint or "mend what it names, then run this again")
+        yield Check("pod", "bad", error.what, error.hint or "fix what it names, then run this again")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A command that writes and reads below `root`: `python -m pirl.doctor ROOT`."""
+
+    root: str
+    out: str
+    module: str = "pirl.doctor"
+    name: str = "doctor"
+
+    def file(self) -> None:
+        """Return nothing: it needs no specification."""
+
+    def arguments(self, path: str) -> list[str]:
+        """Return the root."""
+        return [self.root]
 
 
 class Survey(Cluster):
-    """What a launcher may ask, and what only some accounts may: those answers are None where they are refused."""
+    """A launcher's calls, and some that only other accounts may make: these return None if refused."""
 
     def version(self) -> str:
         from kubernetes import client
 
-        return str(self._ask(client.VersionApi(self.client).get_code)["gitVersion"])
+        return str(self._call(client.VersionApi(self.client).get_code)["gitVersion"])
 
-    def has_definition(self) -> bool:
-        """Whether PyTorchJobs are known here."""
+    def serves(self, group: str, version: str, plural: str) -> bool:
+        """Return whether the API has this type of object."""
         try:
-            found = self._ask(self.custom.get_api_resources, API[0], API[1])
+            types = self._call(self.custom.get_api_resources, group, version)["resources"]
         except AbsentError:
             return False
-        return any(item["name"] == API[2] for item in found["resources"])
+        return any(item["name"] == plural for item in types)
 
     def operator(self) -> str | None:
-        """The operator's image; "" where no Deployment of its name is there."""
+        """Return the operator's image; "" if no Deployment has its name, None if this account may not see it."""
         from kubernetes import client
 
-        ask = client.AppsV1Api(self.client).list_deployment_for_all_namespaces
+        call = client.AppsV1Api(self.client).list_deployment_for_all_namespaces
         try:
-            found = self._ask(ask, field_selector="metadata.name=training-operator")["items"]
+            items = self._call(call, field_selector=f"metadata.name={self.kind.operator.deployment}")["items"]
         except ForbiddenError:
             return None
-        return found[0]["spec"]["template"]["spec"]["containers"][0]["image"] if found else ""
+        return items[0]["spec"]["template"]["spec"]["containers"][0]["image"] if items else ""
 
     def may(self, right: Right, account: str = "") -> bool | None:
-        """Whether the asking account, or a service account of this namespace, has a right there."""
+        """Return whether this account, or a service account of the namespace, has a right in it."""
         from kubernetes import client
 
         api = client.AuthorizationV1Api(self.client)
@@ -89,57 +104,58 @@ class Survey(Cluster):
             if account:
                 spec["user"] = f"system:serviceaccount:{self.namespace}:{account}"
                 body = {"metadata": {"namespace": self.namespace}, "spec": spec}
-                answer = self._ask(api.create_namespaced_local_subject_access_review, self.namespace, body)
+                answer = self._call(api.create_namespaced_local_subject_access_review, self.namespace, body)
             else:
-                answer = self._ask(api.create_self_subject_access_review, {"spec": spec})
+                answer = self._call(api.create_self_subject_access_review, {"spec": spec})
         except ForbiddenError:
             return None
         return bool(answer["status"]["allowed"])
 
     def gpus(self) -> list[int] | None:
-        """GPUs that each node has to give."""
+        """Return the allocatable GPUs of each node."""
         try:
-            nodes = self._ask(self.core.list_node)["items"]
+            nodes = self._call(self.core.list_node)["items"]
         except ForbiddenError:
             return None
         return [int(node["status"].get("allocatable", {}).get("nvidia.com/gpu", 0)) for node in nodes]
 
     def queue(self, name: str) -> str | None:
-        """The cluster queue behind a LocalQueue of Kueue; `AbsentError` where it is not there."""
-        ask = self.custom.get_namespaced_custom_object
+        """Return the ClusterQueue behind a LocalQueue of Kueue; raise `AbsentError` without the latter."""
+        call = self.custom.get_namespaced_custom_object
         try:
-            found = self._ask(ask, "kueue.x-k8s.io", "v1beta1", self.namespace, "localqueues", name)
+            queue = self._call(call, "kueue.x-k8s.io", "v1beta1", self.namespace, "localqueues", name)
         except ForbiddenError:
             return None
-        return str(found["spec"]["clusterQueue"])
+        return str(queue["spec"]["clusterQueue"])
 
 
-def _definition(survey: Survey) -> Iterator[Check]:
-    kind = f"{API[2]}.{API[0]}/{API[1]}"
-    yield (
-        Check("PyTorchJob", "ok", kind)
-        if survey.has_definition()
-        else Check("PyTorchJob", "bad", f"no {kind} here", INSTALL)
-    )
+def _definitions(survey: Survey) -> Iterator[Check]:
+    for resource in survey.kind.resources:
+        if survey.serves(resource.group, resource.version, resource.plural):
+            yield Check(resource.kind, "ok", str(resource))
+        else:
+            yield Check(resource.kind, "bad", f"{resource} is not served", survey.kind.install)
 
 
 def _operator(survey: Survey, _: JobSettings) -> Check:
-    image = survey.operator()
+    image, (deployment, version) = survey.operator(), survey.kind.operator
     if not image:
-        why = "this account may not see it" if image is None else "no Deployment training-operator"
-        return Check("operator", "note", f"its version is unknown: {why}", "the pod below tells whether it works")
-    tried = f":v{OPERATOR}." in image or f":{OPERATOR}." in image or image.endswith((f":v{OPERATOR}", f":{OPERATOR}"))
-    return Check("operator", "ok" if tried else "note", image, "" if tried else f"tried with version {OPERATOR}")
+        why = "this account may not see it" if image is None else f"no Deployment {deployment}"
+        return Check("operator", "note", f"its version is unknown: {why}", "the pod below shows whether it works")
+    tag = image.rpartition(":")[2].removeprefix("v")
+    tried = tag == version or tag.startswith(f"{version}.")
+    return Check("operator", "ok" if tried else "note", image, "" if tried else f"tried with version {version}")
 
 
 def _rights(survey: Survey, _: JobSettings) -> Check:
-    who, account = f"service account {ACCOUNT}", ACCOUNT
-    if survey.may(RIGHTS[0], account) is None:
-        who, account = "this account", ""
-    missing = [str(right) for right in RIGHTS if not survey.may(right, account)]
+    rights = survey.kind.rights
+    subject, account = f"service account {ACCOUNT}", ACCOUNT
+    if survey.may(rights[0], account) is None:
+        subject, account = "this account", ""
+    missing = [str(right) for right in rights if not survey.may(right, account)]
     if missing:
-        return Check("rights", "bad", f"{who} may not {', '.join(missing)}", "kubectl apply -f manifests/")
-    return Check("rights", "ok", f"{who} may do all that a launcher does")
+        return Check("rights", "bad", f"{subject} may not {', '.join(missing)}", "kubectl apply -f manifests/")
+    return Check("rights", "ok", f"{subject} has all the rights of a launcher")
 
 
 def _gpus(survey: Survey, settings: JobSettings) -> Check:
@@ -169,55 +185,56 @@ QUEUE_FIX = "kubectl get localqueues; manifests/overlays/kueue makes one"
 
 
 def _pod(survey: Survey, settings: JobSettings, root: str) -> Iterator[Check]:
-    """A job of one pod that writes and reads below `root`."""
+    """Run a job of one pod that writes and reads below `root`."""
     one = settings.model_copy(update={"nodes": 1, "max_restarts": 0, "ttl_s": 600})
-    body = build_job(load_recipe("demo"), Options(root, f"{root.rstrip('/')}/doctor-{secrets.token_hex(3)}"), one)
-    container = body["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
-    container |= {"command": ["python", "-m", "pirl.doctor"], "args": [root]}
-    name = body["metadata"]["name"]
-    created = survey.create(body)
-    if created is None:
-        raise ClusterError(f"a job {name} is there already", "run this again")
+    objects = build_job(survey.kind, Probe(root, f"{root.rstrip('/')}/doctor-{secrets.token_hex(3)}"), one)
+    name = objects[-1]["metadata"]["name"]
+    job = survey.create(objects)
+    if job is None:
+        raise ClusterError(f"a job {name} exists already", "run this again")
     try:
-        yield from _watch(survey, one, name)
+        yield from _watch(survey, one, job)
     finally:
-        survey.delete(name, created["metadata"]["uid"])
+        survey.delete(name, job["metadata"]["uid"])
 
 
-def _watch(survey: Survey, settings: JobSettings, name: str) -> Iterator[Check]:
+def _watch(survey: Survey, settings: JobSettings, job: Object) -> Iterator[Check]:
+    """Follow the pod to its end, or until nothing more is to be expected."""
     started = time.monotonic()
-    hopeless_since: float | None = None
+    permanent_since: float | None = None
     trouble: Trouble | None = None
     while (waited := time.monotonic() - started) < settings.pull_s:
         time.sleep(POLL_S)
         try:
-            pods = survey.pods(name)
-            for end in ends(pods):
-                lines = end.lines if end.exit_code else _plain(survey.log(end.pod))
-                if end.exit_code:
-                    yield Check("pod", "bad", f"{end}: {lines}", "is the Secret there, and may pods reach the storage?")
-                else:
-                    yield Check("pod", "ok", f"{settings.image} ran after {duration(waited)}: {lines}")
+            pods = survey.pods(job)
+            if found := _end(survey, settings, pods, waited):
+                yield found
                 return
-            found = troubles(pods, [event for pod in [name, *_names(pods)] for event in survey.events(pod)])
-        except UnreachableError:
+            names = [job["metadata"]["name"], *(pod["metadata"]["name"] for pod in pods)]
+            known = troubles(pods, [event for name in names for event in survey.events(name)], survey.kind.refusals)
+        except UnavailableError:
             continue
-        trouble = next((item for item in found if item.hopeless), found[0] if found else None)
-        if trouble and trouble.hopeless:
-            hopeless_since = hopeless_since or time.monotonic()
-            if time.monotonic() - hopeless_since > HOPELESS_S:
-                break
-        else:
-            hopeless_since = None
+        trouble = next((item for item in known if item.permanent), known[0] if known else None)
+        if not trouble or not trouble.permanent:
+            permanent_since = None
+        elif time.monotonic() - (permanent_since := permanent_since or time.monotonic()) > PERMANENT_S:
+            break
     if trouble:
         yield Check("pod", "bad", str(trouble), trouble.hint)
     else:
-        hint = "does the training operator run? kubectl get pods -A | grep training-operator; " + INSTALL
+        deployment = survey.kind.operator.deployment
+        hint = f"does the operator run? kubectl get pods -A | grep {deployment}; {survey.kind.install}"
         yield Check("pod", "bad", f"nothing has run after {duration(waited)}", hint)
 
 
-def _names(pods: list[Object]) -> list[str]:
-    return [pod["metadata"]["name"] for pod in pods]
+def _end(survey: Survey, settings: JobSettings, pods: list[Object], waited: float) -> Check | None:
+    """Return the check of a pod that has ended; None while none has."""
+    for end in ends(pods):
+        if end.exit_code:
+            return Check("pod", "bad", f"{end}: {end.lines}", "does the Secret exist, and may pods reach the storage?")
+        lines = _plain(survey.log(next(pod for pod in pods if pod["metadata"]["name"] == end.pod)))
+        return Check("pod", "ok", f"{settings.image} ran after {duration(waited)}: {lines}")
+    return None
 
 
 def _plain(log: str) -> str:

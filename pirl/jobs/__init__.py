@@ -1,8 +1,9 @@
-"""Training on a Kubernetes cluster: a PyTorchJob, and the launcher that follows it."""
+"""Jobs on a Kubernetes cluster, and the launcher that follows one of them to its end.
 
-from .launcher import launch_job, prepare
-from .pod import job_name, to_yaml
-from .pytorchjob import build_job
+`kind` is the seam: one class for each kind of job. The rest names none: `pod` builds the objects, `cluster` talks to
+the API server, `launcher` is the state machine, `diagnose` and `watch` are its eyes, `settings` what a user sets.
+"""
+
 from .settings import JobSettings, job_settings
 
-__all__ = ["JobSettings", "build_job", "job_name", "job_settings", "launch_job", "prepare", "to_yaml"]
+__all__ = ["JobSettings", "job_settings"]

@@ -1,18 +1,19 @@
-"""From a recipe to a finished training on a cluster, by a small state machine.
+"""From a program to its completion on a cluster, by a small state machine.
 
-    ABSENT --create--> PENDING --all pods run--> RUNNING --the operator says so--> SUCCEEDED --DONE.json--> done
+    ABSENT --create--> PENDING --all pods run--> RUNNING --the operator says so--> SUCCEEDED --marker--> done
        |                  ^  |                    ^   |
        `-----adopt--------'  `---> SUSPENDED      |   v a pod ended, was deleted, or its node is gone
                               in a Kueue queue   RESTARTING
 
-    PENDING, RESTARTING   -- longer than start_s, or pull_s without hope --> failed, with what keeps the pods
-    RUNNING               -- progress_s without a new step ---------------> failed, with the last step and lines
+    PENDING, RESTARTING   -- longer than start_s, or pull_s with a permanent trouble --> failed, with the troubles
+    RUNNING               -- progress_s without a new step --> failed, with the last step and lines
     any of them           -- run_s; the operator gave up; settings that cannot work --> failed, with the pods' ends
-    any of them           -- the job is gone ------------------------------> lost: somebody deleted it
-    any of them           -- SIGTERM --------------------------------------> stopped: the job is deleted, unless `leave`
+    any of them           -- the job is gone --> lost: somebody deleted it
+    any of them           -- SIGTERM --> stopped: the job is deleted, unless `leave`
 
-The state is read from the cluster at each turn and kept nowhere, so a launcher that was killed is started again, finds
-the job by its name, and goes on. While the API server does not answer, all clocks stand still.
+The state is read from the cluster at each turn and kept nowhere. So a launcher that was killed is started again, finds
+the job by its name, and continues. While the API server is unavailable, all clocks stand still; while storage is, that
+of `progress_s`.
 """
 
 from __future__ import annotations
@@ -21,142 +22,67 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-from ..config import Recipe, load_recipe
-from ..errors import (
-    EXIT_USAGE,
-    PirlError,
-    PreemptedError,
-    StorageError,
-    StorageNotFoundError,
-    TrainingError,
-    UsageError,
-)
+from ..errors import EXIT_USAGE, PirlError, PreemptedError, StorageError, TrainingError, UsageError
 from ..logs import readable, say, write
-from ..shards import Manifest
-from ..storage import S3Storage, open_storage
+from ..programs import Program
 from ..text import duration
-from ..train import plan
-from ..training.spec import Options
-from .cluster import Cluster, ClusterError, UnreachableError, pod_index
-from .diagnose import End, conditions, ends, is_running, is_well, troubles
-from .pod import SPEC_HASH, Object
-from .pytorchjob import build_job
+from .cluster import Cluster, UnavailableError
+from .diagnose import End, ends, is_running, troubles
+from .kind import Object
+from .pod import SPEC_HASH, build_job, differences, is_same
 from .settings import JobSettings
+from .state import Clocks, State, observe
 from .watch import LogStream, Progress
 
-POLL_S = 2.0
-OUTAGE_S = 900.0
-"""Longest that the API server, or storage at the end, may not answer before the launcher gives up. The job goes on."""
+REPORT_S = 60.0  # between two lines on a state that lasts
 
-
-class State(Enum):
-    ABSENT = "absent"
-    SUSPENDED = "suspended"
-    PENDING = "pending"
-    RUNNING = "running"
-    RESTARTING = "restarting"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-
-
-def observe(job: Object | None, pods: Sequence[Object], nodes: int, ran: bool) -> State:
-    """The state that the cluster's objects show. `ran`: whether all pods have been seen running before."""
-    if job is None:
-        return State.ABSENT
-    true = {item["type"] for item in conditions(job) if item["status"] == "True"}  # in no order that could be trusted
-    if "Failed" in true:
-        return State.FAILED
-    if "Succeeded" in true:
-        return State.SUCCEEDED
-    if "Suspended" in true or job["spec"].get("runPolicy", {}).get("suspend"):
-        return State.SUSPENDED
-    if sum(map(is_well, pods)) >= nodes:
-        return State.RUNNING
-    return State.RESTARTING if ran else State.PENDING
-
-
-@dataclass
-class Clocks:
-    """Seconds, counted only while the cluster answers."""
-
-    state: float = 0.0
-    """In this state."""
-    hopeless: float = 0.0
-    """With something in the way that waiting does not mend."""
-    still: float = 0.0
-    """Running without a new step."""
-    all: float = 0.0
-    """Not suspended."""
+T = TypeVar("T")
 
 
 class Stopped(BaseException):
-    """A signal told the launcher to stop."""
+    """A signal has told the launcher to stop."""
 
 
-def launch_job(
-    recipe: str,
-    options: Options,
-    settings: JobSettings,
-    overrides: Sequence[str] = (),
-    labels: Mapping[str, str] | None = None,
-) -> None:
-    """Train on the cluster to the end of the recipe, as a new job or with the one that is there.
-
-    Returns when the job has succeeded and the run's completion marker is in storage. Raises `TrainingError` with the
-    diagnosis, `UsageError` where nothing was started, `PreemptedError` after a SIGTERM.
-    """
-    resolved, body = prepare(recipe, options, settings, overrides, labels)
-    Launcher(resolved, options, settings, body, Cluster(settings.namespace)).run()
-
-
-def prepare(
-    recipe: str,
-    options: Options,
-    settings: JobSettings,
-    overrides: Sequence[str] = (),
-    labels: Mapping[str, str] | None = None,
-) -> tuple[Recipe, Object]:
-    """Check recipe, data and run as a training on this machine does; returns the recipe and the job to create."""
-    for name, uri in (("data", options.data), ("out", options.out)):
-        if not isinstance(open_storage(uri), S3Storage):
-            raise UsageError(f"--{name} {uri} is on this machine, where pods cannot see it", "use s3://bucket/prefix")
-    plan(recipe, options, overrides)
-    resolved = load_recipe(recipe, overrides)
-    return resolved, build_job(resolved, options, settings, labels)
-
-
-@dataclass
 class Launcher:
     """One job, from its creation or adoption to its end."""
 
-    recipe: Recipe
-    options: Options
-    settings: JobSettings
-    body: Object
-    cluster: Cluster
-    poll_s: float = POLL_S
-    outage_s: float = OUTAGE_S
-    seen_ends: dict[tuple[str, int], End] = field(default_factory=dict)
+    poll_s = 2.0
+    outage_s = 900.0
+    """Longest that API server or storage may be unavailable before the launcher gives up; the job stays."""
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        program: Program,
+        settings: JobSettings,
+        cluster: Cluster,
+        labels: Mapping[str, str] | None = None,
+    ) -> None:
+        self.program = program
+        self.settings = settings
+        self.cluster = cluster
+        self.kind = cluster.kind
+        self.objects = build_job(self.kind, program, settings, labels)
+        self.body = self.objects[-1]
         self.name: str = self.body["metadata"]["name"]
-        self.storage = open_storage(self.options.out)
-        self.progress = Progress(self.storage, every_s=max(5.0, self.poll_s))
-        self.log = LogStream(self.cluster)
+        self.full_name = f"{settings.namespace}/{self.name}"
+        self.progress = Progress(program, every_s=2.5 * self.poll_s)
+        self.log = LogStream(cluster)
+        self.ends: dict[tuple[str, int], End] = {}
+        self.uid = ""
 
     def run(self) -> None:
-        """To the end, whatever it is."""
-        if self._done():
+        """Run the job to its completion.
+
+        Raise `TrainingError` with the diagnosis, `UsageError` if nothing was started, `PreemptedError` after SIGTERM.
+        """
+        if self.program.is_complete():
             say("launcher: this run is complete: nothing to do")
             return
-        self.uid = ""
         try:
             with _stop_signals():
                 self.uid = self._create_or_adopt()
@@ -165,219 +91,205 @@ class Launcher:
             self._clean_up("told to stop", self.uid)  # KFP kills a step that it terminates within a second
             raise PreemptedError(
                 f"the launcher was told to stop; job {self.name} "
-                + ("goes on" if self.settings.leave else "is deleted"),
-                "run the same command again to go on from the last checkpoint",
+                + ("keeps running" if self.settings.leave else "is deleted"),
+                "run the same command again to resume from the last checkpoint",
             ) from None
         except TrainingError:
             self._clean_up("failed")
             raise
 
     def _create_or_adopt(self) -> str:
-        """The uid of the job that now trains this run. One of an earlier attempt that has ended makes room for it."""
-        told = ""
+        """Return the uid of the job that now runs the program; replace one of an earlier attempt that has ended."""
+        reported = ""
         while True:
-            job = self._ask(lambda: self.cluster.job(self.name))
+            job = self._retry(lambda: self.cluster.job(self.name))
             if job is None:
-                created = self._ask(lambda: self.cluster.create(self.body))
+                created = self._retry(lambda: self.cluster.create(self.objects))
                 if created is not None:
-                    say(f"launcher: created job {self.settings.namespace}/{self.name}")
+                    say(f"launcher: created job {self.full_name}")
                     return str(created["metadata"]["uid"])
                 continue
-            ended = observe(job, (), 1, False) in (State.SUCCEEDED, State.FAILED)
             if "deletionTimestamp" in job["metadata"]:
                 news = "waiting for an earlier job of this name to be gone"
-            elif ended:
+            elif self._has_ended(job):
                 news = "replacing an earlier job of this run, which has ended"
-                uid = job["metadata"]["uid"]
-                self._ask(partial(self.cluster.delete, self.name, uid))
+                self._retry(partial(self.cluster.delete, self.name, job["metadata"]["uid"]))
             else:
                 self._check_same(job)
-                say(f"launcher: adopted job {self.settings.namespace}/{self.name}, which is there already")
+                say(f"launcher: adopted job {self.full_name}, which exists already")
                 return str(job["metadata"]["uid"])
-            if news != told:
+            if news != reported:
                 say(f"launcher: {news}")
-                told = news
+                reported = news
             time.sleep(self.poll_s)
 
-    def _check_same(self, job: Object) -> None:
-        """Refuse to adopt a job that does something else than was asked for."""
-        if self._is_same(job):
-            return
-        differences = _differences(self.body["spec"], job.get("spec"), "spec")
-        raise UsageError(
-            f"job {self.settings.namespace}/{self.name} trains this run already, with other settings:\n  "
-            + "\n  ".join(differences or [f"it is not from this program (no matching {SPEC_HASH})"]),
-            "use the same settings to adopt it, or delete it first: "
-            f"kubectl delete pytorchjob {self.name} -n {self.settings.namespace}",
-        )
+    def _has_ended(self, job: Object) -> bool:
+        return observe(self.kind.verdict(job), (), 1, False) in (State.SUCCEEDED, State.FAILED)
 
-    def _is_same(self, job: Object) -> bool:
-        theirs, ours = job["metadata"].get("annotations", {}), self.body["metadata"]["annotations"]
-        return theirs.get(SPEC_HASH) == ours[SPEC_HASH]
+    def _check_same(self, job: Object) -> None:
+        """Refuse to adopt a job of another specification."""
+        if is_same(job, self.body):
+            return
+        changes = differences(self.body["spec"], job.get("spec"))
+        raise UsageError(
+            f"job {self.full_name} trains this run already, with other settings:\n  "
+            + "\n  ".join(changes or [f"it is not from this program (no matching {SPEC_HASH})"]),
+            f"use the same settings to adopt it, or delete it first: {self._kubectl('delete')}",
+        )
 
     def _follow(self) -> None:
         """Watch the job until it has succeeded, and raise on any other end."""
-        clocks, state, ran = Clocks(), None, False
-        before, told_at = time.monotonic(), time.monotonic()
+        clocks, reported_at = Clocks(), time.monotonic()
         while True:
-            job, pods = self._ask(lambda: (self.cluster.job(self.name), self.cluster.pods(self.name)))
-            if job is not None and job["metadata"]["uid"] != self.uid:
-                job = None
-            pods = [pod for pod in pods if _owner(pod) == self.uid]
-            now_state = observe(job, pods, self.settings.nodes, ran)
-            ran = ran or now_state is State.RUNNING
-            self._tell_ends(pods)
-            for line in self.log.lines(pods[0]) if pods and pod_index(pods[0]) == 0 else ():
-                write(sys.stdout, f"{line}\n")  # as it was written, so that what reads JSON lines can read them here
-            stepped = self.progress.advanced()
-            now = time.monotonic()
-            passed, before = min(now - before, 60.0), now
-            if now_state is not state:
-                state, clocks.state, told_at = now_state, 0.0, float("-inf")
-            clocks.state += passed
-            clocks.all += passed if state is not State.SUSPENDED else 0.0
-            if stepped:
-                clocks.still = 0.0
-            elif state is State.RUNNING and self.progress.known:
-                clocks.still += passed
-
+            job, pods = self._retry(self._read)
+            verdict = self.kind.verdict(job) if job else None
+            state = observe(verdict, pods, self.settings.nodes, clocks.ran)
+            self._report_pods(pods)
+            if clocks.enter(state, self.progress.advanced(), self.progress.available):
+                reported_at = float("-inf")
             if state is State.SUCCEEDED:
-                self._require_done()
+                self._require_completion()
                 say(f"launcher: job {self.name} has succeeded")
                 return
             if state is State.ABSENT:
                 raise self._lost()
             if state is State.FAILED:
-                raise self._failed(job or {})
-            if now - told_at > 60.0:
-                say(f"launcher: {state.value}, {duration(clocks.state)}; {self.progress}")
-                told_at = now
+                raise self._failed(verdict.message if verdict else "")
+            if clocks.read_at - reported_at > REPORT_S:
+                say(f"launcher: {state.value}, {duration(clocks.in_state)}; {self.progress}")
+                reported_at = clocks.read_at
             self._check_settings()
-            self._check_deadlines(state, clocks, passed, pods)
+            self._check_start(clocks, pods)
+            self._check_progress(clocks, pods)
             time.sleep(self.poll_s)
 
+    def _read(self) -> tuple[Object | None, list[Object]]:
+        """Return the job, if it is still this launcher's, and its pods."""
+        job = self.cluster.job(self.name)
+        if job is None or job["metadata"]["uid"] != self.uid:
+            return None, []
+        return job, self.cluster.pods(job)
+
+    def _report_pods(self, pods: list[Object]) -> None:
+        """Print new ends of containers, and new lines of rank 0's log as they were written, JSON or not."""
+        for end in ends(pods):
+            if (end.uid, end.number) not in self.ends:
+                self.ends[end.uid, end.number] = end
+                if end.exit_code:
+                    say(f"launcher: {end}")
+        for line in self.log.lines(pods[0]) if pods and self.kind.index(pods[0]) == 0 else ():
+            write(sys.stdout, f"{line}\n")
+
     def _check_settings(self) -> None:
-        """No restart mends a mistake in the settings."""
-        wrong = [end for end in self.seen_ends.values() if end.exit_code == EXIT_USAGE]
+        """Fail on settings that the program has refused: no restart fixes them."""
+        wrong = [end for end in self.ends.values() if end.exit_code == EXIT_USAGE]
         if wrong:
             raise TrainingError(f"{wrong[0]}:\n{_indent(wrong[0].lines)}", wrong[0].hint)
 
-    def _check_deadlines(self, state: State, clocks: Clocks, passed: float, pods: list[Object]) -> None:
+    def _check_start(self, clocks: Clocks, pods: list[Object]) -> None:
+        """Fail on pods that have not started for too long."""
+        if clocks.state not in (State.PENDING, State.RESTARTING):
+            return
         wait = self.settings
-        if state in (State.PENDING, State.RESTARTING):
-            found = troubles(pods, self._events(pods))
-            hopeless = [trouble for trouble in found if trouble.hopeless]
-            clocks.hopeless = clocks.hopeless + passed if hopeless else 0.0
-            if clocks.hopeless > wait.pull_s or clocks.state > wait.start_s:
-                waited = clocks.hopeless if clocks.hopeless > wait.pull_s else clocks.state
-                what = f"job {self.name} is {state.value} for {duration(waited)}"
-                hint = (hopeless or found)[0].hint if found else self._look()
-                raise TrainingError("\n  ".join([what, *map(str, hopeless or found or self._last_ends())]), hint)
-        if clocks.still > wait.progress_s:
+        known = self._troubles(pods)
+        permanent = [trouble for trouble in known if trouble.permanent]
+        clocks.permanent = clocks.permanent + clocks.turn if permanent else 0.0
+        if clocks.permanent > wait.pull_s or clocks.in_state > wait.start_s:
+            waited = clocks.permanent if clocks.permanent > wait.pull_s else clocks.in_state
+            what = f"job {self.name} is {clocks.state.value} for {duration(waited)}"
+            hint = (permanent or known)[0].hint if known else self._kubectl("describe")
+            raise TrainingError("\n  ".join([what, *map(str, permanent or known or self._last_ends())]), hint)
+
+    def _check_progress(self, clocks: Clocks, pods: list[Object]) -> None:
+        """Fail on a job that has made no step for too long, or has taken too long."""
+        wait = self.settings
+        if clocks.without_step > wait.progress_s:
+            what = f"job {self.name} runs without a new step for {duration(clocks.without_step)} ({self.progress})"
             raise TrainingError(
-                f"job {self.name} runs, and has made no new step for {duration(clocks.still)} ({self.progress})"
-                + "".join(f"\n  {trouble}" for trouble in troubles(pods, self._events(pods)))
-                + "".join(f"\n  {end}" for end in self._last_ends()),
-                "a rank or a network hangs: its node's state and the log above may tell; run the same command again to "
-                "go on from the last checkpoint, with a larger job setting `progress_s` if steps are this slow",
+                "\n  ".join([what, *map(str, self._troubles(pods)), *self._last_ends()]),
+                "a rank or the network is stalled: check the node and the log above; run the same command again to "
+                "resume from the last checkpoint, with a larger job setting `progress_s` if steps are this slow",
             )
-        if wait.run_s is not None and clocks.all > wait.run_s:
+        if wait.run_s is not None and clocks.total > wait.run_s:
             raise TrainingError(
-                f"job {self.name} has taken {duration(clocks.all)}, more than run_s allows ({self.progress})",
-                "run the same command again, with a larger run_s, to go on from the last checkpoint",
+                f"job {self.name} has taken {duration(clocks.total)}, more than run_s allows ({self.progress})",
+                "run the same command again, with a larger run_s, to resume from the last checkpoint",
             )
 
-    def _tell_ends(self, pods: list[Object]) -> None:
-        for end in ends(pods):
-            if (end.uid, end.number) not in self.seen_ends:
-                self.seen_ends[end.uid, end.number] = end
-                if end.exit_code:
-                    say(f"launcher: {end}")
+    def _troubles(self, pods: list[Object]) -> list[Any]:
+        names = [self.name, *(pod["metadata"]["name"] for pod in pods if not is_running(pod))]
+        events = [event for name in names for event in self._retry(partial(self.cluster.events, name))]
+        return troubles(pods, events, self.kind.refusals)
 
     def _last_ends(self) -> list[str]:
-        """The newest bad ends, with their last lines; several pods that say the same, once."""
-        told: dict[str, str] = {}
-        for end in reversed(self.seen_ends.values()):
+        """Return the newest bad ends with their last lines; several pods with the same lines count once."""
+        by_lines: dict[str, str] = {}
+        for end in reversed(self.ends.values()):
             if end.exit_code:
-                told.setdefault(end.lines, f"{end}:\n{_indent(end.lines)}")
-        return list(told.values())[:4]
+                by_lines.setdefault(end.lines, f"{end}:\n{_indent(end.lines)}")
+        return list(by_lines.values())[:4]
 
-    def _events(self, pods: list[Object]) -> list[Object]:
-        names = [self.name, *(pod["metadata"]["name"] for pod in pods if not is_running(pod))]
-        return [event for name in names for event in self._ask(lambda name=name: self.cluster.events(name))]
-
-    def _failed(self, job: Object) -> TrainingError:
-        message = next((item.get("message", "") for item in conditions(job) if item["type"] == "Failed"), "")
-        last = self._last_ends()
-        hint = next((end.hint for end in reversed(self.seen_ends.values()) if end.exit_code), self._look())
-        return TrainingError("\n  ".join([f"job {self.name} has failed: {message} ({self.progress})", *last]), hint)
+    def _failed(self, message: str) -> TrainingError:
+        bad = (end.hint for end in reversed(self.ends.values()) if end.exit_code)
+        what = f"job {self.name} has failed: {message} ({self.progress})"
+        return TrainingError("\n  ".join([what, *self._last_ends()]), next(bad, self._kubectl("describe")))
 
     def _lost(self) -> TrainingError:
-        if self._done():
+        if self._is_complete():
             return TrainingError(f"job {self.name} is gone, the run is complete", "run the same command again")
         return TrainingError(
             f"job {self.name} was deleted by somebody else, at {self.progress}",
-            "its checkpoints are kept: run the same command again to go on",
+            "its checkpoints are kept: run the same command again to resume",
         )
 
-    def _require_done(self) -> None:
-        """A job has succeeded as soon as any of its pods has: rank 0's marker says that the training has."""
-        if not self._ask(self._done, (UnreachableError, StorageError)):
+    def _require_completion(self) -> None:
+        """Raise without the completion marker: a job has succeeded as soon as any of its pods has."""
+        if not self._is_complete():
             raise TrainingError(
-                f"job {self.name} has succeeded, but {self.options.out}/DONE.json is not there",
-                "do image and launcher have the same version, and the same storage? " + self._look(),
+                f"job {self.name} has succeeded, but the completion marker in {self.program.out} is missing",
+                f"do image and launcher have the same version, and the same storage? {self._kubectl('describe')}",
             )
 
-    def _done(self) -> bool:
-        """Whether the completion marker is there; an error where it is another training's."""
-        try:
-            done = self.storage.read_json("DONE.json")
-        except StorageNotFoundError:
-            return False
-        expected = {
-            "recipe_digest": self.recipe.digests(),
-            "data_digest": {Manifest.load(open_storage(self.options.data)).digest},
-        }
-        wrong = [name for name, digests in expected.items() if done.get(name) not in digests]
-        if wrong:
-            raise UsageError(
-                f"{self.options.out}/DONE.json is of another training ({', '.join(wrong)} differ)",
-                "use another --out; image and launcher of different versions can do this too",
-            )
-        return True
+    def _is_complete(self) -> bool:
+        return self._retry(self.program.is_complete)
 
-    def _look(self) -> str:
-        return f"kubectl describe pytorchjob {self.name} -n {self.settings.namespace}"
+    def _kubectl(self, verb: str) -> str:
+        return f"kubectl {verb} {self.kind.command} {self.name} -n {self.settings.namespace}"
 
     def _clean_up(self, why: str, uid: str = "") -> None:
-        """Delete the job if it is this launcher's and still there. With its `uid`, by one request and no other."""
+        """Delete the job if it is this launcher's and exists. With its `uid`, by one request and no other."""
         if self.settings.leave:
             return
         try:
             if not uid:
-                job = self.cluster.job(self.name)
-                if not job or not self._is_same(job) or observe(job, (), 1, False) is State.FAILED:
-                    return  # what the operator has ended stays to be looked at
+                job = self._retry(partial(self.cluster.job, self.name))
+                if not job or not is_same(job, self.body) or self._has_ended(job):
+                    return  # what the operator has ended stays for inspection
                 uid = job["metadata"]["uid"]
             self.cluster.delete(self.name, uid)
             say(f"launcher: {why}: deleted job {self.name}")
-        except ClusterError as error:
-            say(f"launcher: {why}, but job {self.name} could not be deleted ({error.what}): it goes on")
+        except PirlError as error:
+            say(f"launcher: {why}, but job {self.name} could not be deleted ({error.what}): it keeps running")
 
-    def _ask(self, question: Any, outage: tuple[type[PirlError], ...] = (UnreachableError,)) -> Any:
-        """The answer, however often it takes to ask: the training does not need the API server, nor this launcher."""
+    def _retry(self, call: Callable[[], T]) -> T:
+        """Return what `call` does; repeat it while API server or storage is unavailable, up to `outage_s`.
+
+        The job needs neither the API server nor this launcher.
+        """
         since = None
         while True:
             try:
-                answer = question()
+                answer = call()
                 if since is not None:
                     say(f"launcher: answered again after {duration(time.monotonic() - since)}")
                 return answer
-            except outage as error:
+            except (UnavailableError, StorageError) as error:
+                if isinstance(error, StorageError) and not error.passing:
+                    raise
                 now = time.monotonic()
                 if since is None:
                     since = now
-                    say(f"launcher: {error.what}; the training goes on, asking again")
+                    say(f"launcher: {error.what}; the job keeps running, trying again")
                 elif now - since > self.outage_s:
                     raise PirlError(
                         f"{error.what}, for {duration(now - since)}; job {self.name} is left as it is",
@@ -388,7 +300,7 @@ class Launcher:
 
 @contextmanager
 def _stop_signals() -> Iterator[None]:
-    """Within, SIGTERM and SIGINT raise `Stopped`, once."""
+    """Raise `Stopped` on SIGTERM and SIGINT, once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -408,20 +320,6 @@ def _stop_signals() -> Iterator[None]:
         if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
             for number, handler in zip(numbers, handlers, strict=True):
                 signal.signal(number, handler)
-
-
-def _differences(ours: Any, theirs: Any, path: str) -> list[str]:
-    """`path: there -> here` of each leaf of `ours` that is another one in `theirs`, which may have more."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        return [line for key in ours for line in _differences(ours[key], theirs.get(key), f"{path}.{key}")]
-    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
-        pairs = enumerate(zip(ours, theirs, strict=True))
-        return [line for index, (a, b) in pairs for line in _differences(a, b, f"{path}[{index}]")]
-    return [] if ours == theirs else [f"{path}: {theirs!r} -> {ours!r}"]
-
-
-def _owner(pod: Object) -> str:
-    return next((owner["uid"] for owner in pod["metadata"].get("ownerReferences", ())), "")
 
 
 def _indent(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What the launcher sees of a training: its progress in storage, and the log of rank 0's pod."""
+"""The launcher's eyes: a program's progress in storage, and the log of rank 0's pod."""
 
 from __future__ import annotations
 
@@ -7,64 +7,62 @@ import time
 from typing import Any
 
 from ..errors import StorageError, StorageNotFoundError
-from ..storage import Storage
-from .cluster import Cluster, UnreachableError
+from ..programs import Program
+from ..storage import open_storage
+from .cluster import Cluster, UnavailableError
 from .diagnose import status
-from .pod import Object
+from .kind import Object
 
 TAIL_BYTES = 16 << 10
 
 
 class Progress:
-    """The newest line of the run's `metrics.jsonl`, which the training writes every few seconds."""
+    """The newest line of a program's record, which it writes every few seconds."""
 
-    def __init__(self, run: Storage, every_s: float) -> None:
-        self.run = run
+    def __init__(self, program: Program, every_s: float) -> None:
+        self.program = program
+        self.run = open_storage(program.out)
         self.every_s = every_s
         self.last: dict[str, Any] = {}
-        self.known = True
-        """Whether storage answered when it was asked last."""
+        self.available = True
+        """Whether storage answered the last request."""
         self._best = -1
-        self._asked = float("-inf")
+        self._read_at = float("-inf")
 
     def advanced(self) -> bool:
-        """Whether a step was made that was never made before: doing steps again after a restart does not count."""
-        if time.monotonic() - self._asked < self.every_s:
+        """Return whether a step was made for the first time: steps repeated after a restart do not count."""
+        if time.monotonic() - self._read_at < self.every_s:
             return False
-        self._asked = time.monotonic()
+        self._read_at = time.monotonic()
+        record = self.program.record
         try:
-            size = self.run.size("metrics.jsonl")
-            tail = self.run.read_range("metrics.jsonl", max(0, size - TAIL_BYTES), TAIL_BYTES)
-            self.known = True
+            size = self.run.size(record)
+            tail = self.run.read_range(record, max(0, size - TAIL_BYTES), TAIL_BYTES)
+            self.available = True
         except StorageNotFoundError:
-            self.known = True
+            self.available = True
             return False
-        except StorageError:  # the training has the same trouble, and its own patience
-            self.known = False
+        except StorageError:  # the program has the same trouble, and its own retries
+            self.available = False
             return False
         lines = tail.decode(errors="replace").splitlines()
         try:
-            self.last = json.loads(lines[-1]) if lines else {}
+            last = json.loads(lines[-1]) if lines else {}
         except ValueError:  # replaced between the two requests
             return False
+        self.last = last if isinstance(last, dict) else {}
         before, self._best = self._best, max(self._best, self.last.get("step", -1))
         return self._best > before
 
     def __str__(self) -> str:
-        if not self.last:
-            return "no step yet"
-        last = self.last
-        return (
-            f"epoch {last['epoch']:.2f}  step {last['step']}  loss {last['loss']:.4f}  "
-            f"{last['images_per_s']:.0f} images/s"
-        )
+        return self.program.describe(self.last) if "step" in self.last else "no step yet"
 
 
 class LogStream:
     """The log of one pod, line by line, over restarts of its container and replacements of the pod.
 
-    Each look asks for the last seconds again and drops what was seen, by the time that the node has put before each
-    line. So a connection that broke, or a launcher that slept, loses nothing as long as the node still has it.
+    Each call reads the last seconds again and drops lines that were read before, by the time that the node has put
+    before each. So a connection that broke, or a launcher that slept, loses nothing that the node still has.
     """
 
     def __init__(self, cluster: Cluster) -> None:
@@ -76,7 +74,7 @@ class LogStream:
         self._wait_until = 0.0
 
     def lines(self, pod: Object) -> list[str]:
-        """What is new."""
+        """Return the lines since the last call."""
         now = time.monotonic()
         container = status(pod)
         if now < self._wait_until or not {"running", "terminated"} & container.get("state", {}).keys():
@@ -88,9 +86,9 @@ class LogStream:
         try:
             text = ""
             if restarts > self._restarts:
-                text = self.cluster.log(pod["metadata"]["name"], since, previous=True)
-            text += self.cluster.log(pod["metadata"]["name"], since)
-        except UnreachableError:  # of a node that is cut off, as a rule: do not wait for it every time
+                text = self.cluster.log(pod, since, previous=True)
+            text += self.cluster.log(pod, since)
+        except UnavailableError:  # mostly a node that is cut off: do not wait for its timeout at every poll
             self._wait_until = now + 15
             return []
         self._restarts, self._read_at = restarts, now

@@ -13,7 +13,7 @@ import pytest
 from training import Place, kubectl, make_place, remove_place, until
 
 from pirl.errors import EXIT_DONE
-from pirl.jobs import job_name
+from pirl.jobs.pod import job_name
 from pirl.registry import CHAMPION, Registry
 from pirl.storage import Storage, open_storage
 

@@ -102,7 +102,7 @@ class Training:
 
     @property
     def name(self) -> str:
-        from pirl.jobs import job_name
+        from pirl.jobs.pod import job_name
 
         return job_name(self.out)
 

@@ -1,0 +1,167 @@
+"""Backends: where a program runs. `open_backend` is the only place that knows their names.
+
+Every command imports this module, so the methods import what is slow to import.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import EXIT_DONE, UsageError, did_you_mean
+from .jobs.kind import JobKind
+from .jobs.pytorchjob import PyTorchJob
+from .jobs.settings import JobSettings, job_settings
+from .text import count
+
+if TYPE_CHECKING:
+    from .programs import Program
+
+Settings = Mapping[str, Any]
+
+
+class Backend(ABC):
+    """A place where programs run to their end."""
+
+    @property
+    @abstractmethod
+    def where(self) -> str:
+        """Place and size, for messages: "on this machine"."""
+
+    @abstractmethod
+    def check_location(self, option: str, uri: str) -> None:
+        """Raise if programs here cannot see this URI."""
+
+    @abstractmethod
+    def check(self, program: Program) -> list[str]:
+        """Raise if the program cannot run here, else return what it would do, in a few lines. Start nothing."""
+
+    @abstractmethod
+    def plan(self, program: Program) -> str:
+        """Check, and return what `run` would start, for a dry run."""
+
+    @abstractmethod
+    def run(self, program: Program, labels: Mapping[str, str] | None = None) -> int:
+        """Run the program until its completion marker is in storage, and return 0.
+
+        A failure that was printed already is returned as its exit code; any other is raised. `labels` say who
+        started the program, on backends that keep labels.
+        """
+
+
+class LocalBackend(Backend):
+    """Ranks on this machine."""
+
+    def __init__(self, items: Iterable[str] = (), given: Settings | None = None) -> None:
+        fields = JobSettings.model_fields
+        usual = {name: (None, "", 0, fields[name].default) for name in given or {}}
+        stated = [name for name, value in (given or {}).items() if name != "processes" and value not in usual[name]]
+        stated += [item.partition("=")[0] for item in items]
+        if stated:
+            raise UsageError(
+                f"{', '.join(stated)}: settings of a job, which backend 'local' does not start",
+                f"choose one that does: --backend {DEFAULT_CLUSTER}, PIRL_BACKEND={DEFAULT_CLUSTER}; or omit these",
+            )
+
+    @property
+    def where(self) -> str:
+        """This machine."""
+        return "on this machine"
+
+    def check_location(self, option: str, uri: str) -> None:
+        """Accept every URI."""
+
+    def check(self, program: Program) -> list[str]:
+        """Check the program."""
+        return program.plan()
+
+    def plan(self, program: Program) -> str:
+        """Return the program's plan."""
+        return "".join(f"{line}\n" for line in self.check(program))
+
+    def run(self, program: Program, labels: Mapping[str, str] | None = None) -> int:
+        """Start the ranks, and return their exit code."""
+        from .launch import run_ranks
+
+        self.check(program)
+        with tempfile.TemporaryDirectory(prefix="pirl-") as folder:
+            path = ""
+            if file := program.file():
+                path = str(Path(folder) / file[0])
+                Path(path).write_text(file[1])
+            return run_ranks(program.module, program.arguments(path), program.processes)
+
+
+class ClusterBackend(Backend):
+    """A job of one kind on the current Kubernetes cluster."""
+
+    def __init__(self, kind: JobKind, items: Iterable[str] = (), given: Settings | None = None) -> None:
+        self.kind = kind
+        self.settings = job_settings(items, given)
+
+    @property
+    def where(self) -> str:
+        """Kind and size of the job."""
+        job = self.settings
+        each = f"{count(job.gpus, 'GPU')} and {count(job.ranks_per_pod, 'rank')}"
+        return f"by a {self.kind.title} of {count(job.nodes, 'pod')}, each of {each}"
+
+    def check_location(self, option: str, uri: str) -> None:
+        """Refuse a location that only this machine can see."""
+        from .storage import S3Storage, open_storage
+
+        if not isinstance(open_storage(uri), S3Storage):
+            raise UsageError(f"--{option} {uri} is on this machine, where pods cannot see it", "use s3://bucket/prefix")
+
+    def check(self, program: Program) -> list[str]:
+        """Check the program, and that pods can see what it reads and writes."""
+        for option, uri in program.locations.items():
+            self.check_location(option, uri)
+        return program.plan()
+
+    def plan(self, program: Program) -> str:
+        """Return the objects that would be created, as YAML."""
+        from .jobs.pod import build_job, to_yaml
+
+        self.check(program)
+        return to_yaml(build_job(self.kind, program, self.settings))
+
+    def run(self, program: Program, labels: Mapping[str, str] | None = None) -> int:
+        """Create or adopt the job, and follow it to its end."""
+        from .jobs.cluster import Cluster
+        from .jobs.launcher import Launcher
+
+        self.check(program)
+        Launcher(program, self.settings, Cluster(self.settings.namespace, self.kind), labels or {}).run()
+        return EXIT_DONE
+
+
+BACKENDS: dict[str, Callable[..., Backend]] = {
+    "local": LocalBackend,
+    PyTorchJob.name: partial(ClusterBackend, PyTorchJob()),
+}
+DEFAULT_CLUSTER = PyTorchJob.name
+
+
+def open_backend(name: str, items: Iterable[str] = (), given: Settings | None = None) -> Backend:
+    """Return the backend of this name, with settings of a job: NAME=VALUE items, and values `given` by name.
+
+    An empty text in `given` is the default. Raise `UsageError` for an unknown name or settings that cannot work.
+    """
+    if name not in BACKENDS:
+        raise UsageError(
+            f"backend {name!r} does not exist.{did_you_mean(name, BACKENDS)}", f"choose one of {', '.join(BACKENDS)}"
+        )
+    return BACKENDS[name](items, given)
+
+
+def open_cluster(name: str, items: Iterable[str] = ()) -> ClusterBackend:
+    """Return the backend of this name, which has to be one on a cluster."""
+    backend = open_backend(name, items)
+    if not isinstance(backend, ClusterBackend):
+        raise UsageError(f"backend {name!r} is not on a cluster", f"choose {DEFAULT_CLUSTER}")
+    return backend

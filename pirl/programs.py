@@ -1,0 +1,130 @@
+"""Programs that a backend runs: a module, its specification, its completion marker, and its progress."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from .config import load_recipe
+from .errors import StorageNotFoundError, UsageError
+from .shards import Manifest
+from .storage import open_storage
+from .train import plan
+from .training.spec import Options
+
+
+class Command(Protocol):
+    """`python -m MODULE ARGUMENTS` for one run, and the file that the arguments name."""
+
+    @property
+    def module(self) -> str:
+        """Module to start."""
+
+    @property
+    def name(self) -> str:
+        """Name for labels: that of the recipe."""
+
+    @property
+    def out(self) -> str:
+        """URI of the run."""
+
+    def file(self) -> tuple[str, str] | None:
+        """Return name and text of the specification's file; None if there is none."""
+
+    def arguments(self, path: str) -> list[str]:
+        """Return the module's arguments, where `path` is that of its file."""
+
+
+class Program(Command, Protocol):
+    """A command with ranks, inputs in storage, a completion marker, and a record of its progress."""
+
+    @property
+    def record(self) -> str:
+        """Object of the run with one JSON line a logged step; each line has the number `step`."""
+
+    @property
+    def processes(self) -> int | None:
+        """Ranks on this machine; None: one for each GPU, else two."""
+
+    @property
+    def locations(self) -> Mapping[str, str]:
+        """URIs that it reads or writes, by the name of their option."""
+
+    def plan(self) -> list[str]:
+        """Return what it would do, in a few lines; raise if it cannot work."""
+
+    def is_complete(self) -> bool:
+        """Return whether its completion marker exists; raise `UsageError` if it is another program's."""
+
+    def describe(self, line: Mapping[str, Any]) -> str:
+        """Return a line of the record in words."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Pretraining by a recipe: `python -m pirl.train`."""
+
+    recipe: str
+    """Name of a recipe, or path of a TOML file."""
+    options: Options
+    overrides: Sequence[str] = ()
+    module: str = "pirl.train"
+    record: str = "metrics.jsonl"
+
+    @property
+    def name(self) -> str:
+        """Name of the recipe."""
+        return load_recipe(self.recipe, self.overrides).name
+
+    @property
+    def out(self) -> str:
+        """URI of the run."""
+        return self.options.out
+
+    @property
+    def processes(self) -> int | None:
+        """Ranks on this machine."""
+        return self.options.processes
+
+    @property
+    def locations(self) -> Mapping[str, str]:
+        """URIs of shards and run."""
+        return {"data": self.options.data, "out": self.options.out}
+
+    def plan(self) -> list[str]:
+        """Check recipe, data and run, and return what would be done."""
+        return plan(self.recipe, self.options, self.overrides)
+
+    def file(self) -> tuple[str, str]:
+        """Return the resolved recipe: pods have neither the file that it came from nor the overrides."""
+        return "recipe.toml", load_recipe(self.recipe, self.overrides).to_toml()
+
+    def arguments(self, path: str) -> list[str]:
+        """Return recipe and options, without the number of processes: it is the backend's."""
+        return [path, *replace(self.options, processes=None).arguments()]
+
+    def is_complete(self) -> bool:
+        """Return whether DONE.json exists; raise if it names another recipe or other data."""
+        try:
+            done = open_storage(self.out).read_json("DONE.json")
+        except StorageNotFoundError:
+            return False
+        expected = {
+            "recipe_digest": load_recipe(self.recipe, self.overrides).digests(),
+            "data_digest": {Manifest.load(open_storage(self.options.data)).digest},
+        }
+        wrong = [name for name, digests in expected.items() if done.get(name) not in digests]
+        if wrong:
+            raise UsageError(
+                f"{self.out}/DONE.json is of another training ({', '.join(wrong)} differ)",
+                "use another --out; image and launcher of different versions can do this too",
+            )
+        return True
+
+    def describe(self, line: Mapping[str, Any]) -> str:
+        """Return epoch, step, loss and throughput."""
+        return (
+            f"epoch {line['epoch']:.2f}  step {line['step']}  loss {line['loss']:.4f}  "
+            f"{line['images_per_s']:.0f} images/s"
+        )

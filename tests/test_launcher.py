@@ -1,0 +1,382 @@
+"""The launcher as a state machine, against a small API server; `tests/cluster` has the same on a real one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kubernetes_server import WAYS, KubernetesServer, kubernetes  # noqa: F401 fixture
+
+from pirl.errors import PirlError, StorageError, TrainingError, UsageError
+from pirl.jobs import JobSettings, job_settings
+from pirl.jobs.cluster import Cluster, ForbiddenError
+from pirl.jobs.kind import JobKind, Object, Operator, Phase, Resource, Verdict, true_conditions
+from pirl.jobs.launcher import Launcher
+from pirl.jobs.pytorchjob import PyTorchJob
+from pirl.storage import open_storage
+
+POLL_S = 0.02
+TIMEOUT_S = 60.0
+
+
+@dataclass
+class Steps:
+    """A program of a few lines: it is complete when its marker exists."""
+
+    out: str
+    module: str = "steps"
+    name: str = "steps"
+    record: str = "record.jsonl"
+    processes: int | None = None
+    locations: Mapping[str, str] = field(default_factory=dict)
+
+    def file(self) -> tuple[str, str]:
+        return "steps.json", "{}"
+
+    def arguments(self, path: str) -> list[str]:
+        return [path, "--home", "$(HOME)"]
+
+    def plan(self) -> list[str]:
+        return ["some steps"]
+
+    def is_complete(self) -> bool:
+        return open_storage(self.out).exists("marker")
+
+    def describe(self, line: Mapping[str, Any]) -> str:
+        return f"step {line['step']}"
+
+    def reach(self, step: int) -> None:
+        open_storage(self.out).write_bytes(self.record, f'{{"step": {step}}}\n'.encode())
+
+    def complete(self) -> None:
+        open_storage(self.out).write_bytes("marker", b"")
+
+
+class ToyJob(JobKind):
+    """A kind that shares nothing with PyTorchJob: two objects, other labels, other conditions."""
+
+    name = "toyjob"
+    resources = (Resource("toy.dev", "v7", "toyruntimes", "ToyRuntime"), Resource("toy.dev", "v7", "toyjobs", "ToyJob"))
+    container = "node"
+    operator = Operator("toy-controller", "7")
+    install = "kubectl apply -f toy"
+    refusals = frozenset({"ToyRefused"})
+
+    def specs(self, settings: JobSettings, template: Object) -> list[Object]:
+        return [{"template": template}, {"size": settings.nodes}]
+
+    def pods(self, cluster: Cluster, job: Object) -> list[Object]:
+        return cluster.pods_by_label(f"toy.dev/job={job['metadata']['name']}")
+
+    def index(self, pod: Object) -> int:
+        return int(pod["metadata"]["labels"]["toy.dev/index"])
+
+    def verdict(self, job: Object) -> Verdict:
+        holds = true_conditions(job)
+        phases = {"Complete": Phase.SUCCEEDED, "Broken": Phase.FAILED}
+        return next((Verdict(phases[name], holds[name]) for name in phases if name in holds), Verdict(Phase.ACTIVE))
+
+
+@dataclass(frozen=True)
+class Words:
+    """What differs between the kinds in these tests."""
+
+    kind: JobKind
+    succeeded: str
+    failed: str
+    job_label: str
+    index_label: str
+
+    @property
+    def plural(self) -> str:
+        return self.kind.resource.plural
+
+
+PYTORCHJOB = Words(
+    PyTorchJob(),
+    "Succeeded",
+    "Failed",
+    "training.kubeflow.org/job-name",
+    "training.kubeflow.org/replica-index",
+)
+TOYJOB = Words(ToyJob(), "Complete", "Broken", "toy.dev/job", "toy.dev/index")
+
+
+@dataclass
+class Scene:
+    """A launcher in a thread, and its cluster, in which the test plays the operator."""
+
+    server: KubernetesServer
+    words: Words
+    program: Steps
+    capture: pytest.CaptureFixture[str]
+    said: str = ""
+    error: BaseException | None = None
+
+    @contextmanager
+    def launched(self, **job: Any) -> Iterator[Launcher]:
+        """Run a launcher until it ends by itself."""
+        settings = job_settings((), {"nodes": 2, "image": "i:1", **job})
+        cluster = Cluster(settings.namespace, self.words.kind)
+        launcher = Launcher(self.program, settings, cluster)
+
+        def run() -> None:
+            try:
+                launcher.run()
+            except BaseException as error:
+                self.error = error
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        yield launcher
+        thread.join(TIMEOUT_S)
+        assert not thread.is_alive(), self.text()
+
+    def text(self) -> str:
+        shown = self.capture.readouterr()
+        self.said += shown.out + shown.err
+        return self.said
+
+    def until(self, what: Callable[[], Any]) -> None:
+        end = time.monotonic() + TIMEOUT_S
+        while not what():
+            assert time.monotonic() < end, self.text()
+            assert self.error is None, self.error
+            time.sleep(POLL_S)
+
+    def saying(self, text: str) -> None:
+        self.until(lambda: text in self.text())
+
+    def start_pods(self, state: Object | None = None, **container: Any) -> None:
+        """Have the operator make two pods, which run or are in another state."""
+        self.until(lambda: self.server.all(self.words.plural))
+        (job,) = self.server.all(self.words.plural)
+        for index in range(2):
+            name = f"{job['metadata']['name']}-{index}"
+            status = {"name": self.words.kind.container, "state": state or {"running": {}}, **container}
+            self.server.create(
+                "pods",
+                {
+                    "metadata": {
+                        "name": name,
+                        "labels": {
+                            self.words.job_label: job["metadata"]["name"],
+                            self.words.index_label: str(index),
+                        },
+                        "annotations": {"kubectl.kubernetes.io/default-container": self.words.kind.container},
+                        "ownerReferences": [{"uid": job["metadata"]["uid"]}],
+                    },
+                    "spec": {
+                        "nodeName": f"node-{index}",
+                        "containers": [{"name": "sidecar"}, {"image": "i:1"} | status],
+                    },
+                    "status": {"containerStatuses": [status]},
+                },
+            )
+            self.server.logs[name] = f"2026-01-01T00:00:00.000000000Z line of rank {index}\n"
+
+    def succeed(self) -> None:
+        self.program.complete()
+        self.server.condition(self.words.plural, self.words.succeeded)
+
+
+@pytest.fixture(params=[PYTORCHJOB, TOYJOB], ids=lambda words: words.kind.name)
+def scene(
+    request: pytest.FixtureRequest,
+    kubernetes: KubernetesServer,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Scene:
+    """Nothing is launched yet; once for each kind."""
+    monkeypatch.setattr(Launcher, "poll_s", POLL_S)
+    kubernetes.served = tuple(resource.plural for resource in request.param.kind.resources)
+    return Scene(kubernetes, request.param, Steps(f"{tmp_path}/run"), capsys)
+
+
+def test_from_creation_to_completion(scene: Scene) -> None:
+    with scene.launched() as launcher:
+        scene.start_pods()
+        scene.saying("launcher: running")
+        scene.succeed()
+    assert scene.error is None
+    assert f"created job pirl/{launcher.name}" in scene.text()
+    assert scene.text().count("line of rank 0") == 1
+    assert "line of rank 1" not in scene.text()
+    assert f"job {launcher.name} has succeeded" in scene.text()
+    created = [scene.server.all(resource.plural) for resource in scene.words.kind.resources]
+    assert [len(objects) for objects in created] == [1] * len(scene.words.kind.resources)
+    for (body,), resource in zip(created, scene.words.kind.resources, strict=True):
+        assert (body["kind"], body["apiVersion"]) == (resource.kind, f"{resource.group}/{resource.version}")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_api_server_that_is_unavailable_while_a_job_is_followed(scene: Scene, way: str) -> None:
+    with scene.launched(start_s=1, progress_s=1):
+        scene.start_pods()
+        scene.saying("launcher: running")
+        scene.server.unavailable = way
+        scene.until(lambda: scene.server.failed > 20)
+        scene.server.unavailable = ""
+        scene.saying("answered again")
+        scene.succeed()
+    assert scene.error is None
+    assert "has succeeded" in scene.text()
+    assert len(scene.server.all(scene.words.plural)) == 1
+    assert not any(request.startswith("DELETE") for request in scene.server.requests)
+
+
+def test_storage_that_is_unavailable_while_a_job_is_followed(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than steps may take, and at the end, when the marker is to be read; what is no outage is raised."""
+    kind = type(open_storage(scene.program.out))
+    size, failed, fault = kind.size, threading.Event(), StorageError("the bucket does not answer")
+    fault.passing = True
+    outage = threading.Event()
+
+    def failing(storage: Any, name: str) -> int:
+        if outage.is_set():
+            failed.set()
+            raise fault
+        return size(storage, name)
+
+    monkeypatch.setattr(kind, "size", failing)
+    with scene.launched(progress_s=0.5):
+        scene.start_pods()
+        scene.program.reach(3)
+        scene.saying("launcher: running")
+        outage.set()
+        scene.until(failed.is_set)
+        time.sleep(1)  # longer than progress_s
+        scene.succeed()
+        scene.saying("the bucket does not answer; the job keeps running")
+        outage.clear()
+    assert scene.error is None
+    assert "answered again" in scene.text()
+
+
+def test_a_job_without_a_new_step_fails_and_is_deleted(scene: Scene) -> None:
+    with scene.launched(progress_s=0.3) as launcher:
+        scene.start_pods()
+        scene.program.reach(7)
+    assert isinstance(scene.error, TrainingError)
+    assert f"job {launcher.name} runs without a new step for" in str(scene.error)
+    assert "step 7" in str(scene.error)
+    assert scene.server.all(scene.words.plural) == []
+    assert scene.server.objects == {}, "pods, and what the job refers to, go with it"
+
+
+def test_what_the_operator_reports_as_failed(scene: Scene) -> None:
+    ended = {"terminated": {"exitCode": 1, "reason": "Error", "message": "no space left"}}
+    with scene.launched() as launcher:
+        scene.start_pods(state=ended, restartCount=1)
+        scene.saying("ended with exit code 1")
+        scene.server.condition(scene.words.plural, scene.words.failed, "too many restarts")
+    assert isinstance(scene.error, TrainingError)
+    for part in (f"job {launcher.name} has failed: too many restarts", "no space left"):
+        assert part in str(scene.error)
+    assert len(scene.server.all(scene.words.plural)) == 1, "it stays for inspection"
+
+
+def test_settings_that_cannot_work_are_not_restarted(scene: Scene) -> None:
+    with scene.launched():
+        scene.start_pods(state={"terminated": {"exitCode": 2, "reason": "Error", "message": "unknown key"}})
+    assert isinstance(scene.error, TrainingError)
+    assert "unknown key" in str(scene.error)
+    assert scene.server.all(scene.words.plural) == []
+
+
+@pytest.mark.parametrize(
+    ("reason", "message", "shown"),
+    [
+        ("refusal", 'pods "x" is forbidden: violates PodSecurity "restricted"', "pod security standard forbids it"),
+        ("image", "manifest unknown", "cannot pull the image i:1 (ErrImagePull)"),
+    ],
+)
+def test_a_permanent_trouble_ends_the_wait(scene: Scene, reason: str, message: str, shown: str) -> None:
+    with scene.launched(pull_s=0.3) as launcher:
+        if reason == "image":
+            scene.start_pods(state={"waiting": {"reason": "ErrImagePull", "message": message}})
+        else:
+            refusal = next(iter(scene.words.kind.refusals))
+            event = {"reason": refusal, "message": message, "involvedObject": {"name": launcher.name}}
+            scene.server.events.append(event)
+    assert isinstance(scene.error, TrainingError)
+    assert shown in str(scene.error)
+    assert scene.server.all(scene.words.plural) == []
+
+
+def test_a_second_launcher_adopts_the_job_and_other_settings_are_refused(scene: Scene) -> None:
+    with scene.launched(nodes=3, image="i:2") as other:
+        scene.until(lambda: scene.server.all(scene.words.plural))
+        with scene.launched(nodes=2, image="i:1"):
+            pass
+        assert isinstance(scene.error, UsageError)
+        assert "3 -> 2" in str(scene.error)
+        assert f"kubectl delete {scene.words.kind.command} {other.name} -n pirl" in str(scene.error)
+        scene.error = None
+        with scene.launched(nodes=3, image="i:2"):
+            scene.saying("adopted job")
+            scene.succeed()
+    assert scene.error is None
+    assert sum(request.startswith("POST") for request in scene.server.requests) == len(scene.words.kind.resources)
+
+
+def test_a_job_that_somebody_deletes(scene: Scene) -> None:
+    with scene.launched() as launcher:
+        scene.start_pods()
+        scene.saying("launcher: running")
+        scene.server.delete(scene.words.plural, launcher.name)
+    assert "was deleted by somebody else" in str(scene.error)
+
+
+def test_an_ended_job_of_an_earlier_attempt_makes_room(scene: Scene) -> None:
+    with scene.launched():
+        scene.until(lambda: scene.server.all(scene.words.plural))
+        scene.server.condition(scene.words.plural, scene.words.failed)
+    scene.error = None
+    with scene.launched():
+        scene.saying("replacing an earlier job of this run")
+        scene.start_pods()
+        scene.succeed()
+    assert scene.error is None
+
+
+def test_success_without_the_marker_is_a_failure(scene: Scene) -> None:
+    with scene.launched():
+        scene.until(lambda: scene.server.all(scene.words.plural))
+        scene.server.condition(scene.words.plural, scene.words.succeeded)
+    assert isinstance(scene.error, TrainingError)
+    assert "the completion marker in" in str(scene.error)
+
+
+def test_a_cluster_that_does_not_serve_the_kind(scene: Scene) -> None:
+    scene.server.served = ()
+    with scene.launched():
+        pass
+    assert isinstance(scene.error, PirlError)
+    assert scene.words.kind.install in str(scene.error)
+
+
+def test_arguments_arrive_in_the_pod_as_they_were(scene: Scene) -> None:
+    """Kubernetes replaces $(NAME) in arguments and environment, unless the dollar is doubled."""
+    with scene.launched(env={"X": "a$(HOME)"}):
+        scene.until(lambda: scene.server.all(scene.words.plural))
+        scene.succeed()
+    (first,) = scene.server.all(scene.words.kind.resources[0].plural)
+    text = str(first["spec"])
+    assert "'$$(HOME)'" in text
+    assert "'a$$(HOME)'" in text
+
+
+def test_a_refusal_survives_a_pickle() -> None:
+    import pickle
+
+    error = pickle.loads(pickle.dumps(ForbiddenError("may not create pods")))
+    assert (type(error), error.what) == (ForbiddenError, "may not create pods")
+    assert "manifests" in error.hint
