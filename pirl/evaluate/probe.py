@@ -25,7 +25,7 @@ from pirl.config import Recipe, parse_recipe
 from pirl.data import CropDataset
 from pirl.errors import CheckpointError, DataError, UsageError
 from pirl.model import PIRL, Trunk, build_model
-from pirl.shards import Manifest, ShardReader
+from pirl.shards import Manifest, ShardReader, check_same_decoding
 from pirl.storage import open_storage
 
 SIMILARITIES = 1 << 28  # that are held at a time: a gigabyte
@@ -182,6 +182,7 @@ def as_json(protocol: Protocol) -> dict[str, Any]:
 
 def check_labels(train: ShardReader, test: ShardReader) -> list[str]:
     """The classes of two labelled data sets that have the same ones."""
+    check_same_decoding(train.manifest, test.manifest)
     for reader in (train, test):
         if reader.manifest.classes is None:
             raise UsageError(

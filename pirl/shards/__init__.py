@@ -25,7 +25,7 @@ from pirl.shards.folders import folder_source, tar_file_source
 from pirl.shards.images import check_image, decode_image, decode_pixels, image_size
 from pirl.shards.labels import class_summary, listed, match_classes
 from pirl.shards.lists import list_source
-from pirl.shards.manifest import MANIFEST, QUARANTINE, Manifest, Quarantine, Shard
+from pirl.shards.manifest import MANIFEST, QUARANTINE, Manifest, Quarantine, Shard, check_same_decoding
 from pirl.shards.objects import ObjectSource
 from pirl.shards.prefix import object_source
 from pirl.shards.read import ShardReader
@@ -53,6 +53,7 @@ __all__ = [
     "Source",
     "cache_root",
     "check_image",
+    "check_same_decoding",
     "decode_image",
     "decode_pixels",
     "decoding_notes",

@@ -101,6 +101,19 @@ def decoding_settings(background: str = "white", exif: str = "apply", max_pixels
     return Decoding(background=colour, exif="apply" if exif == "apply" else "ignore", max_pixels=most)
 
 
+def decoding_difference(
+    one: tuple[Decoding, Pictures | None], other: tuple[Decoding, Pictures | None]
+) -> dict[str, tuple[Any, Any]]:
+    """Return the settings in which two data sets differ and that change a pixel of either: {name: (one's, other's)}."""
+    counts = Pictures()
+    for _, pictures in (one, other):
+        if pictures:
+            counts.add(pictures)
+    names = {"background": counts.transparent, "exif": counts.rotated}  # max_pixels changes no meaning
+    values = {name: (getattr(one[0], name), getattr(other[0], name)) for name, count in names.items() if count}
+    return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
+
+
 def decoding_notes(decoding: Decoding, pictures: Pictures | None) -> list[str]:
     """Return one sentence for each special kind of image that a data set holds, for the console."""
     if pictures is None:

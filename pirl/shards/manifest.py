@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pirl.errors import DataError, StorageNotFoundError
-from pirl.shards.decoding import LEGACY, Decoding, Pictures
+from pirl.errors import DataError, StorageNotFoundError, UsageError
+from pirl.shards.decoding import LEGACY, Decoding, Pictures, decoding_difference
 from pirl.storage import Storage
 
 FORMAT: Literal[1] = 1
@@ -154,3 +154,13 @@ class Quarantine(BaseModel):
             raise DataError(
                 f"{storage.uri}/{QUARANTINE} is not a quarantine: {error}", "shard the images again"
             ) from None
+
+
+def check_same_decoding(train: Manifest, test: Manifest) -> None:
+    """Raise UsageError if a setting makes the test images other pictures than it makes of the training images."""
+    for name, values in decoding_difference((train.decoding, train.pictures), (test.decoding, test.pictures)).items():
+        trained, tested = ("none" if value is None else value for value in values)
+        raise UsageError(
+            f"training and test images are decoded in different ways: {name} {trained} and {name} {tested}",
+            f"shard the test images with --{name} '{trained}'",
+        )
