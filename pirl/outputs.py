@@ -104,7 +104,7 @@ def _images_of(data: str) -> str | None:
         source = Manifest.load(open_storage(data)).source
     except PirlError:
         return None
-    match = re.match(r"(?:folder (/.+?)|(s3://.+?))(?:, \d+ of \d+ images)?, shards of \d+ bytes, sha256:", source)
+    match = re.match(r"(?:folder (/.+?)|(s3://.+?))(?:, \d+ of \d+ images)?, shards of \d+ bytes, ", source)
     return (match[1] or match[2]) if match else None
 
 

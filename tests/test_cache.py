@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import random
 import re
 import signal
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from images import folder_of_classes
+from images import flat_folder, folder_of_classes
 from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401 (fixtures)
 
 from pirl.errors import DataError, UsageError
-from pirl.shards import Manifest, ShardReader, open_source, write_shards
+from pirl.shards import Manifest, ShardReader, cache_root, open_source, write_shards
+from pirl.shards.cache import BlockCache
+from pirl.shards.fashion import present_fashion_mnist
 from pirl.storage import S3Storage, open_storage
 
 BLOCK = 4096
@@ -372,3 +375,39 @@ def test_shards_that_change_while_they_are_read(data: tuple[str, list[bytes]], t
         reader.read(third.first_id)
     assert reader.read(0) == expected[0]
     assert first.images > 1
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of a user that has no entry in the list of users, with an empty environment (`env -i`)."""
+    for name in ("HOME", "XDG_CACHE_HOME", "PIRL_CACHE", "PIRL_DATA"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(_: object) -> None:
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(pwd, "getpwnam", unknown)
+
+
+def test_without_a_home_nothing_is_kept(homeless: None) -> None:
+    assert cache_root() is None
+    with pytest.warns(UserWarning, match="no cache"):
+        cache = BlockCache(None, "digest")
+    cache.put(0, 0, memoryview(b"data"))
+    cache.save("small", memoryview(b"data"))
+    cache.drop(0, 0, 4)
+    with cache.fetching(0, 0, 4):
+        assert cache.get(0, 0, 4) is None
+    assert cache.load("small") is None
+    assert cache.room() == 0
+    with pytest.raises(UsageError, match="no such home folder"):
+        open_storage("~/runs")
+
+
+def test_without_a_home_shards_on_s3_are_read(homeless: None, bucket: str, tmp_path: Path) -> None:  # noqa: F811
+    write_shards(open_source(str(flat_folder(tmp_path / "images", images=3))), open_storage(f"{bucket}/shards"))
+    with pytest.warns(UserWarning, match="no cache"):
+        reader = ShardReader(f"{bucket}/shards")
+    assert len([reader.read(id) for id in range(3)]) == 3
+    present_fashion_mnist()

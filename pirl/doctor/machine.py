@@ -83,7 +83,7 @@ def _storage() -> Check:
 
 
 def _cluster() -> Check:
-    kubeconfig = os.environ.get("KUBECONFIG", str(Path.home() / ".kube" / "config"))
+    kubeconfig = os.environ.get("KUBECONFIG", os.path.expanduser("~/.kube/config"))
     inside = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
     if not Path(kubeconfig).exists() and not inside.exists():
         return Check("cluster", "note", "none configured", "not needed here; set KUBECONFIG for one")

@@ -17,7 +17,7 @@ from pirl.outputs import check_file_output
 from pirl.report.page import render, writable
 from pirl.report.pictures import Picture, picture
 from pirl.shards import DEFAULT, Decoding, decode_image, open_source
-from pirl.storage import LocalStorage
+from pirl.storage import LocalStorage, expand_home
 from pirl.views import apply_photometrics, crop_batch, denormalise, draw_geometry, draw_photometrics
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -198,7 +198,7 @@ def write_preview(
     `recipe` is a recipe or the name of one; `folder` may be anything that `pirl shard` takes. Unreadable images are
     passed over; `DataError` where none can be read.
     """
-    out = Path(out_path).expanduser().absolute()
+    out = expand_home(out_path).absolute()
     if out.suffix not in (".html", ".png"):
         raise UsageError(f"{out_path} is neither a .html nor a .png file", "name it e.g. sheet.html")
     if count < 1:

@@ -8,8 +8,6 @@ out/manifest.json       published last; see `Manifest`
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pirl.errors import UsageError, did_you_mean
 from pirl.shards.decoding import (
     DEFAULT,
@@ -32,6 +30,7 @@ from pirl.shards.read import ShardReader
 from pirl.shards.samples import Parts
 from pirl.shards.sources import ArraySource, DatasetSource, FileSource, Source
 from pirl.shards.write import SHARD_BYTES, write_shards
+from pirl.storage import expand_home
 
 __all__ = [
     "DEFAULT",
@@ -95,7 +94,7 @@ def _open(spec: str, parts: Parts) -> Source:
     if spec.startswith("s3://"):
         return object_source(spec, parts)
     name, _, split = spec.partition(":")
-    path = Path(spec).expanduser()
+    path = expand_home(spec)
     try:
         if path.is_dir():
             return folder_source(path, parts)

@@ -37,11 +37,19 @@ class BlockCache:
     to 1/256 of that more for every process.
     """
 
-    def __init__(self, root: Path, digest: str) -> None:
-        self.root, self.folder = root, root / digest
+    def __init__(self, root: Path | None, digest: str) -> None:
+        """Without a root nothing is kept."""
+        self.root = root or Path(os.devnull)  # below a file there is nothing
+        self.folder = self.root / digest
         self._in_use: BinaryIO | None = None
         self._limit = self._room = self._uncounted = 0
-        self._off = False
+        self._off = root is None
+        if root is None:
+            warnings.warn(
+                "no cache, as there is no home folder: images are read from S3 every time. PIRL_CACHE names a folder",
+                stacklevel=2,
+            )
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             os.utime(self.folder)

@@ -21,6 +21,7 @@ import numpy as np
 
 from pirl.errors import DataError, UsageError, did_you_mean
 from pirl.shards.sources import ArraySource
+from pirl.storage import expand_home
 
 log = logging.getLogger(__name__)
 
@@ -28,17 +29,22 @@ CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 SPLITS = {"train": "train", "test": "t10k"}  # name of the split -> its name in the files
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+NO_CACHE = "no cache, as there is no home folder (PIRL_CACHE names another place)"
 SUBFOLDERS = ("", "FashionMNIST/raw", "fashion-mnist")
 DOWNLOAD_PROBE = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/t10k-labels-idx1-ubyte.gz"
 CONNECT_TIMEOUT_S = 4.0
 MAX_BYTES = 2**31  # of one decompressed file; the real ones have 47 MB
 
 
-def cache_root() -> Path:
-    """`PIRL_CACHE`, or `pirl` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
+def cache_root() -> Path | None:
+    """Return `PIRL_CACHE`, or `pirl` in XDG_CACHE_HOME, else in ~/.cache; None without a home folder."""
     if named := os.environ.get("PIRL_CACHE"):
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pirl"
+        return expand_home(named)
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return expand_home(named) / "pirl"
+    with contextlib.suppress(RuntimeError):
+        return Path.home() / ".cache" / "pirl"
+    return None
 
 
 def fashion_mnist(split: str) -> ArraySource:
@@ -64,9 +70,11 @@ def fashion_mnist(split: str) -> ArraySource:
 
 def find_fashion_mnist() -> Path:
     """The folder with the four IDX files. DataError naming every place when none has them."""
+    root = cache_root()
+    cache = root / "fashion-mnist" if root else None
     places: list[tuple[str, Callable[[], Path | None]]] = [
         ("PIRL_DATA", _from_environment),
-        (f"the cache {cache_root() / 'fashion-mnist'}", lambda: _with_files(cache_root() / "fashion-mnist")),
+        (f"the cache {cache}" if cache else NO_CACHE, lambda: _with_files(cache) if cache else None),
         ("torchvision's download", _download),
         (f"Debian's package {DEBIAN_PACKAGE} in {DEBIAN_FOLDER}", _from_debian),
     ]
@@ -88,8 +96,10 @@ def find_fashion_mnist() -> Path:
 def present_fashion_mnist() -> Path | None:
     """The folder that `find_fashion_mnist` would take without fetching anything; None where it would have to."""
     named = os.environ.get("PIRL_DATA")
-    places = [Path(named).expanduser()] if named else []
-    for place in (*places, cache_root() / "fashion-mnist", Path(DEBIAN_FOLDER)):
+    root = cache_root()
+    places = [expand_home(named)] if named else []
+    places += [root / "fashion-mnist"] if root else []
+    for place in (*places, Path(DEBIAN_FOLDER)):
         if folder := _with_files(place):
             return folder
     return None
@@ -99,7 +109,7 @@ def _from_environment() -> Path | None:
     named = os.environ.get("PIRL_DATA")
     if not named:
         raise FileNotFoundError("not set")
-    folder = _with_files(Path(named).expanduser())
+    folder = _with_files(expand_home(named))
     if folder is None:
         log.warning("PIRL_DATA=%s holds no Fashion-MNIST; looking elsewhere", named)
         raise FileNotFoundError(f"{named} holds no Fashion-MNIST")
@@ -123,10 +133,12 @@ def _idx_file(folder: Path, name: str) -> Path:
 
 def _download() -> Path | None:
     """torchvision's download, put into the cache whole or not at all. RuntimeError in seconds when offline."""
+    cache = cache_root()
+    if cache is None:
+        raise FileNotFoundError(NO_CACHE)
     _require_network(DOWNLOAD_PROBE)
     from torchvision.datasets import FashionMNIST  # takes seconds and 500 MB, so only when there is a network
 
-    cache = cache_root()
     cache.mkdir(parents=True, exist_ok=True)
     timeout_s = socket.getdefaulttimeout()
     with tempfile.TemporaryDirectory(dir=cache) as fresh:

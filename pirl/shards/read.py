@@ -57,7 +57,9 @@ class ShardReader:
     def _open_remote(self) -> RemoteShards | None:
         if self._local:
             return None
-        return RemoteShards(self.storage, self.manifest, BlockCache(cache_root() / "shards", self.manifest.digest))
+        root = cache_root()
+        cache = BlockCache(root / "shards" if root else None, self.manifest.digest)
+        return RemoteShards(self.storage, self.manifest, cache)
 
     def _open_ahead(self) -> Ahead | None:
         return Ahead(self.read_many, len(self), float(self._sizes.mean())) if self._remote else None

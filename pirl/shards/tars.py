@@ -123,7 +123,8 @@ def refuse_compressed(name: str, where: str) -> DataError:
 def _samples(objects: Objects, entry: Entry, parts: Parts) -> Grouped:
     """The samples of one tar file. To find them it is read once; its members are remembered in the cache."""
     key = hashlib.sha256(repr((SCAN_VERSION, objects.uri, entry, parts.label_part)).encode()).hexdigest()
-    remembered = open_storage(cache_root() / "tars")
+    root = cache_root()
+    remembered = open_storage(root / "tars" if root else os.path.join(os.devnull, "tars"))  # kept nowhere
     members: list[Member] = []
     left_out: list[tuple[str, str, int]] = []
     with suppress(StorageError):

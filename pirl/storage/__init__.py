@@ -19,7 +19,7 @@ from urllib.parse import unquote_to_bytes
 
 from pirl.errors import UsageError, did_you_mean
 from pirl.storage.base import Storage, encode_json, sha256_file, without_login
-from pirl.storage.local import LocalStorage
+from pirl.storage.local import LocalStorage, expand_home
 from pirl.storage.s3 import Entry, S3Storage, retries
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "S3Storage",
     "Storage",
     "encode_json",
+    "expand_home",
     "local_path",
     "open_storage",
     "retries",
@@ -42,7 +43,7 @@ def open_storage(uri: str | Path) -> Storage:
     if not text.strip() or "\0" in text:
         raise UsageError("An empty string is no storage location.", "Give a folder or s3://bucket/prefix.")
     if isinstance(uri, Path) or scheme is None:
-        return LocalStorage(Path(text).expanduser())
+        return LocalStorage(expand_home(text))
     rest = text[scheme.end() :]
     if scheme[1] == "file" and rest.startswith("/"):
         host, slash, path = rest[1:].partition("/")

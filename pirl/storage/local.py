@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from pirl.errors import StorageError, StorageNotFoundError
+from pirl.errors import StorageError, StorageNotFoundError, UsageError
 from pirl.storage.base import FULL_HINT, MAX_CHILDREN, TEMPORARY, Names, Storage, checked, checked_prefix
 
 _COPY_BYTES = 4 << 20
@@ -173,6 +173,14 @@ def _sync_folder(folder: Path) -> None:
 def _raise_unless_absent(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError):
         raise error
+
+
+def expand_home(path: str | Path) -> Path:
+    """Return the path with ~ and ~user replaced; `UsageError` where there is no such home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UsageError(f"{path} has no place: there is no such home folder", "write the whole path") from None
 
 
 @contextmanager
