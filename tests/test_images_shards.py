@@ -23,6 +23,7 @@ from pirl.evaluate.crops import LabelledCrops
 from pirl.evaluate.probe import load_pixels
 from pirl.shards import (
     LEGACY,
+    ArraySource,
     DatasetSource,
     Decoding,
     Manifest,
@@ -254,3 +255,12 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     assert output[:4] == ["True", "4500", "6000", "3"]
     assert int(output[4]) < 300  # MiB; its RGB pixels alone have 309
+
+
+def test_arrays_have_the_same_pixels_and_digest_with_any_settings(tmp_path: Path) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (4, 28, 28)).astype(np.uint8)
+    source = ArraySource("arrays", grey, np.arange(4) % 2, ["a", "b"], "x/")
+    before = write_shards(source, open_storage(tmp_path / "out"), decoding=LEGACY)
+    assert write_shards(source, open_storage(tmp_path / "out"), decoding=BLACK) == before  # up to date
+    assert write_shards(source, open_storage(tmp_path / "other"), decoding=BLACK).digest == before.digest
+    assert before.digest == legacy_digest(tmp_path / "out")
