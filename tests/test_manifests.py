@@ -21,6 +21,7 @@ from pirl import __version__
 from pirl.cli import app
 from pirl.jobs import job_settings
 from pirl.jobs.pytorchjob import PyTorchJob
+from pirl.text import count
 
 MANIFESTS = Path(__file__).parent.parent / "manifests"
 OVERLAYS = sorted(path.name for path in (MANIFESTS / "overlays").iterdir())
@@ -233,7 +234,8 @@ class TestBuilt:
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        assert f"by a PyTorchJob of {nodes} pods, each of {gpus} GPUs and {gpus or 1} ranks" in done.stdout
+        size = f"{count(nodes, 'pod')}, each of {count(gpus, 'GPU')} and {count(gpus or 1, 'rank')}"
+        assert f"by a PyTorchJob of {size}" in done.stdout
 
     @pytest.mark.parametrize("overlay", ["base", "dev", "prod"])
     def test_every_variable_of_the_config_map_has_a_reader(self, overlay: str) -> None:

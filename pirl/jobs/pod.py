@@ -120,7 +120,7 @@ def _template(kind: JobKind, program: Command, settings: JobSettings, own: Mappi
     if settings.node_selector:
         pod["nodeSelector"] = settings.node_selector
     if settings.tolerations:
-        pod["tolerations"] = settings.tolerations
+        pod["tolerations"] = [item.model_dump(exclude_none=True) for item in settings.tolerations]
     annotations = {**settings.annotations, **no_sidecar, DEFAULT_CONTAINER: kind.container, **files}
     return {"metadata": {"labels": {**settings.labels, **no_sidecar, **own}, "annotations": annotations}, "spec": pod}
 

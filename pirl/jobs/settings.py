@@ -1,4 +1,7 @@
-"""What a training asks of a cluster: nothing here changes what is learned."""
+"""Settings of a job on a cluster; none changes what is learned.
+
+What the API server, the kubelet or the first pod would refuse is refused here, before anything is created.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 
 from .. import __version__
 from ..settings import Settings, json_value, read_items, validated
@@ -15,24 +18,123 @@ from ..settings import Settings, json_value, read_items, validated
 IMAGE = f"localhost/pirl-trainer:{__version__.replace('+', '-')}"
 SECRET_NAMES = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|PRIVATE_KEY", re.IGNORECASE)
 
-DnsLabel = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
-DnsName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
-MountPath = Annotated[str, Field(pattern=r"^/[^:]+$")]
-Seconds = Annotated[float, Field(gt=0)]
+DNS = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+PART = r"[a-z0-9]+((\.|_{1,2}|-+)[a-z0-9]+)*"  # of the path of an image
+WORD = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"  # name or value of a label
+BYTES = {"": 1, **{unit: 1000 ** (n + 1) for n, unit in enumerate("kMGTP")}}
+BYTES |= {f"{unit}i": 1024 ** (n + 1) for n, unit in enumerate("KMGTP")}
+RESERVED = re.compile(r"PET_.*|(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|PIRL_METRICS_PORT")
+SYSTEM = ("/", "/dev", "/etc/pirl", "/proc", "/sys")  # where no volume may be mounted, nor below but at the root
+ANNOTATION_BYTES = 128 << 10  # half of what an object may have: the program's specification is one, too
+
+
+def _cores(text: str) -> str:
+    """Return the quantity if a pod can have that many cores."""
+    if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,3})?|[0-9]{1,8}m", text) or not re.search("[1-9]", text):
+        raise ValueError("a positive number of cores is expected, as 8 or 500m")
+    return text
+
+
+def to_bytes(text: str) -> float:
+    """Return the bytes of a quantity as Kubernetes writes it: 4Gi."""
+    number = re.match(r"[0-9.]*", text)
+    return float(number[0] if number else 0) * BYTES[text[number.end() if number else 0 :]]
+
+
+def _size(least: str) -> Any:
+    """Return the check of a quantity of bytes that is at least `least`; a forgotten unit is found by it."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(r"[0-9]{1,16}(\.[0-9]{1,6})?([kMGTP]|[KMGTP]i)?", text) or to_bytes(text) < to_bytes(least):
+            raise ValueError(f"a size of at least {least} is expected")
+        return text
+
+    return AfterValidator(check)
+
+
+def _matching(pattern: str, expected: str, most: int) -> Any:
+    """Return the check of a text by a pattern, which a message calls `expected`."""
+
+    def check(text: str) -> str:
+        if len(text) > most or not re.fullmatch(pattern, text):
+            raise ValueError(f"expected {expected}")
+        return text
+
+    return AfterValidator(check)
+
+
+def _variable(name: str) -> str:
+    """Return the name of an environment variable if a user may set it."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError("a name of letters, digits and _ is expected")
+    if RESERVED.fullmatch(name):
+        raise ValueError("it is set for each pod, by the job")
+    return name
+
+
+def _mount_path(path: str) -> str:
+    """Return the path if a volume can be mounted there."""
+    if not re.fullmatch(r"/[^:\0]*", path) or path != os.path.normpath(path):
+        raise ValueError("an absolute path without ':', '..' and doubled or final slashes is expected")
+    if path == "/tmp" or any(path == system or (system != "/" and path.startswith(f"{system}/")) for system in SYSTEM):
+        raise ValueError("this path belongs to the pod's system")
+    return path
+
+
+DnsLabel = Annotated[str, _matching(DNS, "a DNS label: at most 63 of a-z, 0-9 and -", 63)]
+DnsName = Annotated[str, _matching(rf"{DNS}(\.{DNS})*", "DNS labels of a-z, 0-9 and -, joined by dots", 253)]
+LabelValue = Annotated[str, _matching(rf"({WORD})?", "a label's value: at most 63 letters, digits, - _ .", 63)]
+LabelName = Annotated[
+    str, _matching(rf"({DNS}(\.{DNS})*/)?{WORD}", "a label's name: [DNS name/]at most 63 letters, digits, - _ .", 317)
+]
+Image = Annotated[
+    str,
+    _matching(
+        rf"([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{{1,5}})?/)?{PART}(/{PART})*"
+        r"(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[a-f0-9]{64})?",
+        "an image: [HOST[:PORT]/]name[:TAG][@sha256:...], the name in lower case",
+        500,
+    ),
+]
+Queue = Annotated[str, _matching(rf"({DNS}(\.{DNS})*)?", "a DNS name of at most 63 characters, or none", 63)]
+OptionalName = Annotated[str, _matching(rf"({DNS}(\.{DNS})*)?", "a DNS name, or none", 253)]
+Cores = Annotated[str, AfterValidator(_cores)]
+Text = Annotated[str, Field(pattern=r"^[^\x00]*$", max_length=ANNOTATION_BYTES)]
+Seconds = Annotated[float, Field(gt=0, le=1e9)]
+
+
+class Toleration(Settings):
+    """A taint of nodes that the pods accept, as Kubernetes writes it."""
+
+    key: LabelName | None = None
+    operator: Literal["Exists", "Equal"] | None = None
+    value: LabelValue | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    tolerationSeconds: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+
+    @model_validator(mode="after")
+    def _as_the_api_server_takes_it(self) -> Toleration:
+        if self.operator == "Exists" and self.value:
+            raise ValueError("operator Exists takes no value")
+        if self.key is None and self.operator != "Exists":
+            raise ValueError("without a key the operator has to be Exists")
+        if self.tolerationSeconds is not None and self.effect != "NoExecute":
+            raise ValueError("tolerationSeconds needs the effect NoExecute")
+        return self
 
 
 class JobSettings(Settings):
-    """One PyTorchJob: its pods, where they may run, and how long the launcher waits for what.
+    """A job's pods, where they may run, and how long the launcher waits for what.
 
-    `pirl train --backend pytorchjob --job NAME=VALUE` sets each of these.
+    `pirl train --backend NAME --job NAME=VALUE` sets each of these.
     """
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
     namespace: DnsLabel = "pirl"
-    image: Annotated[str, Field(min_length=1, pattern=r"^\S+$")] = Field(
-        default_factory=lambda: os.environ.get("PIRL_TRAINER_IMAGE") or IMAGE
+    image: Image = Field(
+        default_factory=lambda: os.environ.get("PIRL_TRAINER_IMAGE") or IMAGE,
+        validate_default=True,
     )
     nodes: Annotated[int, Field(ge=1, le=1000)] = 1
     """Pods, each of them on its own node where there are several."""
@@ -41,36 +143,36 @@ class JobSettings(Settings):
     processes: Annotated[int, Field(ge=0, le=256)] = 0
     """Ranks of each pod; 0: one for each GPU, or one without GPUs."""
 
-    cpu: Quantity = "1"
-    memory: Quantity = "4Gi"
+    cpu: Cores = "1"
+    memory: Annotated[str, _size("64Mi")] = "4Gi"
     """Each pod's, the shared memory of its loading processes included."""
-    shared_memory: Quantity = "1Gi"
+    shared_memory: Annotated[str, _size("1Mi")] = "1Gi"
     """Size of /dev/shm."""
 
-    queue: DnsName | Literal[""] = ""
+    queue: Queue = ""
     """Kueue's LocalQueue, in which the job waits suspended until there is room."""
-    priority_class: DnsName | Literal[""] = ""
-    node_selector: dict[str, str] = Field(default_factory=dict)
-    tolerations: list[dict[str, Any]] = Field(default_factory=list)
+    priority_class: OptionalName = ""
+    node_selector: dict[LabelName, LabelValue] = Field(default_factory=dict)
+    tolerations: list[Toleration] = Field(default_factory=list)
     """As Kubernetes writes them: {"key": "nvidia.com/gpu", "operator": "Exists"}."""
     spread: Literal["prefer", "require"] = "prefer"
     """Pods on different nodes: where possible, or else they wait."""
 
     service_account: DnsName = "pirl-trainer"
-    secret: DnsName | Literal[""] = "pirl-s3"
+    secret: OptionalName = "pirl-s3"
     """Secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL; may be absent (workload identity)."""
-    env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(default_factory=dict)
+    env: dict[Annotated[str, AfterValidator(_variable)], Text] = Field(default_factory=dict)
     """Environment of the pods; no secrets, which belong into the Secret."""
-    claims: dict[DnsName, MountPath] = Field(default_factory=dict)
+    claims: dict[DnsName, Annotated[str, AfterValidator(_mount_path)]] = Field(default_factory=dict)
     """PersistentVolumeClaims to mount read-only, and where: {"images": "/data"}."""
-    labels: dict[str, str] = Field(default_factory=dict)
-    annotations: dict[str, str] = Field(default_factory=dict)
+    labels: dict[LabelName, LabelValue] = Field(default_factory=dict)
+    annotations: dict[LabelName, Text] = Field(default_factory=dict)
 
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = 10
     """Times that all pods may restart, each from the last checkpoint, before the job has failed."""
     grace_s: Annotated[int, Field(ge=1, le=3600)] = 60
     """Time of a pod between SIGTERM and SIGKILL, for a last checkpoint."""
-    ttl_s: Annotated[int, Field(ge=0)] = 86400
+    ttl_s: Annotated[int, Field(ge=0, lt=2**31)] = 86400
     """A finished job is deleted after that long."""
 
     pull_s: Seconds = 300.0
@@ -82,7 +184,7 @@ class JobSettings(Settings):
     run_s: Seconds | None = None
     """Longest for everything, without the time in a Kueue queue. None: as long as it takes."""
     leave: bool = False
-    """Let the job go on when the launcher is told to stop."""
+    """Keep the job running when the launcher is stopped."""
 
     @field_validator("env")
     @classmethod
@@ -92,10 +194,26 @@ class JobSettings(Settings):
             raise ValueError(f"put {', '.join(secret)} into the Secret: all who may see the job could read it here")
         return env
 
+    @field_validator("claims")
+    @classmethod
+    def _one_claim_a_path(cls, claims: dict[str, str]) -> dict[str, str]:
+        if len(set(claims.values())) < len(claims):
+            raise ValueError("two claims are mounted at one path")
+        return claims
+
+    @field_validator("annotations")
+    @classmethod
+    def _annotations_fit(cls, annotations: dict[str, str]) -> dict[str, str]:
+        if sum(map(len, map(str.encode, annotations.values()))) > ANNOTATION_BYTES:
+            raise ValueError(f"more than {ANNOTATION_BYTES:,} bytes together")
+        return annotations
+
     @model_validator(mode="after")
-    def _one_process_for_each_gpu(self) -> JobSettings:
+    def _fits_together(self) -> JobSettings:
         if self.gpus and self.processes > self.gpus:
             raise ValueError(f"{self.processes} processes in a pod of {self.gpus} GPUs: each needs its own")
+        if to_bytes(self.shared_memory) > to_bytes(self.memory):
+            raise ValueError(f"shared_memory {self.shared_memory} is a part of memory, which is {self.memory}")
         return self
 
     @property
