@@ -21,6 +21,7 @@ import select
 import sys
 import traceback
 import warnings
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, TextIO, cast
@@ -45,6 +46,7 @@ _PATTERNS = (
 )
 _SECRET_VARIABLE = re.compile(r"SECRET|TOKEN|PASSWORD|ACCESS_KEY")
 _context: dict[str, Any] = {}
+_options: dict[str, str] = {}
 
 
 def say(text: str, **fields: Any) -> None:
@@ -54,7 +56,18 @@ def say(text: str, **fields: Any) -> None:
 
 def complain(text: str, **fields: Any) -> None:
     """Print on stderr what ended the work."""
-    _line("error", text, fields)
+    _line("error", with_options(text), fields)
+
+
+def name_options(options: Mapping[str, str]) -> None:
+    """Set how the running command names the parameters that messages write as `name`: {name: --name}."""
+    _options.clear()
+    _options.update(options)
+
+
+def with_options(text: str) -> str:
+    """Return `text` with each parameter named as the running command does; in Python and pipelines it is unchanged."""
+    return re.sub(r"`([a-z]\w*)`", lambda match: _options.get(match[1], match[0]), text)
 
 
 def event(kind: str, **fields: Any) -> None:

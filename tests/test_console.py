@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from images import flat_folder, folder_of_classes
+from images import flat_folder, folder_of_classes, truncated_jpeg
 from test_cli import Pirl, pirl
 
 from pirl import logs
-from pirl.errors import StorageError
+from pirl.errors import DataError, StorageError
+from pirl.shards import open_source, write_shards
+from pirl.storage import open_storage
 
 __all__ = ["pirl"]  # the fixture
 
@@ -180,3 +182,18 @@ def test_names_are_printed_as_they_are(
     (run / "config.toml").write_text("")
     shown = pirl(*command(tmp_path))
     assert NAME in shown.out + shown.err
+
+
+def test_a_hint_names_the_option_of_the_command(pirl: Pirl, tmp_path: Path) -> None:
+    folder = flat_folder(tmp_path / "images", images=1)
+    (folder / "cut.jpg").write_bytes(truncated_jpeg())
+    shown = pirl("shard", folder, tmp_path / "out", "--processes", "1")
+    assert (shown.code, "allow a larger share (--max-bad-share)" in shown.err) == (1, True), shown.err
+    with pytest.raises(DataError) as raised:
+        write_shards(open_source(str(folder)), open_storage(tmp_path / "out"))
+    assert "allow a larger share (`max_bad_share`)" in raised.value.hint
+
+
+def test_a_number_of_one_has_no_plural(pirl: Pirl, tmp_path: Path) -> None:
+    shown = pirl("shard", flat_folder(tmp_path / "images", images=1), tmp_path / "out", "--processes", "1")
+    assert "1 image in 1 shard" in shown.out

@@ -42,6 +42,6 @@ def _show(error: PirlError) -> None:
         logs.complain(str(error))
         return
     console = plain_console(stderr=True)
-    console.print(Text.assemble(("error:", "bold red"), f" {logs.redact(error.what)}"))
+    console.print(Text.assemble(("error:", "bold red"), f" {logs.redact(logs.with_options(error.what))}"))
     if error.hint:
-        console.print(f"  -> {logs.redact(error.hint)}")
+        console.print(f"  -> {logs.redact(logs.with_options(error.hint))}")

@@ -11,12 +11,26 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from typer.core import TyperGroup
 
 from .. import __version__, logs
 from ..backends import BACKENDS
 
+
+class Commands(TyperGroup):
+    """Commands whose messages name their own options."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        parameters = command.params if command else ()
+        names = {each.name: each.opts[0] for each in parameters if each.name}
+        logs.name_options({name: option if option.startswith("-") else name.upper() for name, option in names.items()})
+        return name, command, rest
+
+
 app = typer.Typer(
     name="pirl",
+    cls=Commands,
     help="Self-supervised pretraining with PIRL: images in, an evaluated and registered trunk out.",
     no_args_is_help=True,
     add_completion=True,

@@ -6,10 +6,9 @@ import re
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from ..errors import PirlError, UsageError
-from .app import DRY_RUN_HELP, Json, app, console, show_rows
+from .app import DRY_RUN_HELP, Commands, Json, app, console, show_rows
 from .submit import (
     Arguments,
     EndpointOption,
@@ -26,7 +25,7 @@ from .submit import (
 Name = Annotated[str, typer.Argument(help="Name of a schedule, as in `pirl schedule list`.")]
 
 
-class PipelineOrVerb(TyperGroup):
+class PipelineOrVerb(Commands):
     """`pirl schedule PIPELINE` is `pirl schedule set PIPELINE`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

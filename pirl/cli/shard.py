@@ -65,7 +65,6 @@ def shard(
             max_bad_share=max_bad_share,
             decoding=decoding,
             progress=advance,
-            share_option="--max-bad-share",
         )
     for note in decoding_notes(manifest.decoding, manifest.pictures):
         say(note)

@@ -47,7 +47,6 @@ def write_shards(
     limit: int = 0,
     decoding: Decoding = DEFAULT,
     progress: Progress | None = None,
-    share_option: str = "max_bad_share",
 ) -> Manifest:
     """Write `source` as shards of at most `shard_bytes` to `out` and return the manifest.
 
@@ -56,7 +55,6 @@ def write_shards(
     before anything is published (DataError). `limit` > 0 takes that many images, evenly spread over the source (so
     that all classes of a sorted folder are in). `decoding` says what a pixel is, here and for whoever reads the shards;
     shards of version 0.1 are kept as they are. `progress(done, total)` counts image visits over both passes.
-    `share_option` is the name that the user knows `max_bad_share` by, for the hint.
     """
     if not 0 <= max_bad_share <= 1 or shard_bytes < 1 or processes < 1 or limit < 0:
         raise UsageError(
@@ -69,7 +67,7 @@ def write_shards(
     wanted = np.arange(len(source))
     if 0 < limit < len(source):
         wanted = np.arange(limit) * len(source) // limit
-    run = _Run(source, out, wanted, shard_bytes, decoding, progress or (lambda done, total: None), share_option)
+    run = _Run(source, out, wanted, shard_bytes, decoding, progress or (lambda done, total: None))
     if done := run.finished():
         run.clear()  # what a run that was killed right after publishing has left
         return done
@@ -90,10 +88,8 @@ class _Run:
         shard_bytes: int,
         decoding: Decoding,
         progress: Progress,
-        share_option: str,
     ) -> None:
         self.source, self.out, self.wanted, self.shard_bytes, self.decoding = source, out, wanted, shard_bytes, decoding
-        self.share_option = share_option
         self.progress, self.visited = progress, 0
         settings = [FORMAT, source.fingerprint(), wanted.size, shard_bytes]
         part = "" if wanted.size == len(source) else f", {wanted.size} of {len(source)} images"
@@ -194,7 +190,7 @@ class _Run:
         raise DataError(
             f"at least {len(bad)} of {len(self.wanted)} images of {self.source.description} are unreadable, "
             f"more than the allowed share of {max_bad_share:g}; nothing was published. For example:\n    {first}",
-            f"repair or remove them, or allow a larger share ({self.share_option})",
+            "repair or remove them, or allow a larger share (`max_bad_share`)",
         )
 
     def _plans(self, extensions: list[str], sizes: np.ndarray) -> list[Plan]:
