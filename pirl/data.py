@@ -12,7 +12,6 @@ import os
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Generator, Iterator, Sequence
 from functools import lru_cache
 from multiprocessing import forkserver, resource_tracker
@@ -25,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import logs
 from .config import Recipe
-from .errors import DataError, PirlError, StorageError
+from .errors import DataError, PirlError
 from .launch import STOP_SIGNALS
 from .shards import ShardReader, decode_pixels, image_size
 from .views import crop, draw_geometry, uniforms
@@ -38,8 +37,6 @@ CACHED_BYTES = 256 << 20  # for each process
 BUFFER_BYTES = 12 << 20  # larger images are decoded into memory of their own
 PREFETCH = 2  # batches that each worker is asked for ahead of time
 LOOK_S = 5  # between two looks whether the workers live
-PATIENCE_S = 180.0  # that a storage may be away while images are read
-PAUSE_S = 2.0
 
 
 class Batch(NamedTuple):
@@ -124,7 +121,7 @@ class CropDataset(Dataset[Batch]):
         """Write the crops of `rows` into (B, S, S, 3) and (B, patches, P, P, 3) uint8."""
         ids, cfg = self.image_ids(rows).tolist(), self.recipe.views
         unread = [id for id in ids if id not in self._decoded]
-        read = dict(zip(unread, self._read(unread)))
+        read = dict(zip(unread, self.reader.read_many(unread)))
         sources = [self._decoded[id] if id in self._decoded else read[id] for id in ids]
         sizes = [
             source.shape[:2]
@@ -135,18 +132,6 @@ class CropDataset(Dataset[Batch]):
         geometry = draw_geometry(cfg, self.recipe.train.seed, epoch, np.array(ids), np.array(sizes, np.int64))
         for row, out in enumerate(zip(images.numpy(), patches.numpy())):
             crop(self._pixels(ids[row], sources[row]), geometry, row, cfg, out)
-
-    def _read(self, ids: list[int]) -> list[bytes]:
-        """The encoded images; a storage that is away for a while is asked again and again."""
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                return self.reader.read_many(ids)
-            except StorageError as error:
-                if not error.passing or time.monotonic() > deadline:
-                    raise
-                warnings.warn(f"images cannot be read for the moment, asking again: {error.what}", stacklevel=2)
-                time.sleep(PAUSE_S)
 
     def batch(self, rows: np.ndarray, images: Tensor, patches: Tensor) -> Batch:
         """Crops that `fill` has written, beside the rows and ids that they are of."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 EXIT_DONE = 0
 EXIT_FAILURE = 1
@@ -15,17 +16,22 @@ class PirlError(Exception):
     """A failure that the user can act on: `what` happened and where, `hint` says what to do next."""
 
     exit_code = EXIT_FAILURE
+    transient = False
+    """Whether a retry may help: the server is overloaded or unavailable, say. Otherwise somebody has to act."""
 
-    def __init__(self, what: str, hint: str = "") -> None:
+    def __init__(self, what: str, hint: str = "", *, transient: bool | None = None) -> None:
         super().__init__(what)
         self.what = what
         self.hint = hint
+        if transient is not None:
+            self.transient = transient
 
     def __str__(self) -> str:
         return f"{self.what}\n  -> {self.hint}" if self.hint else self.what
 
-    def __reduce__(self) -> tuple[type[PirlError], tuple[str, str]]:
-        return type(self), (self.what, self.hint)  # survives the trip back from a worker process
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Between processes an error keeps its class and all its fields, whatever arguments its constructor takes.
+        return _restore, (type(self), self.what), dict(vars(self))
 
 
 class UsageError(PirlError):
@@ -43,10 +49,7 @@ class DataError(PirlError):
 
 
 class StorageError(PirlError):
-    """A file system or object store refused, failed or is not there."""
-
-    passing = False
-    """Whether it may well work later without anybody's doing: a server that is overloaded or cannot be reached."""
+    """A file system or object store refused, failed or is unavailable."""
 
 
 class StorageNotFoundError(StorageError):
@@ -69,6 +72,11 @@ class PreemptedError(PirlError):
     """Training was told to stop and has saved its state."""
 
     exit_code = EXIT_PREEMPTED
+
+
+def _restore(kind: type[PirlError], what: str) -> PirlError:
+    """Return an unpickled error; pickle then sets its fields."""
+    return kind.__new__(kind, what)
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

@@ -70,6 +70,11 @@ def with_options(text: str) -> str:
     return re.sub(r"`([a-z]\w*)`", lambda match: _options.get(match[1], match[0]), text)
 
 
+def warn(text: str, **fields: Any) -> None:
+    """Print on stderr what somebody may have to look at, while the work continues."""
+    _line("warning", text, fields)
+
+
 def event(kind: str, **fields: Any) -> None:
     """Log an event for machines alone: a person reads of it in other lines, or in `events.jsonl`."""
     if is_json():

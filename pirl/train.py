@@ -171,7 +171,7 @@ def train_alone(
             time.sleep(5)
             save()
             error = end_of_save()
-            again = isinstance(error, StorageError) and error.passing and time.monotonic() < deadline
+            again = isinstance(error, StorageError) and error.transient and time.monotonic() < deadline
         if error:
             raise error
 

@@ -36,6 +36,7 @@ def s3_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         "PIRL_S3_ATTEMPTS": "2",
         "PIRL_S3_CONNECT_TIMEOUT_S": "2",
         "PIRL_S3_READ_TIMEOUT_S": "10",
+        "PIRL_STORAGE_PATIENCE_S": "0",
     }
     for name, value in settings.items():
         monkeypatch.setenv(name, value)

@@ -22,7 +22,7 @@ from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401
 from pirl.checkpoint import Checkpoints, Commit, Cursor
 from pirl.checkpoint.state import DTYPES
 from pirl.errors import CheckpointError, StorageError
-from pirl.storage import LocalStorage, Storage, open_storage, s3
+from pirl.storage import LocalStorage, Storage, client, open_storage
 from pirl.world import World
 
 
@@ -90,7 +90,7 @@ def test_the_newest_is_found_without_listing(bucket: str) -> None:  # noqa: F811
     for step in range(12):
         save(writer, step)
     asked: list[str] = []
-    events = s3._s3_client().meta.events
+    events = client.s3_client().meta.events
     events.register("before-call.s3", lambda model, **_: asked.append(model.name), unique_id="asked")
     try:
         assert Checkpoints(storage).newest() == "step-00000011"

@@ -146,7 +146,7 @@ class Checkpoints:
                 folder.write_bytes(file, data)
                 outcome = asdict(Part(file, len(data), hashlib.sha256(data).hexdigest()))
         except StorageError as error:
-            outcome = {"what": error.what, "hint": error.hint}
+            outcome = {"what": error.what, "hint": error.hint, "transient": error.transient}
         outcomes: list[dict[str, Any]] = []
         try:
             outcomes = self._gather(attempt, outcome)
@@ -160,7 +160,7 @@ class Checkpoints:
                     )
             for other in outcomes:
                 if "what" in other:
-                    raise StorageError(other["what"], other["hint"])
+                    raise StorageError(other["what"], other["hint"], transient=other["transient"])
             found = commit(tuple(Part(**part) for part in outcomes))
             self._publish(found)
         except StorageError:

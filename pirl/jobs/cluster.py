@@ -26,6 +26,8 @@ class ClusterError(PirlError):
 class UnavailableError(ClusterError):
     """The API server is unavailable. What runs keeps running, and the call can be repeated."""
 
+    transient = True
+
 
 class Cluster:
     """One namespace and one kind of job, with the rights of the current kubeconfig or of the pod's service account."""

@@ -5,7 +5,9 @@ whatever dies in between. `create` makes exactly one of many contenders the winn
 that names the object and the next step.
 
 S3 follows the usual AWS settings (credential chain, AWS_ENDPOINT_URL, AWS_ENDPOINT_URL_S3, AWS_REGION...), and:
-    PIRL_S3_ATTEMPTS           tries per request, the first one included (default 8)
+    PIRL_STORAGE_PATIENCE_S    seconds that a request is repeated while the storage is unavailable (default 180); until
+                               it has answered for the first time, its address may be wrong, and nothing is waited for
+    PIRL_S3_ATTEMPTS           tries of a request that count as one, the first one included (default 4)
     PIRL_S3_CONNECT_TIMEOUT_S  seconds (default 5)
     PIRL_S3_READ_TIMEOUT_S     seconds without a byte (default 60)
 """
@@ -19,8 +21,9 @@ from urllib.parse import unquote_to_bytes
 
 from pirl.errors import UsageError, did_you_mean
 from pirl.storage.base import Storage, encode_json, sha256_file, without_login
+from pirl.storage.client import retries
 from pirl.storage.local import LocalStorage, expand_home
-from pirl.storage.s3 import Entry, S3Storage, retries
+from pirl.storage.s3 import Entry, S3Storage
 
 __all__ = [
     "Entry",

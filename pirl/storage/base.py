@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pirl.errors import StorageError, StorageNotFoundError
+from pirl.storage.patience import has_answered, remember
 
 Names = list[str]  # inside the classes `list` is the method
 TEMPORARY = ".pirl-tmp-"  # files of this prefix are unfinished and no objects
@@ -22,6 +24,21 @@ class Storage(ABC):
     """A prefix under which objects are kept. Cheap to make, safe after fork, in threads, and in a pickle."""
 
     uri: str
+    root = ""
+    patience_s: float | None = None
+
+    def patient(self, seconds: float) -> Self:
+        """Return the same storage, which repeats for so long what fails for a transient reason; 0: not at all.
+
+        Without this it does so for `PIRL_STORAGE_PATIENCE_S`, once it has answered for the first time.
+        """
+        other = copy.copy(self)
+        other.patience_s = seconds
+        return other
+
+    def hurried(self, timeout_s: float) -> Self:
+        """Return the same storage, for one try of a request with so many seconds without a byte."""
+        return self.patient(0)
 
     @abstractmethod
     def __truediv__(self, part: str) -> Storage:
@@ -112,6 +129,14 @@ class Storage(ABC):
     def write_json(self, name: str, value: Any) -> None:
         self.write_bytes(name, encode_json(value))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"answered": has_answered(self.root)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state.pop("answered"):
+            remember(state.get("root", ""))
+        vars(self).update(state)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.uri!r})"
 
@@ -146,6 +171,11 @@ def checked_prefix(prefix: str, uri: str) -> str:
     if prefix:
         checked(prefix.removesuffix("/"), uri)
     return prefix
+
+
+def too_short(name: str, uri: str) -> StorageError:
+    """Return the error for an object that ends before the buffer is full."""
+    return StorageError(f"{uri}/{name} is shorter than expected.", "It was changed while it was read: try again.")
 
 
 def sha256_file(path: Path) -> str:

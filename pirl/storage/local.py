@@ -16,10 +16,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pirl.errors import StorageError, StorageNotFoundError, UsageError
-from pirl.storage.base import FULL_HINT, MAX_CHILDREN, TEMPORARY, Names, Storage, checked, checked_prefix
+from pirl.storage.base import (
+    FULL_HINT,
+    MAX_CHILDREN,
+    TEMPORARY,
+    Names,
+    Storage,
+    checked,
+    checked_prefix,
+    too_short,
+)
+from pirl.storage.patience import retried
 
 _COPY_BYTES = 4 << 20
 _STALE_S = 60.0
@@ -36,30 +46,37 @@ class LocalStorage(Storage):
         return self.path / checked(name, self.uri)
 
     def __truediv__(self, part: str) -> LocalStorage:
-        return LocalStorage(self._file(part.strip("/")))
+        below = LocalStorage(self._file(part.strip("/")))
+        below.patience_s = self.patience_s
+        return below
 
+    @retried
     def read_bytes(self, name: str) -> bytes:
         path = self._file(name)
         with local_errors("read", path, reading=True):
             return path.read_bytes()
 
+    @retried
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         path = self._file(name)
         with local_errors("read", path, reading=True), path.open("rb", buffering=0) as file:
             file.seek(offset)
             return io.BufferedReader(file).read(length)
 
+    @retried
     def read_into(self, name: str, buffer: memoryview) -> None:
         path = self._file(name)
         with local_errors("read", path, reading=True), path.open("rb") as file:
             if file.readinto(buffer) != len(buffer):
-                raise OSError(errno.EIO, "it is shorter than expected")
+                raise too_short(name, self.uri)
 
+    @retried
     def write_bytes(self, name: str, data: bytes | memoryview) -> None:
         path = self._file(name)
         with local_errors("write", path), replacing(path) as file:
             file.write(data)
 
+    @retried
     def create(self, name: str, data: bytes) -> bool:
         path = self._file(name)
         with local_errors("create", path):
@@ -72,18 +89,21 @@ class LocalStorage(Storage):
                 raise
         return True
 
+    @retried
     def upload(self, path: Path, name: str) -> None:
         target = self._file(name)
         with reading_local(path) as source, local_errors("write", target), replacing(target) as file:
             shutil.copyfileobj(source, file, _COPY_BYTES)
 
+    @retried
     def download(self, name: str, path: Path) -> None:
         source_path = self._file(name)
         with local_errors("read", source_path, reading=True):
             source = source_path.open("rb")
         with source, local_errors("write", path), replacing(path) as file:
-            shutil.copyfileobj(source, file, _COPY_BYTES)
+            shutil.copyfileobj(LocalFile(source, source_path, "read"), file, _COPY_BYTES)
 
+    @retried
     def list(self, prefix: str = "") -> Names:
         start = self.path / checked_prefix(prefix, self.uri).rpartition("/")[0]
         names: Names = []
@@ -94,6 +114,7 @@ class LocalStorage(Storage):
                 names.extend(file if below == "." else f"{below}/{file}" for file in objects)
         return sorted(name for name in names if name.startswith(prefix))
 
+    @retried
     def children(self) -> Names:
         names: Names = []
         with local_errors("list", self.path), suppress(FileNotFoundError), os.scandir(self.path) as entries:
@@ -101,6 +122,7 @@ class LocalStorage(Storage):
                 names += [] if entry.name.startswith(TEMPORARY) else [entry.name + "/" * entry.is_dir()]
         return sorted(names)
 
+    @retried
     def require_writable(self, name: str = "probe") -> None:
         path = self._file(name)
         with local_errors("write", path):
@@ -111,6 +133,7 @@ class LocalStorage(Storage):
                 folder = folder.parent
             tempfile.TemporaryFile(prefix=TEMPORARY, dir=folder).close()
 
+    @retried
     def size(self, name: str) -> int:
         path = self._file(name)
         with local_errors("read", path, reading=True):
@@ -119,6 +142,7 @@ class LocalStorage(Storage):
                 raise IsADirectoryError(errno.EISDIR, "not a file", str(path))
             return status.st_size
 
+    @retried
     def delete(self, name: str) -> None:
         path = self._file(name)
         with suppress(StorageNotFoundError), local_errors("delete", path, reading=True):
@@ -184,33 +208,77 @@ def expand_home(path: str | Path) -> Path:
 
 
 @contextmanager
-def reading_local(path: Path) -> Iterator[BinaryIO]:
-    """The local source of an upload. Its absence is not that of an object, so it is a plain `StorageError`."""
+def reading_local(path: Path) -> Iterator[LocalFile]:
+    """Open the local source of an upload. Its absence is not that of an object, so it is a plain `StorageError`."""
     try:
-        with path.open("rb") as file:
-            yield file
+        file = path.open("rb")
     except OSError as error:
         raise StorageError(f"Cannot read {path}: {error.strerror}.", "Check the path and its permissions.") from error
+    with file:
+        yield LocalFile(file, path, "read")
 
 
 @contextmanager
 def local_errors(action: str, path: Path, *, reading: bool = False) -> Iterator[None]:
+    """Raise an `OSError` of the file system as a `StorageError`; `reading`: an absent file is an absent object."""
     try:
         yield
     except OSError as error:
         raise _explain_local(error, action, path, reading) from error
 
 
+class LocalFile(io.RawIOBase):
+    """A local file at one end of a transfer: what fails in it is a `StorageError`, unlike the other end's `OSError`."""
+
+    def __init__(self, file: BinaryIO, path: Path, action: str) -> None:
+        self._file, self._path, self._action = file, path, action
+
+    def readable(self) -> bool:
+        return self._file.readable()
+
+    def writable(self) -> bool:
+        return self._file.writable()
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        with local_errors(self._action, self._path):
+            return self._file.read(size)
+
+    def write(self, data: Any) -> int:
+        with local_errors(self._action, self._path):
+            return self._file.write(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        with local_errors(self._action, self._path):
+            return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
 def _explain_local(error: OSError, action: str, path: Path, reading: bool) -> StorageError:
     if reading and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
         return StorageNotFoundError(f"{path} does not exist.", "Check the path, or run the step that writes it.")
+    reason = error.strerror or str(error)
+    if error.errno in _UNAVAILABLE:
+        hint = "Check the disk, and the mount and its server where it is one of a network."
+        return StorageError(f"Cannot {action} {path}: {reason}.", hint, transient=True)
     reason, hint = _LOCAL_REASONS.get(
-        error.errno or 0,
-        (error.strerror or str(error), "Check the disk and the path, then run the same command again."),
+        error.errno or 0, (reason, "Check the disk and the path, then run the same command again.")
     )
     return StorageError(f"Cannot {action} {path}: {reason}.", hint)
 
 
+# Of a file system on a network (NFS, FUSE) whose server or connection is unavailable.
+_UNAVAILABLE = frozenset(
+    (
+        *(errno.EAGAIN, errno.EINTR, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN),
+        *(errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+        *(errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH),
+    )
+)
 _PERMISSION_HINT = "Give this user permission, or choose another place."
 _IN_THE_WAY = "a file stands where a folder is needed, or the other way round"
 _LOCAL_REASONS: dict[int, tuple[str, str]] = {
