@@ -60,8 +60,8 @@ def train(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
 
     Returns the run's completion marker, `DONE.json`. Raises `PreemptedError` after a SIGTERM, when the state is saved.
     """
-    run = open_storage(options.out)
-    manifest = Manifest.load(open_storage(options.data))
+    run = open_storage(options.out).patient()  # a rank waits for a storage that its launcher has seen
+    manifest = Manifest.load(open_storage(options.data).patient())
     recipe.check_data(manifest.images)
     if run.exists("DONE.json"):
         check_same_run(options.out, recipe, manifest.digest)
@@ -111,9 +111,9 @@ def train_alone(
 
     def guard() -> None:
         """Before a checkpoint is published, in its own thread: the record reaches as far as it does."""
-        log.flush()
         if lease:
             lease.confirm()
+        log.flush()
 
     checkpoints = Checkpoints(run / "checkpoints", options.keep, world, keep_best=options.keep_best, guard=guard)
     resumed = resume(state, checkpoints, recipe, data_digest, options, world)
@@ -227,7 +227,7 @@ def train_alone(
                 "version": __version__,
             }
             log.event("done", step=cursor.step)
-            log.flush()
+            log.flush(LAST_SAVE_S)
             run.write_json("DONE.json", done)
         done = world.broadcast_object(done)
         stop.release()
@@ -235,7 +235,7 @@ def train_alone(
     finally:
         batches.close()  # or else a process with a traceback would wait for its workers for ever
         checkpoints.close()
-        if world.is_main:
+        if world.is_main and not (lease and lease.lost):
             log.flush()
 
 

@@ -79,7 +79,11 @@ def environment(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[s
     names = [name for name in os.environ if name.startswith(("AWS_", "PIRL_S3_"))]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # a checkpoint that was passed over
-        yield {name: os.environ[name] for name in names} | {"PIRL_CACHE_GB": "0", "AWS_REGION": "us-east-1"}
+        yield {name: os.environ[name] for name in names} | {
+            "PIRL_CACHE_GB": "0",
+            "AWS_REGION": "us-east-1",
+            "PIRL_STORAGE_PATIENCE_S": "180",
+        }
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,14 @@ Each holder has a number of its own, made by a conditional write, so that of sev
 higher number ends the lower ones: a holder that was cut off sees it and writes no more. Nobody compares clocks: a
 holder counts as dead when its counter has stood still for a while on the watcher's own monotonic clock, or when it was
 a process of this machine that is gone.
+
+Storage that is unavailable:
+    to all           The holder trains on and tries to write its heartbeat each second or so. A watcher counts the time
+                     of a silent holder only while storage answers, and from the start after each outage: the holder,
+                     whose requests end within one heartbeat, shows itself before that.
+    to the holder    A watcher that sees storage takes over. When the holder sees it again, it finds the higher number,
+                     stops at its next step and writes nothing more. What it learned since its last checkpoint is lost;
+                     what the other one made since is not.
 """
 
 from __future__ import annotations
@@ -23,11 +31,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pirl.errors import StorageError, StorageNotFoundError, TrainingError, UsageError
+from pirl import logs
+from pirl.errors import PirlError, StorageError, StorageNotFoundError, TrainingError, UsageError
 from pirl.storage import Storage, encode_json
+from pirl.storage.patience import PAUSE_S, patience_s
 
 BEAT_S = 5.0
 STALE_BEATS = 4.0
+LEAST_TIMEOUT_S = 2.0  # of a request of the heartbeat, which has one heartbeat's time
 SAME_RUN_BEATS = 1.5  # the restart of a job whose launcher has ended the process before: one look is enough
 
 
@@ -36,7 +47,7 @@ class Lease:
 
     def __init__(self, run: Storage, number: int, content: dict[str, Any], beat_s: float) -> None:
         self.run, self.number = run, number
-        self._folder, self._content, self._beat_s = run / "lease", content, beat_s
+        self._folder, self._content, self._beat_s = _folder(run, beat_s), content, beat_s
         self._lost = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep_alive, name="lease", daemon=True)
@@ -49,12 +60,14 @@ class Lease:
             names = _holders(folder)
             number = int(names[-1].partition(".")[0]) if names else 0
             if names:
-                _wait_until_free(run, folder, names[-1], content, beat_s)
+                _wait_until_free(run, _folder(run, beat_s), names[-1], content, beat_s)
             if folder.create(f"{number + 1:08d}.json", encode_json(content)):
                 break  # else somebody else was faster
         for name in names:
             folder.delete(name)
         lease = cls(run, number + 1, content, beat_s)
+        with suppress(StorageError):
+            lease.confirm()  # makes the client of the heartbeat, so that the first one is in time
         lease._thread.start()
         return lease
 
@@ -63,6 +76,11 @@ class Lease:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.release()
+
+    @property
+    def lost(self) -> bool:
+        """Whether another training is known to have taken over."""
+        return self._lost
 
     def check(self) -> None:
         """Raise `TrainingError` when another training is known to have taken over. Costs nothing."""
@@ -95,10 +113,28 @@ class Lease:
         self._folder.write_bytes(self._name, encode_json(self._content))
 
     def _keep_alive(self) -> None:
-        while not self._lost and not self._ended.wait(self._beat_s):
-            with suppress(StorageError, TrainingError):  # a storage that is away keeps others out, too
+        """Write heartbeats until the lease is lost or released, whatever fails; say once that they fail."""
+        failing_since: float | None = None
+        while not self._ended.wait(self._beat_s if failing_since is None else self._beat_s / 4):
+            try:
                 self.confirm()
                 self._write(beat=self._content["beat"] + 1)
+            except Exception as error:
+                if self._lost:
+                    return
+                if failing_since is None:
+                    failing_since = time.monotonic()
+                    problem = error.what if isinstance(error, PirlError) else f"{type(error).__name__}: {error}"
+                    logs.warn(f"the lease of {self.run.uri} cannot be renewed, training continues: {problem}")
+            else:
+                if failing_since is not None:
+                    logs.say(f"the lease is renewed again, after {time.monotonic() - failing_since:.0f} s")
+                failing_since = None
+
+
+def _folder(run: Storage, beat_s: float) -> Storage:
+    """Return where the leases are, for requests that end within one heartbeat."""
+    return (run / "lease").hurried(max(beat_s, LEAST_TIMEOUT_S))
 
 
 def _holders(folder: Storage) -> list[str]:
@@ -108,23 +144,38 @@ def _holders(folder: Storage) -> list[str]:
 
 def _wait_until_free(run: Storage, folder: Storage, name: str, mine: dict[str, Any], beat_s: float) -> None:
     """Return when the holder has gone, or does not beat any more; `UsageError` when it lives."""
-    first = before = _read(folder, name)
+    first = before = _read_patiently(folder, name)[0]
     same_run = bool(mine["job"]) and mine["job"] == before.get("job")
-    deadline = time.monotonic() + beat_s * (SAME_RUN_BEATS if same_run else STALE_BEATS)
+    silence_s = beat_s * (SAME_RUN_BEATS if same_run else STALE_BEATS)
+    silent_since = time.monotonic()
     while True:
-        here = before.get("machine") == mine["machine"] != ""
-        if not before or before.get("released") or (here and not _is_alive(before)):
+        local = before.get("machine") == mine["machine"] != ""
+        if not before or before.get("released") or (local and not _is_alive(before)):
             return
-        if here or before != first:
+        if local or before != first:
             raise UsageError(
                 f"another training writes to {run.uri}: process {before.get('pid')} on {before.get('host')}, "
                 f"since {before.get('since')}",
                 "wait for it, stop it, or give another --out",
             )
-        if time.monotonic() > deadline:
+        if time.monotonic() - silent_since > silence_s:
             return
         time.sleep(min(0.2, beat_s / 4))
-        before = _read(folder, name)
+        before, took_s = _read_patiently(folder, name)
+        if took_s > beat_s:  # an outage, which may have kept the holder's heartbeats from being written
+            silent_since = time.monotonic()
+
+
+def _read_patiently(folder: Storage, name: str) -> tuple[dict[str, Any], float]:
+    """Return the content, and how many seconds it took until storage answered."""
+    started = time.monotonic()
+    while True:
+        try:
+            return _read(folder, name), time.monotonic() - started
+        except StorageError as error:
+            if not error.transient or time.monotonic() - started > patience_s():
+                raise
+        time.sleep(PAUSE_S)
 
 
 def _read(folder: Storage, name: str) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class Checkpoints:
         rank 0 before anything is published, and raises where that is not permitted any more.
         """
         self.storage = storage
+        self._target = storage.patient(0)  # a save that fails is begun anew, and training waits for none
         self.keep = keep
         self.keep_best = keep_best
         self.world = world or World()
@@ -136,7 +137,7 @@ class Checkpoints:
         self, name: str, attempt: str, data: memoryview, commit: Callable[[tuple[Part, ...]], Commit]
     ) -> Commit | None:
         """Write this rank's part; on rank 0 also publish them all. None on the other ranks."""
-        folder, rank = self.storage / name, self.world.rank
+        folder, rank = self._target / name, self.world.rank
         file = f"part-{rank:05d}-of-{self.world.size:05d}-{attempt}.safetensors"
         try:
             if self.world.is_main and self._complete is None:
@@ -202,8 +203,8 @@ class Checkpoints:
         self.guard()
         before = next((name for name in reversed(self._complete) if name != commit.name), None)
         # first the pointer: until the commit object is there, a reader goes on to the one before
-        self.storage.write_json("LATEST.json", {"name": commit.name, "before": before})
-        (self.storage / commit.name).write_json("COMMIT.json", commit.to_json())
+        self._target.write_json("LATEST.json", {"name": commit.name, "before": before})
+        (self._target / commit.name).write_json("COMMIT.json", commit.to_json())
         replaced = self._complete.pop(commit.name, None)
         self._complete[commit.name] = commit
         with suppress(StorageError):  # what is left over costs space, no more
@@ -221,17 +222,17 @@ class Checkpoints:
         for name in names:
             if name not in kept:
                 commit = self._complete.pop(name)
-                (self.storage / name).delete("COMMIT.json")
+                (self._target / name).delete("COMMIT.json")
                 self._delete(name, commit.parts)
 
     def _delete(self, name: str, parts: Collection[Part]) -> None:
         for part in parts:
-            (self.storage / name).delete(part.file)
+            (self._target / name).delete(part.file)
 
     def _tidy(self, attempt: str = "") -> dict[str, Commit]:
         """Delete parts that no commit object names, but those of `attempt`. Returns the complete checkpoints."""
         files: dict[str, list[str]] = {}
-        for path in self.storage.list("step-"):
+        for path in self._target.list("step-"):
             name, _, file = path.partition("/")
             files.setdefault(name, []).append(file)
         complete = {}
@@ -239,13 +240,13 @@ class Checkpoints:
             named: set[str] = set()
             if "COMMIT.json" in found:
                 try:
-                    complete[name] = self.commit(name)
+                    complete[name] = self._commit(self._target, name)
                 except CheckpointError:
                     continue  # not to be judged here
                 named = {"COMMIT.json", *(part.file for part in complete[name].parts)}
             for file in found:
                 if file not in named and not (attempt and f"-{attempt}." in file):
-                    (self.storage / name).delete(file)
+                    (self._target / name).delete(file)
         return complete
 
     # ---- finding and loading
@@ -295,9 +296,12 @@ class Checkpoints:
 
     def commit(self, name: str) -> Commit:
         """The commit object of the checkpoint `name`."""
-        where = f"{self.storage.uri}/{name}"
+        return self._commit(self.storage, name)
+
+    def _commit(self, storage: Storage, name: str) -> Commit:
+        where = f"{storage.uri}/{name}"
         try:
-            return parse_commit((self.storage / name).read_small("COMMIT.json"), where)
+            return parse_commit((storage / name).read_small("COMMIT.json"), where)
         except StorageNotFoundError:
             known = ", ".join(self.names()) or "none"
             raise CheckpointError(f"there is no complete checkpoint {where}", f"complete ones here: {known}") from None

@@ -14,6 +14,7 @@ from .diagnose import status
 from .kind import Object
 
 TAIL_BYTES = 16 << 10
+TIMEOUT_S = 5.0
 
 
 class Progress:
@@ -21,7 +22,7 @@ class Progress:
 
     def __init__(self, program: Program, every_s: float) -> None:
         self.program = program
-        self.run = open_storage(program.out)
+        self.run = open_storage(program.out).hurried(TIMEOUT_S)  # the job is followed while storage is unavailable
         self.every_s = every_s
         self.last: dict[str, Any] = {}
         self.available = True

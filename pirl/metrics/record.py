@@ -7,11 +7,10 @@ import math
 import resource
 import threading
 import time
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from .. import logs
-from ..errors import StorageError
+from ..errors import PirlError
 from ..run import EVENTS, METRICS, Run
 from ..storage import Storage
 
@@ -33,6 +32,8 @@ class Log:
         self.metrics, self.events = record.metrics, record.events
         self._flushed = time.monotonic()
         self._writing = threading.Lock()
+        self._unwritten = ""
+        """What kept the last lines from being written."""
         if live and live.world.is_main:
             live.replay(self.events)
 
@@ -46,7 +47,10 @@ class Log:
             self.live.line(values)
         if time.monotonic() - self._flushed > self.flush_s and not self._writing.locked():
             self._flushed = time.monotonic()
-            threading.Thread(target=self.flush, name="log", daemon=True).start()
+            try:
+                threading.Thread(target=self.flush, name="log", daemon=True).start()
+            except RuntimeError as error:  # this process may have no more threads for now
+                self._report(str(error))
 
     def event(self, kind: str, **values: Any) -> None:
         self.events.append({"time": round(time.time(), 3), "event": kind, **values})
@@ -55,16 +59,28 @@ class Log:
         if not self.live or self.live.world.is_main:
             logs.event(kind, **values)
 
-    def flush(self) -> None:
-        """Write what there is, and wait for it. Any thread may do so."""
+    def flush(self, patience_s: float = 0.0) -> None:
+        """Write what there is, and wait for it, also for a storage that is unavailable for `patience_s`.
+
+        Any thread may do so. No error ends the training: the lines are kept, and written with the next ones.
+        """
         with self._writing:
-            for name, lines in ((METRICS, self.metrics), (EVENTS, self.events)):
-                text = "".join(json.dumps(line) + "\n" for line in list(lines))
-                try:
-                    self.run.write_bytes(name, text.encode())
-                except StorageError as error:  # the lines are kept, and written with the next ones
-                    warnings.warn(f"{name} was not written, training goes on: {error}", stacklevel=2)
+            try:
+                run = self.run.patient(patience_s)
+                for name, lines in ((METRICS, self.metrics), (EVENTS, self.events)):
+                    run.write_bytes(name, "".join(json.dumps(line) + "\n" for line in list(lines)).encode())
+                self._report("")
+            except Exception as error:
+                self._report(error.what if isinstance(error, PirlError) else f"{type(error).__name__}: {error}")
             self._flushed = time.monotonic()
+
+    def _report(self, problem: str) -> None:
+        """Print once that the record cannot be written, and once that it is written again."""
+        before, self._unwritten = self._unwritten, problem
+        if problem and not before:
+            logs.warn(f"the record of the run cannot be written, training continues: {problem}")
+        elif before and not problem:
+            logs.say("the record of the run is written again, nothing is missing")
 
 
 def peak_memory_bytes() -> int:

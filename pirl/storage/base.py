@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pirl.errors import StorageError, StorageNotFoundError
-from pirl.storage.patience import has_answered, remember
+from pirl.storage.patience import has_answered, patience_s, remember
 
 Names = list[str]  # inside the classes `list` is the method
 TEMPORARY = ".pirl-tmp-"  # files of this prefix are unfinished and no objects
@@ -27,13 +27,13 @@ class Storage(ABC):
     root = ""
     patience_s: float | None = None
 
-    def patient(self, seconds: float) -> Self:
+    def patient(self, seconds: float | None = None) -> Self:
         """Return the same storage, which repeats for so long what fails for a transient reason; 0: not at all.
 
-        Without this it does so for `PIRL_STORAGE_PATIENCE_S`, once it has answered for the first time.
+        By default it does so for `PIRL_STORAGE_PATIENCE_S`; without this, only once it has answered for the first time.
         """
         other = copy.copy(self)
-        other.patience_s = seconds
+        other.patience_s = patience_s() if seconds is None else seconds
         return other
 
     def hurried(self, timeout_s: float) -> Self:

@@ -55,11 +55,11 @@ def retry(storage: Patient, request: Callable[[], T]) -> T:
         except PirlError as error:
             if isinstance(error, StorageNotFoundError):
                 _answered(storage.root)
-            patience_s = _patience(storage)
-            pause_s = min(PAUSE_S, patience_s / 4)
-            if not error.transient or time.monotonic() - started + pause_s > patience_s:
+            limit_s = _limit_s(storage)
+            pause_s = min(PAUSE_S, limit_s / 4)
+            if not error.transient or time.monotonic() - started + pause_s > limit_s:
                 raise
-            _report(storage.root, error, patience_s)
+            _report(storage.root, error, limit_s)
             time.sleep(pause_s)
         else:
             _answered(storage.root)
@@ -76,9 +76,8 @@ def remember(root: str) -> None:
     _roots.add(root)
 
 
-def _patience(storage: Patient) -> float:
-    if storage.patience_s is not None:
-        return storage.patience_s
+def patience_s() -> float:
+    """Return the setting."""
     text = os.environ.get(SETTING, "")
     try:
         seconds = float(text) if text else DEFAULT_S
@@ -86,7 +85,13 @@ def _patience(storage: Patient) -> float:
         seconds = -1.0
     if not 0 <= seconds < float("inf"):
         raise UsageError(f"{SETTING} is not a number of seconds: {text!r}", f"unset it for the default, {DEFAULT_S:g}")
-    return seconds if has_answered(storage.root) else 0.0
+    return seconds
+
+
+def _limit_s(storage: Patient) -> float:
+    if storage.patience_s is not None:
+        return storage.patience_s
+    return patience_s() if has_answered(storage.root) else 0.0
 
 
 _roots: set[str] = set()
@@ -105,13 +110,13 @@ def _answered(root: str) -> None:
         logs.say(f"{root or 'the file system'} answers again, after {time.monotonic() - since:.0f} s")
 
 
-def _report(root: str, error: PirlError, patience_s: float) -> None:
+def _report(root: str, error: PirlError, limit_s: float) -> None:
     """Say once an outage that it has begun."""
     with _lock:
         begins = root not in _outages
         _outages.setdefault(root, time.monotonic())
     if begins:
-        logs.warn(f"storage is unavailable, asking again for {patience_s:g} s: {error.what}")
+        logs.warn(f"storage is unavailable, asking again for {limit_s:g} s: {error.what}")
 
 
 def _forget_locks() -> None:
