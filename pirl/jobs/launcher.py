@@ -284,7 +284,7 @@ class Launcher:
                     say(f"launcher: answered again after {duration(time.monotonic() - since)}")
                 return answer
             except (UnavailableError, StorageError) as error:
-                if isinstance(error, StorageError) and not error.passing:
+                if not error.transient:
                     raise
                 now = time.monotonic()
                 if since is None:
