@@ -236,7 +236,7 @@ def test_storage_that_is_unavailable_while_a_job_is_followed(scene: Scene, monke
     """Longer than steps may take, and at the end, when the marker is to be read; what is no outage is raised."""
     kind = type(open_storage(scene.program.out))
     size, failed, fault = kind.size, threading.Event(), StorageError("the bucket does not answer")
-    fault.passing = True
+    fault.transient = True
     outage = threading.Event()
 
     def failing(storage: Any, name: str) -> int:
