@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import random
 import socket
+import ssl
 import struct
 import sys
 import threading
@@ -16,6 +17,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+OUTAGES = ("reset", "503", "hang", "drop", "refused", "certificate")
 FAULTS = ("500", "503", "reset", "reset after", "lost answer", "slow", "cut answer", "cut request")
 NOT_FORWARDED = ("connection", "expect", "keep-alive", "transfer-encoding")
 
@@ -27,17 +29,32 @@ class FaultyS3(ThreadingHTTPServer):
     reset          the connection is reset at once       reset after    handed on, then reset
     slow           silence for `slow_s`, then reset      cut answer     half of the body, then reset
     cut request    reset when half of the body is read
-    `away`         while it is set, every connection is reset at once
+    `outage`       while it is one of OUTAGES, it happens to every request:
+        reset, 503                                       as above
+        hang        no answer until the outage has ended, as by a server that is stopped
+        drop        no answer at all, as by a network that loses every packet
+        refused     nobody listens
+        certificate one that nobody has signed; the proxy must speak TLS, with `certificates` (trusted, untrusted)
     """
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, endpoint: str, share: float, slow_s: float, seed: int = 0) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        share: float = 0.0,
+        slow_s: float = 0.0,
+        seed: int = 0,
+        certificates: tuple[ssl.SSLContext, ssl.SSLContext] | None = None,
+    ) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.certificates = certificates
         self.endpoint, self.share, self.slow_s = urlsplit(endpoint), share, slow_s
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.away = threading.Event()
+        self.url = f"{'https' if certificates else 'http'}://127.0.0.1:{self.server_address[1]}"
+        self.outage = ""
+        self._ended = threading.Event()
+        self._at = 0, "", 0.0
         self.requests: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self._rng, self._lock = random.Random(seed), threading.Lock()
@@ -46,13 +63,53 @@ class FaultyS3(ThreadingHTTPServer):
         """What is to happen to a request, counted."""
         with self._lock:
             self.requests[method] += 1
-            kind = "away" if self.away.is_set() else ""
+            if self._at[0] and sum(self.requests.values()) >= self._at[0]:
+                _, kind, seconds = self._at
+                self._at = 0, "", 0.0
+                threading.Thread(target=self.fail_for, args=(kind, seconds), daemon=True).start()
+                self.outage = kind
+            kind = self.outage
             if not kind and self._rng.random() < self.share:
                 possible = [each for each in FAULTS if body or each != "cut request"]
                 kind = min(possible, key=lambda each: self.faults[each])  # each in its turn
             if kind:
                 self.faults[kind] += 1
             return kind
+
+    def fail_at(self, request: int, kind: str, seconds: float) -> None:
+        """Begin an outage with this request from now on."""
+        self._at = sum(self.requests.values()) + request, kind, seconds
+
+    def fail_for(self, kind: str, seconds: float) -> None:
+        """Let an outage begin, wait for its end and end it."""
+        self.begin(kind)
+        time.sleep(seconds)
+        self.end()
+
+    def begin(self, kind: str) -> None:
+        assert kind in OUTAGES
+        self._ended.clear()
+        self.outage = kind
+        if kind == "refused":
+            self.shutdown()
+            self.socket.close()
+
+    def end(self) -> None:
+        if self.outage == "refused":
+            self.socket = socket.create_server(self.server_address[:2])
+            threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        self.outage = ""
+        self._ended.set()
+
+    def wait_for_the_end(self) -> None:
+        self._ended.wait()
+
+    def get_request(self) -> tuple[socket.socket, object]:
+        connection, address = super().get_request()
+        if self.certificates:
+            context = self.certificates[self.outage == "certificate"]
+            connection = context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        return connection, address
 
     def count(self) -> str:
         """For a report."""
@@ -83,8 +140,13 @@ class Handler(BaseHTTPRequestHandler):
     def _any(self) -> None:
         length = int(self.headers.get("Content-Length", 0))
         kind = self.server.fault(self.command, length > 1)
-        if kind in ("reset", "away"):
+        if kind in ("reset", "refused", "certificate"):
             return self._reset()
+        if kind in ("hang", "drop"):
+            self.server.wait_for_the_end()
+            if kind == "drop":
+                return self._reset()
+            kind = ""
         if length and self.headers.get("Expect"):
             self.send_response_only(100)
             self.end_headers()

@@ -52,7 +52,13 @@ def elsewhere(uri: str) -> None:
 
 
 def hold(
-    uri: str, told: Any, environment: dict[str, str], machine: str = "", job: str = "", clock: bool = False
+    uri: str,
+    told: Any,
+    environment: dict[str, str],
+    machine: str = "",
+    job: str = "",
+    clock: bool = False,
+    beat_s: float = BEAT_S,
 ) -> None:
     """A process that claims the lease, and tells what happens."""
     os.environ |= environment
@@ -63,7 +69,7 @@ def hold(
     if clock:  # every look at the wall clock finds another day
         time.time = lambda: random.uniform(0, 4e9)
     try:
-        held = Lease.claim(open_storage(uri), BEAT_S)
+        held = Lease.claim(open_storage(uri), beat_s)
         told.send("held")
         while True:
             time.sleep(0.02)

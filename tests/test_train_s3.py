@@ -87,7 +87,15 @@ def environment(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[s
 
 
 @pytest.mark.parametrize(
-    ("epochs", "away_s", "kill"), [(6, 3, False), pytest.param(24, 60, True, marks=pytest.mark.slow)]
+    ("epochs", "kind", "away_s", "kill"),
+    [
+        (6, "reset", 3, False),
+        pytest.param(24, "reset", 60, True, marks=pytest.mark.slow),
+        pytest.param(24, "drop", 60, True, marks=pytest.mark.slow),
+        pytest.param(24, "hang", 30, True, marks=pytest.mark.slow),
+        pytest.param(24, "503", 30, True, marks=pytest.mark.slow),
+        pytest.param(24, "refused", 15, True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_server_that_fails_a_tenth_of_the_requests_and_goes_away(
     bucket: str,  # noqa: F811
@@ -95,6 +103,7 @@ def test_a_server_that_fails_a_tenth_of_the_requests_and_goes_away(
     local: Path,
     tmp_path: Path,
     epochs: int,
+    kind: str,
     away_s: float,
     kill: bool,
 ) -> None:
@@ -115,9 +124,9 @@ def test_a_server_that_fails_a_tenth_of_the_requests_and_goes_away(
 
         processes = start()
         wait_for(lambda: "step 7/" in output(), 240)
-        proxy.away.set()
+        proxy.begin(kind)
         time.sleep(away_s)
-        proxy.away.clear()
+        proxy.end()
         if kill:
             wait_for(lambda: f"step {epochs * 5 // 2}/" in output(), 240)
             assert processes[1].pid
@@ -136,7 +145,7 @@ def test_a_server_that_fails_a_tenth_of_the_requests_and_goes_away(
     )
     assert not reader.wrong
     assert reader.steps == sorted(reader.steps)
-    assert set(FAULTS) | {"away"} <= proxy.faults.keys()
+    assert set(FAULTS) <= proxy.faults.keys()
     assert sum(repeated) > 0
 
     checkpoints = Checkpoints(open_storage(out) / "checkpoints")
@@ -163,12 +172,12 @@ def test_steps_are_made_while_the_server_is_away(
         options = Options(shards, out, log_every=1, checkpoint_every_s=1)
         processes = ranks.start(train_counting, 2, folder, recipe, options, **environment)
         wait_for(lambda: "step 7/" in output())
-        proxy.away.set()
+        proxy.begin("reset")
         wait_for(lambda: "the last checkpoint was not saved, training goes on" in output())
         before = output().count("step ")
         wait_for(lambda: output().count("step ") > before + 10)
         saved = Checkpoints(open_storage(out) / "checkpoints").newest()
-        proxy.away.clear()
+        proxy.end()
         assert ranks.finish(processes) == [0, 0], output()
     events = [event["event"] for event in read_lines(open_storage(out), "events.jsonl")]
     assert "checkpoint_failed" in events

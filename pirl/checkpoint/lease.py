@@ -55,7 +55,7 @@ class Lease:
     @classmethod
     def claim(cls, run: Storage, beat_s: float = BEAT_S) -> Lease:
         """Take the lease of a run. `UsageError` where a living training holds it; waits to learn whether it lives."""
-        folder, content = run / "lease", _introduction()
+        folder, content = (run / "lease").patient(), _introduction()
         while True:
             names = _holders(folder)
             number = int(names[-1].partition(".")[0]) if names else 0

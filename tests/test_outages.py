@@ -1,0 +1,354 @@
+"""Storage that is unavailable for a while, in each way that it can be, in each phase: nothing is lost or done twice.
+
+The server is real (moto, over HTTP). Most outages are a proxy's; one is a SIGSTOP of the server's own process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import boto3
+import certificates
+import pytest
+from conftest import tiny_recipe
+from faulty_s3 import OUTAGES, FaultyS3
+from images import folder_of_classes
+from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401
+from test_lease import holder, holders, told  # noqa: F401
+from test_train import assert_same_bits, final
+
+from pirl import cli
+from pirl.checkpoint import Lease
+from pirl.errors import StorageError, TrainingError, UsageError
+from pirl.jobs import watch
+from pirl.metrics import Log
+from pirl.shards import ShardReader
+from pirl.storage import LocalStorage, open_storage
+from pirl.train import train
+from pirl.training.spec import Options
+from pirl.world import World
+
+BEAT_S = 0.6
+
+
+@pytest.fixture
+def quick(bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:  # noqa: F811
+    """Timeouts of a second, and half a minute of patience."""
+    for name, value in {
+        "PIRL_S3_ATTEMPTS": "1",
+        "PIRL_S3_CONNECT_TIMEOUT_S": "1",
+        "PIRL_S3_READ_TIMEOUT_S": "1",
+        "PIRL_STORAGE_PATIENCE_S": "30",
+        "AWS_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    return bucket
+
+
+@pytest.fixture(params=OUTAGES)
+def proxy(
+    request: pytest.FixtureRequest, quick: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[FaultyS3, str]]:
+    """A proxy to reach the bucket through, and a kind of outage."""
+    pair = None
+    if request.param == "certificate":
+        bundle, pair = certificates.contexts(tmp_path)
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(bundle))
+        monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")  # the proxy reads no chunks
+    with FaultyS3(os.environ["AWS_ENDPOINT_URL"], certificates=pair) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield proxy, request.param
+
+
+@contextmanager
+def outage(proxy: FaultyS3, kind: str, seconds: float) -> Iterator[None]:
+    """An outage that begins now and ends meanwhile."""
+    proxy.begin(kind)
+    timer = threading.Timer(seconds, proxy.end)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.join()
+
+
+def test_every_request_is_repeated_until_storage_answers(
+    proxy: tuple[FaultyS3, str], quick: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server, kind = proxy
+    storage = open_storage(quick)
+    (tmp_path / "big").write_bytes(bytes(1000))
+    storage.write_bytes("x", b"old")
+    calls: list[Callable[[], object]] = [
+        lambda: storage.read_bytes("x"),
+        lambda: storage.write_bytes("y", b"new"),
+        lambda: storage.create("once", b"mine"),
+        lambda: storage.upload(tmp_path / "big", "big"),
+        lambda: storage.download("x", tmp_path / "copy"),
+        lambda: storage.size("x"),
+        lambda: storage.list("x"),
+        lambda: storage.delete("absent"),
+    ]
+    answers: dict[int, object] = {}
+    threads = [
+        threading.Thread(target=lambda k=k, call=call: answers.update({k: call()})) for k, call in enumerate(calls)
+    ]
+    with outage(server, kind, 1.5):
+        for thread in threads:
+            thread.start()
+    for thread in threads:
+        thread.join()
+    assert [answers.get(k) for k in (0, 2, 5, 6)] == [b"old", True, 3, ["x"]]
+    assert storage.read_bytes("y") == b"new"
+    assert storage.size("big") == 1000
+    assert (tmp_path / "copy").read_bytes() == b"old"
+    printed = capfd.readouterr()
+    assert printed.err.count("storage is unavailable, asking again for 30 s") == 1
+    assert printed.out.count("answers again, after") == 1
+
+
+def test_without_patience_it_is_one_short_message(proxy: tuple[FaultyS3, str], quick: str) -> None:
+    """Also at the first contact, where the address may be wrong."""
+    server, kind = proxy
+    server.begin(kind)
+    with pytest.raises(StorageError) as caught:
+        open_storage(quick).read_bytes("x")
+    server.end()
+    assert caught.value.transient
+    assert len(str(caught.value).splitlines()) == 2
+    if kind == "certificate":
+        assert "AWS_CA_BUNDLE" in caught.value.hint
+
+
+def test_a_server_that_is_stopped(quick: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process is stopped by SIGSTOP: it accepts, and answers when it continues."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    code = f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])"
+    server = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="stopped")
+                break
+            except Exception:
+                assert time.monotonic() < deadline
+        storage = open_storage("s3://stopped")
+        storage.write_bytes("x", b"old")
+        os.kill(server.pid, signal.SIGSTOP)
+        threading.Timer(2.5, os.kill, (server.pid, signal.SIGCONT)).start()
+        storage.write_bytes("x", b"new")
+        assert storage.read_bytes("x") == b"new"
+    finally:
+        server.kill()
+        server.wait()
+
+
+# ---- threads that must live
+
+
+def test_a_holder_keeps_its_lease_through_an_outage_that_all_see(
+    proxy: tuple[FaultyS3, str],
+    quick: str,
+    holders: list[BaseProcess],  # noqa: F811
+) -> None:
+    server, kind = proxy
+    process, pipe = holder(holders, f"{quick}/run", machine="another", beat_s=BEAT_S)
+    assert told(pipe) == "held"
+    with outage(server, kind, 3), pytest.raises(UsageError, match=f"process {process.pid} on"):
+        Lease.claim(open_storage(f"{quick}/run"), BEAT_S)
+    assert not pipe.poll(3 * BEAT_S)
+
+
+def test_a_holder_that_alone_saw_an_outage_ends_when_it_sees_its_successor(
+    quick: str,
+    holders: list[BaseProcess],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    direct = os.environ["AWS_ENDPOINT_URL"]
+    with FaultyS3(direct) as own:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", own.url)
+        _, pipe = holder(holders, f"{quick}/run", machine="another", beat_s=BEAT_S)
+        assert told(pipe) == "held"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", direct)
+        own.begin("drop")
+        with Lease.claim(open_storage(f"{quick}/run"), BEAT_S) as successor:
+            assert not pipe.poll(), "the holder trains on while it sees nothing"
+            own.end()
+            error = told(pipe)
+            assert isinstance(error, TrainingError)
+            assert "another training has taken over" in str(error)
+            successor.confirm()
+
+
+class Moody(LocalStorage):
+    """Fails with `error` while it is set."""
+
+    error: Exception | None = None
+
+    def list(self, prefix: str = "") -> list[str]:
+        if Moody.error:
+            raise Moody.error
+        return super().list(prefix)
+
+    def write_bytes(self, name: str, data: bytes | memoryview) -> None:
+        if Moody.error:
+            raise Moody.error
+        super().write_bytes(name, data)
+
+    def __truediv__(self, part: str) -> Moody:
+        return Moody(self.path / part)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(5, "x"), MemoryError(), StorageError("x")])
+def test_heartbeat_and_record_survive_any_error(
+    tmp_path: Path, error: Exception, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = Moody(tmp_path)
+    log = Log(run, flush_s=0)
+    with Lease.claim(run, 0.05) as lease:
+        Moody.error = error
+        for step in range(5):
+            log.step(step=step)
+            log.flush()
+            time.sleep(0.05)
+        before = (run / "lease").read_json(lease._name)["beat"]
+        Moody.error = None
+        log.flush()
+        deadline = time.monotonic() + 20
+        while (run / "lease").read_json(lease._name)["beat"] < before + 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        lease.confirm()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
+    printed = capfd.readouterr()
+    assert printed.err.count("cannot be renewed, training continues") == 1
+    assert printed.err.count("the record of the run cannot be written") == 1
+    assert printed.out.count("renewed again") == printed.out.count("is written again") == 1
+
+
+def test_a_launcher_does_not_wait_for_progress(quick: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "TIMEOUT_S", 0.5)
+    open_storage(f"{quick}/run").write_bytes("metrics.jsonl", b'{"step": 3}\n')
+    with FaultyS3(os.environ["AWS_ENDPOINT_URL"]) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        program: Any = SimpleNamespace(out=f"{quick}/run", record="metrics.jsonl")
+        progress = watch.Progress(program, every_s=0)
+        assert progress.advanced()
+        server.begin("drop")
+        started = time.monotonic()
+        assert not progress.advanced()
+        assert not progress.available
+        assert time.monotonic() - started < 15
+        server.end()
+        assert not progress.advanced()
+        assert progress.available
+
+
+# ---- commands
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run `pirl` in this process and return its exit code; a traceback is an exception."""
+    monkeypatch.setattr(sys, "argv", ["pirl", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    return int(exit.value.code or 0)
+
+
+def scores(run: str) -> Any:
+    result = open_storage(run).read_json("eval.json")
+    return result["pretrained"], result["random"]
+
+
+@pytest.mark.parametrize("kind", ["drop", pytest.param("503", marks=pytest.mark.slow)])
+def test_every_step_of_the_pipeline_waits_and_ends_as_an_undisturbed_one(
+    quick: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    recipe, images = tiny_recipe("train.epochs=2"), tmp_path / "images"
+    folder_of_classes(images, classes=3, images=14, width=24, height=20)
+    quiet, shards = str(tmp_path / "quiet"), str(tmp_path / "shards")
+    assert command(monkeypatch, "shard", images, shards, "--processes", 1) == 0
+    train(recipe, Options(shards, quiet), World())
+    assert command(monkeypatch, "eval", quiet, "--data", shards, "--test", shards) == 0
+    monkeypatch.setenv("PIRL_CACHE_GB", "0")
+    with FaultyS3(os.environ["AWS_ENDPOINT_URL"]) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        data, out, registry = f"{quick}/data", f"{quick}/run", f"{quick}/registry"
+        server.fail_at(6, kind, 1.5)
+        assert command(monkeypatch, "shard", images, data, "--processes", 1) == 0
+        server.fail_at(20, kind, 1.5)
+        train(recipe, Options(data, out), World())
+        server.fail_at(8, kind, 1.5)
+        assert command(monkeypatch, "eval", out, "--data", data, "--test", data) == 0
+        server.fail_at(8, kind, 1.5)
+        assert command(monkeypatch, "register", out, "--registry", registry, "--min-gain", -1) in (0, 1)
+        assert server.faults[kind] >= 4
+    digest = ShardReader(shards).manifest.digest
+    assert ShardReader(data).manifest.digest == digest
+    assert_same_bits(final(out), final(quiet))
+    assert scores(out) == scores(quiet)
+    assert open_storage(out).exists("gate.json")
+
+
+def test_a_command_without_patience_ends_shortly_and_continues_when_it_is_repeated(
+    quick: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PIRL_STORAGE_PATIENCE_S", "0")
+    images = folder_of_classes(tmp_path / "images", classes=3, images=14, width=24, height=20)
+    with FaultyS3(os.environ["AWS_ENDPOINT_URL"]) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        server.fail_at(8, "reset", 0.5)
+        assert command(monkeypatch, "shard", images, f"{quick}/data", "--processes", 1) == 1
+        error = capfd.readouterr().err
+        assert "Traceback" not in error
+        assert "is unavailable or breaks off" in error
+        time.sleep(0.6)
+        before = server.requests["PUT"]
+        assert command(monkeypatch, "shard", images, f"{quick}/data", "--processes", 1) == 0
+        assert server.requests["PUT"] > before
+    assert command(monkeypatch, "shard", images, tmp_path / "shards", "--processes", 1) == 0
+    assert ShardReader(f"{quick}/data").manifest.digest == ShardReader(tmp_path / "shards").manifest.digest
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", " "])
+def test_line_breaks_around_settings_are_ignored_with_a_warning(
+    quick: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], end: str
+) -> None:
+    """As of a Secret that `kubectl create secret --from-file` has made."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_REGION"):
+        monkeypatch.setenv(name, os.environ[name] + end)
+    open_storage(quick).write_bytes("x", b"")
+    error = capfd.readouterr().err
+    assert error.count("AWS_SECRET_ACCESS_KEY has blanks or a line break around it") == 1
+    assert "test-secret-value" not in error
+
+
+def test_a_line_break_within_a_key_is_refused_without_repeating_it(quick: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush\nAWS_REGION=x")
+    with pytest.raises(UsageError, match="AWS_SECRET_ACCESS_KEY holds a line break") as caught:
+        open_storage(quick).list()
+    assert "hush" not in str(caught.value)
+
+
+def test_a_ca_bundle_that_is_no_file_is_named(quick: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_CA_BUNDLE", "/nonexistent/ca.pem")
+    with pytest.raises(UsageError, match="AWS_CA_BUNDLE"):
+        open_storage(quick).list()
