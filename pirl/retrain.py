@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 
 from .backends import Backend, LocalBackend
 from .config import load_recipe
-from .errors import EXIT_DONE, UsageError
+from .errors import EXIT_DONE
 from .evaluate import evaluate_run
 from .logs import say
 from .outputs import check_outside, check_registry
 from .programs import Training
 from .registry import Decision, data_uri, decide, decide_retrain, register_run
-from .shards import Source, open_source, write_shards
+from .shards import Source, compare_sources, open_source, summary, write_shards
 from .storage import open_storage
 from .text import count
 from .training.spec import Options
@@ -59,8 +59,10 @@ def keep_up_to_date(wanted: Retraining, dry_run: bool = False) -> int:
     """
     sources = {"train": open_source(wanted.train_source), "test": open_source(wanted.test_source)}
     for split, source in sources.items():
-        if source.classes is None:
-            raise UsageError(f"the {split} images have no classes", "the gate asks for an evaluation, which needs them")
+        for line in summary(source):
+            say(f"{split}: {line}")
+    for note in compare_sources(sources["train"], sources["test"]):
+        say(note)
     check_outside(wanted.root, list(sources.values()))
     check_registry(wanted.registry, list(sources.values()))
     open_storage(wanted.root).require_writable()

@@ -331,9 +331,25 @@ def test_data_that_cannot_be_evaluated(
         evaluate(run, other_shards, test_shards, QUICK)
     with pytest.raises(UsageError, match="has no labels"):
         evaluate(run, shards, other_shards, QUICK)
-    two = shards_of(folder_of_classes(tmp_path / "images", classes=2, images=3), tmp_path / "s")
-    with pytest.raises(DataError, match="different classes"):
-        evaluate(run, shards, two, QUICK)
+    four = shards_of(folder_of_classes(tmp_path / "images", classes=4, images=3), tmp_path / "s")
+    with pytest.raises(DataError, match="has 1 class that training does not have: class3"):
+        evaluate(run, shards, four, QUICK)
+
+
+def test_a_test_set_without_some_classes_is_matched_by_name(
+    run: str, shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same test images give the same numbers, whether the class without an image has a folder or not."""
+    images = folder_of_classes(tmp_path / "images", classes=3, images=4)
+    for path in (images / "class1").iterdir():
+        path.unlink()
+    with_folder = evaluate(run, shards, shards_of(images, tmp_path / "with"), QUICK)
+    (images / "class1").rmdir()
+    without = evaluate(run, shards, shards_of(images, tmp_path / "without"), QUICK)
+    assert "has no image of class1" in caplog.messages[-1]
+    assert without.pop("test_data") != with_folder.pop("test_data")
+    assert without_seconds(without) == without_seconds(with_folder)
+    assert without["classes"] == ["class0", "class1", "class2"]
 
 
 def test_a_run_is_evaluated_once(run: str, shards: str, test_shards: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -567,7 +567,7 @@ def test_what_cannot_be_evaluated(colours: str, shards: str, other_shards: str, 
     cases: list[tuple[type[Exception], str, tuple[str, str, str]]] = [
         (UsageError, "has no labels", (run, other_shards, shards)),
         (UsageError, "has no labels", (run, shards, other_shards)),
-        (DataError, "different classes", (run, shards, colours)),
+        (DataError, "2 classes that training does not have: blue, red", (run, shards, colours)),
         (DataError, "batch norm needs two", (run, one, one)),
         (CheckpointError, "no checkpoint", (str(tmp_path / "nothing"), shards, shards)),
     ]

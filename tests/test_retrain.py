@@ -230,7 +230,7 @@ def test_the_command(tmp_path: Path, tiny_toml: Path) -> None:
         return done.stdout
 
     settings = ["--processes", "1", "train.epochs=2"]
-    assert "48 would be sharded" in pirl("retrain", *settings, "--dry-run")
+    assert "48 images would be sharded" in pirl("retrain", *settings, "--dry-run")
     first = pirl("retrain", *settings)
     assert "pirl has no champion yet" in first
     assert "pirl v0001: " in first

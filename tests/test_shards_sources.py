@@ -14,8 +14,8 @@ from PIL import Image
 from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401 (fixtures)
 
 from pirl import cli
-from pirl.errors import PirlError, UsageError
-from pirl.shards import Quarantine, Source, open_source, summary, write_shards
+from pirl.errors import DataError, PirlError, UsageError
+from pirl.shards import Quarantine, ShardReader, Source, open_source, summary, write_shards
 from pirl.shards.filter import LeftOut
 from pirl.storage import open_storage
 
@@ -240,6 +240,59 @@ def test_equal_folders_in_every_class_are_said(tmp_path: Path) -> None:
     assert len(summary(open_source(str(root)))) == 1
     named_so = put(tmp_path / "vehicles", "train/1.jpg", "bus/1.jpg")
     assert len(summary(open_source(str(named_so)))) == 1
+
+
+# --- a test set beside its training set -------------------------------------------------------------------------------
+
+
+def test_labels_are_matched_by_name(tmp_path: Path) -> None:
+    test = put(tmp_path / "in", "bee/1.jpg", "dog/1.jpg", "dog/2.jpg")
+    (test / "zebra").mkdir()
+    write_shards(open_source(str(test)), open_storage(tmp_path / "out"))
+    reader = ShardReader(tmp_path / "out")
+    assert reader.match_classes(["ant", "bee", "cow", "dog"]) == ["ant", "cow"]
+    assert (reader.labels().tolist(), reader.label(2)) == ([1, 3, 3], 3)
+    assert reader.match_classes(["dog", "bee"]) == []  # again, by the numbers that it has now
+    assert reader.labels().tolist() == [1, 0, 0]
+    with pytest.raises(DataError, match="1 class that training does not have: dog"):
+        reader.match_classes(["ant", "bee"])
+
+
+def test_classes_are_compared_before_anything_is_sharded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train = put(tmp_path / "train", *(f"{c}/{k}.jpg" for c in ("ant", "bee", "cow") for k in range(4)))
+    fewer = put(tmp_path / "fewer", "ant/1.jpg", "cow/1.jpg")
+    more = put(tmp_path / "more", "ant/1.jpg", "dog [lr=0.1]/1.jpg")
+    flat = put(tmp_path / "flat", "1.jpg")
+
+    def run(test: Path) -> tuple[object, str, str]:
+        command = [
+            "pirl",
+            "run",
+            train,
+            test,
+            "--root",
+            tmp_path / "root",
+            "--dry-run",
+            "train.batch_size=4",
+            "loss.negatives=4",
+        ]
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return exit.value.code or 0, *capfd.readouterr()
+
+    code, out, err = run(fewer)
+    assert code == 0, err
+    assert "training: 12 images, 3 classes: ant, bee, cow; images a class: least 4, median 4, most 4" in out
+    assert "classes without a test image: bee" in out
+    code, _, err = run(more)
+    assert code == 1
+    assert "1 class that training does not have: dog [lr=0.1]" in err
+    code, _, err = run(flat)
+    assert code == 2
+    assert "the test images have no classes" in err
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

@@ -74,18 +74,23 @@ def run_dag(recipe: str, root: str, overrides: list[str] | None, dry_run: bool, 
     """Run the pipeline's steps here, one after the other, and show its result."""
     from ..config import load_recipe
     from ..outputs import check_registry, check_run_output
-    from ..shards import open_source
+    from ..shards import compare_sources, open_source, summary
 
     resolved = load_recipe(recipe, overrides or [])
-    sources = [open_source(arguments[name]) for name in ("train_source", "test_source")]
-    sizes = [len(source) for source in sources]
-    resolved.check_data(sizes[0])
-    console.print(f"{count(sizes[0], 'training image')} and {count(sizes[1], 'test image')}")
+    train, test = (open_source(arguments[name]) for name in ("train_source", "test_source"))
+    notes = compare_sources(train, test)
+    resolved.check_data(len(train))
+    console.print(f"{count(len(train), 'training image')} and {count(len(test), 'test image')}")
+    for split, source in (("training", train), ("test", test)):
+        for line in summary(source):
+            console.print(f"{split}: {line}", soft_wrap=True, markup=False, highlight=False)
+    for note in notes:
+        console.print(note, soft_wrap=True, markup=False, highlight=False)
     name = f"{resolved.name}-{resolved.digest()[:8]}"
-    schedule = f"{count(resolved.train.epochs, 'epoch')} of {count(resolved.rows(sizes[0]), 'image')}"
+    schedule = f"{count(resolved.train.epochs, 'epoch')} of {count(resolved.rows(len(train)), 'image')}"
     console.print(f"run: {root}/runs/{name} ({schedule})")
-    check_run_output(f"{root}/runs/{name}", sources)
-    check_registry(f"{root}/registry", sources)
+    check_run_output(f"{root}/runs/{name}", [train, test])
+    check_registry(f"{root}/registry", [train, test])
     if dry_run:
         return
     from pipelines.local import run_local

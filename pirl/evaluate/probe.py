@@ -8,6 +8,7 @@ optimiser. Compare like with like.
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -23,10 +24,12 @@ from torch import Tensor, nn
 from pirl.checkpoint import Checkpoints, Commit
 from pirl.config import Recipe, parse_recipe
 from pirl.data import CropDataset
-from pirl.errors import CheckpointError, DataError, UsageError
+from pirl.errors import CheckpointError, UsageError
 from pirl.model import PIRL, Trunk, build_model
-from pirl.shards import Manifest, ShardReader, check_same_decoding
+from pirl.shards import Manifest, ShardReader, check_same_decoding, listed
 from pirl.storage import open_storage
+
+log = logging.getLogger(__name__)
 
 SIMILARITIES = 1 << 28  # that are held at a time: a gigabyte
 
@@ -181,7 +184,11 @@ def as_json(protocol: Protocol) -> dict[str, Any]:
 
 
 def check_labels(train: ShardReader, test: ShardReader) -> list[str]:
-    """The classes of two labelled data sets that have the same ones."""
+    """Return the classes of the training images, by which the labels of the test images are numbered from now on.
+
+    Classes are matched by name. DataError naming those that only the test images have; a warning names those without a
+    test image.
+    """
     check_same_decoding(train.manifest, test.manifest)
     for reader in (train, test):
         if reader.manifest.classes is None:
@@ -189,12 +196,9 @@ def check_labels(train: ShardReader, test: ShardReader) -> list[str]:
                 f"{reader.storage.uri} has no labels: an evaluation needs them",
                 "shard a folder with one subfolder for each class",
             )
-    if train.manifest.classes != test.manifest.classes:
-        raise DataError(
-            f"{train.storage.uri} and {test.storage.uri} have different classes",
-            "shard both splits with the same class folders",
-        )
     assert train.manifest.classes is not None
+    if absent := test.match_classes(train.manifest.classes):
+        log.warning("%s has no image of %s: they count for nothing", test.storage.uri, listed(absent))
     return train.manifest.classes
 
 

@@ -53,6 +53,7 @@ __all__ = [
     "cache_root",
     "check_image",
     "check_same_decoding",
+    "compare_sources",
     "decode_image",
     "decode_pixels",
     "decoding_notes",
@@ -88,6 +89,25 @@ def summary(source: Source) -> list[str]:
     if source.left_out:
         lines.append(f"left out, each named in {QUARANTINE}: {source.left_out}")
     return lines
+
+
+def compare_sources(train: Source, test: Source) -> list[str]:
+    """Return notes on the classes of test images beside those of training: which the test images lack.
+
+    UsageError where either has no labels; DataError naming classes that training does not have.
+    """
+    for split, source in (("training", train), ("test", test)):
+        if source.labels is None:
+            raise UsageError(
+                f"the {split} images have no classes: {source.description}",
+                "give one folder a class: an evaluation needs labels",
+            )
+    assert train.classes is not None
+    assert test.classes is not None
+    assert test.labels is not None
+    held = set(test.labels[test.labels >= 0].tolist())
+    _, absent = match_classes(train.classes, test.classes, held, test.description)
+    return [f"classes without a test image: {listed(absent)}"] if absent else []
 
 
 def _open(spec: str, parts: Parts) -> Source:

@@ -20,6 +20,7 @@ from pirl.errors import DataError, StorageError, StorageNotFoundError
 from pirl.shards.cache import BlockCache
 from pirl.shards.fashion import cache_root
 from pirl.shards.images import decode_image
+from pirl.shards.labels import match_classes
 from pirl.shards.manifest import Manifest, Shard
 from pirl.shards.remote import HINT, Ahead, RemoteShards, Span
 from pirl.storage import Storage, local_path, open_storage
@@ -50,6 +51,7 @@ class ShardReader:
         with ThreadPoolExecutor(OPEN_THREADS) as pool:  # on S3 each costs a round trip
             columns = list(pool.map(self._open_shard, self.manifest.shards))
         self._offsets, self._sizes, self._labels, self._checksums = (np.concatenate(c) for c in zip(*columns))
+        self._classes = self.manifest.classes  # by which the labels are numbered
         self._files: dict[int, _File] = {}
         self._names: dict[int, list[str]] = {}
         self._ahead = self._open_ahead()
@@ -125,6 +127,18 @@ class ShardReader:
     def labels(self) -> np.ndarray:
         """All class indices, int64 (N,), -1 when unlabelled."""
         return self._labels.copy()
+
+    def match_classes(self, classes: Sequence[str]) -> list[str]:
+        """Number the labels from now on by `classes`, those of the training images, matched by name.
+
+        Returns the classes without an image in this data set. DataError naming what training does not have.
+        """
+        held = np.unique(self._labels).tolist()
+        numbers, absent = match_classes(classes, self._classes or [], held, self.storage.uri)
+        if numbers:
+            self._labels = np.array(numbers, np.int64)[self._labels]
+        self._classes = list(classes)
+        return absent
 
     def sizes(self) -> np.ndarray:
         """Bytes of all encoded images, int64 (N,), from the indexes."""
