@@ -377,5 +377,5 @@ def test_hints_name_the_option_of_the_command(tmp_path: Path, shard: Command) ->
     assert code == 1
     assert "(--max-bad-share)" in err
     assert "images/none.jpg: No such file" in err
-    with pytest.raises(PirlError, match=r"\(max_bad_share\)"):
+    with pytest.raises(PirlError, match=r"\(`max_bad_share`\)"):
         write_shards(open_source(str(tmp_path / "list.txt")), open_storage(tmp_path / "out"))
