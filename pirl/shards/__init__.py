@@ -2,7 +2,7 @@
 
 out/shard-000000.tar    {id:09d}.jpg|png|..., and {id:09d}.cls (ASCII class index) when labelled
 out/shard-000000.json   index in columns: offset, size, crc32, label (or null), name
-out/quarantine.json     images that could not be read, with the reason; they have no id
+out/quarantine.json     images that could not be read, and files left out, with reasons; see `Quarantine`
 out/manifest.json       published last; see `Manifest`
 """
 
