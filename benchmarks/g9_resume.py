@@ -77,7 +77,9 @@ def train_ours(folder: Path, recipe: Recipe) -> None:
         return result
 
     pirl.train.train_step = noting_step
-    options = Options(str(folder / "shards"), str(folder / "run"), log_every=10, checkpoint_every_s=SAVE_EVERY_S)
+    options = Options(
+        data=str(folder / "shards"), out=str(folder / "run"), log_every=10, checkpoint_every_s=SAVE_EVERY_S
+    )
     train(recipe, options, World())
 
 

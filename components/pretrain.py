@@ -11,38 +11,25 @@ def pretrain(
     root: str,
     run: str,
     recipe: str,
-    overrides: str,
-    processes: int,
+    overrides: str = "",
+    options: str = "",
     backend: str = "local",
-    nodes: int = 1,
-    gpus: int = 0,
-    image: str = "",
-    namespace: str = "",
-    queue: str = "",
     job: str = "",
     kfp_run: str = "",
 ) -> str:
-    """Train as ROOT/runs/RUN, or go on with it; returns the run's URI.
+    """Train as ROOT/runs/RUN, or resume it; returns the run's URI.
 
-    `overrides` are key=value settings of the recipe separated by spaces. `backend` "local" trains on this machine in
-    `processes` ranks (0 lets it decide); "pytorchjob" on the cluster in `nodes` pods of `gpus` GPUs and `processes`
-    ranks each (0: one for each GPU), in Kueue's `queue` where one is named. Empty texts are the defaults of
-    `pirl.jobs.JobSettings`; `job` has any other of its settings, as NAME=VALUE separated by spaces. `kfp_run` is the
-    id of the KFP run, a label of the job.
+    `overrides` (of the recipe), `options` (`pirl train --help`) and `job` (settings of the job, on a cluster) are
+    NAME=VALUE items separated by blanks. `kfp_run` is the id of the KFP run, a label of the job.
     """
-    import shlex
-
     from components.step import step
-    from pirl.backends import open_backend
-    from pirl.programs import Training
-    from pirl.training.spec import Options
+    from pirl.backends import prepare_training
 
     out = f"{root}/runs/{run}"
-    given = {"nodes": nodes, "gpus": gpus, "image": image, "namespace": namespace, "queue": queue}
     with step(out, "pretrain"):
-        chosen = open_backend(backend, shlex.split(job), {**given, "processes": processes})
-        options = Options(data=data, out=out, processes=processes or None)
-        labels = {"pirl.dev/kfp-run": kfp_run} if kfp_run else {}
-        if code := chosen.run(Training(recipe, options, overrides.split()), labels):
+        chosen, training = prepare_training(
+            recipe, data=data, out=out, overrides=overrides, options=options, backend=backend, job=job
+        )
+        if code := chosen.run(training, {"pirl.dev/kfp-run": kfp_run} if kfp_run else {}):
             raise SystemExit(code)
     return out

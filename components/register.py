@@ -6,13 +6,13 @@ from components.step import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def register(run: str, root: str, model: str, trunk: dsl.Output[dsl.Model]) -> str:
-    """Register the run's trunk in ROOT/registry; returns the version's URI."""
+def register(run: str, root: str, model: str, trunk: dsl.Output[dsl.Model], registry: str = "") -> str:
+    """Register the run's trunk in `registry`, or in ROOT/registry; returns the version's URI."""
     from components.step import step
     from pirl.registry import register_run
 
     with step(run, "register"):
-        version = register_run(run, f"{root}/registry", model)
+        version = register_run(run, registry or f"{root}/registry", model)
         # not as its uri: a backend fails the step where that is outside of the run's own place for artifacts
         trunk.metadata.update({"version": version.version, "uri": version.uri})
     return version.uri

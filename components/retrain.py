@@ -16,43 +16,38 @@ def retrain(
     metric: str,
     min_gain: float,
     warm_epochs: int,
-    processes: int,
+    registry: str,
+    options: str,
     backend: str,
-    nodes: int,
-    gpus: int,
-    image: str,
-    namespace: str,
-    queue: str,
     job: str,
     kfp_run: str = "",
 ) -> None:
     """Decide within seconds, and train, evaluate and register only if there is something new. As `pirl retrain`.
 
-    `kfp_run` is the id of the KFP run, a label of the job.
+    `overrides`, `options` and `job` as in the step `pretrain`. `kfp_run` is the id of the KFP run, a label of the job.
     """
-    import shlex
-
     from components.step import told
     from pirl.backends import open_backend
     from pirl.retrain import Retraining, keep_up_to_date
+    from pirl.settings import split_items
+    from pirl.training.spec import training_options
 
     with told("retrain"):
-        given = {"nodes": nodes, "gpus": gpus, "image": image, "namespace": namespace, "queue": queue}
-        chosen = open_backend(backend, shlex.split(job), {**given, "processes": processes})
+        own = training_options(options)
         code = keep_up_to_date(
             Retraining(
                 train_source=train_source,
                 test_source=test_source,
                 root=root,
-                registry=f"{root}/registry",
+                registry=registry or f"{root}/registry",
                 model=model,
                 recipe=recipe,
-                overrides=tuple(overrides.split()),
+                overrides=tuple(split_items(overrides)),
                 metric=metric,
                 min_gain=min_gain,
                 warm_epochs=warm_epochs if warm_epochs >= 0 else None,
-                processes=processes,
-                backend=chosen,
+                options=own,
+                backend=open_backend(backend, split_items(job), {"processes": own.processes}),
                 labels={"pirl.dev/kfp-run": kfp_run} if kfp_run else {},
             )
         )

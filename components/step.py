@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import threading
@@ -12,13 +13,23 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from pirl import __version__, logs
-from pirl.errors import PirlError
+from pirl.errors import PirlError, UsageError
 from pirl.launch import die_with_parent
 from pirl.metrics import peak_memory_bytes, task
 from pirl.storage import open_storage
 
 IMAGE = os.environ.get("PIRL_STEPS_IMAGE", f"localhost/pirl-python-steps:{__version__.replace('+', '-')}")
 """Compiled into the pipeline; the name holds "python" because the local runner asks for it."""
+
+
+def require_image(image: str = IMAGE) -> None:
+    """Raise `UsageError` unless the steps have an image."""
+    if not re.fullmatch(r"[^\s@:/][^\s]*", image):
+        raise UsageError(
+            f"PIRL_STEPS_IMAGE is {image!r}, expected the name of an image",
+            "name the image of the steps, or unset the variable for this version's own",
+        )
+
 
 RUNNER = "PIRL_RUNNER"
 """Environment variable with the process that runs the pipeline on this machine."""

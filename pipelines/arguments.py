@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
+import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from pirl.backends import open_backend
-from pirl.config import load_recipe
+from pirl.config import Recipe, load_recipe
 from pirl.errors import UsageError, did_you_mean
-from pirl.settings import all_at_once
+from pirl.registry import check_name, open_registry
+from pirl.settings import Collector, all_at_once, join_items, split_items
+from pirl.storage import local_path, open_storage
+from pirl.training.spec import training_options
 
+METRICS = ("linear", "linear_1pct", "knn")
+MOVED = {"processes": "options", "nodes": "job", "gpus": "job", "image": "job", "namespace": "job", "queue": "job"}
+"""Arguments of version 0.1, and the text of items that has them now."""
 KINDS = {
     "STRING": "a text",
     "NUMBER_INTEGER": "a whole number",
@@ -34,11 +41,16 @@ def typed_arguments(pipeline: str, inputs: Mapping[str, dict[str, Any]], items: 
 
     Unknown names and wrong values are told all at once.
     """
-    values, problems = {}, []
+    values: dict[str, Any] = {}
+    problems, moved = [], []
     for item in items:
         name, equals, text = item.partition("=")
         if not equals:
             problems.append(f"{item!r} is not of the form key=value")
+        elif name in values:
+            problems.append(f"{name} is given twice")
+        elif name in MOVED and name not in inputs and MOVED[name] in inputs:
+            moved.append((MOVED[name], item))
         elif name not in inputs:
             problems.append(f"unknown argument {name!r}.{did_you_mean(name, inputs)}")
         else:
@@ -47,6 +59,8 @@ def typed_arguments(pipeline: str, inputs: Mapping[str, dict[str, Any]], items: 
                 values[name] = _value(kind, text)
             except ValueError:
                 problems.append(f"{name}: not {KINDS[kind]} (got {text!r})")
+    for name, item in moved:
+        values[name] = f"{values.get(name, '')} {join_items([item])}".strip()
     if problems:
         raise all_at_once(pipeline, problems, f"the arguments are {', '.join(inputs)}")
     return values
@@ -64,32 +78,65 @@ def require_all(pipeline: str, inputs: Mapping[str, dict[str, Any]], values: Map
 
 
 def complete(values: dict[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of one of our own pipelines, checked as its steps would, and `run` named after its recipe."""
+    """Return the arguments of one of this code's pipelines, checked as its steps would, and `run` named by its recipe.
+
+    All problems are raised at once.
+    """
     checked = dict(values)
+    given = {name: field.get("defaultValue", "") for name, field in inputs.items()} | values
+    texts = {name: str(given.get(name, "")) for name in ("overrides", "options", "job", "registry")}
+    problems = Collector("the arguments")
     for name in ("root", "train_source", "test_source"):
-        if str(checked.get(name, "")).startswith(("/", ".", "~", "file:")):
-            raise UsageError(
-                f"{name} {checked[name]!r} is a folder of one machine, which the steps do not share",
-                "use object storage: s3://BUCKET/PREFIX",
-            )
-    if "recipe" in checked:
-        if checked["recipe"].endswith(".toml"):
-            raise UsageError(
-                f"the steps cannot read the file {checked['recipe']}",
-                "name a recipe of `pirl recipes`, and change its settings by overrides='key=value key=value'",
-            )
-        recipe = load_recipe(checked["recipe"], str(checked.get("overrides", "")).split())
-        if "run" in inputs and not checked.get("run"):
+        if name in values:
+            problems.run(partial(require_shared, name, str(values[name])))
+    if texts["registry"]:
+        problems.run(lambda: open_registry(texts["registry"]))
+    if "model" in given:
+        problems.run(lambda: check_name(given["model"], "model"))
+    if "metric" in given:
+        problems.run(lambda: check_metric(given["metric"]))
+    options = problems.run(lambda: training_options(texts["options"]))
+    settings = {"processes": options.processes} if options else {}
+    settings |= {name: values[name] for name in MOVED if name in values}  # of a pipeline of version 0.1
+    problems.run(lambda: open_backend(given.get("backend", "local"), split_items(texts["job"]), settings))
+    if "recipe" in values:
+        recipe = problems.run(lambda: _recipe(given["recipe"], texts["overrides"]))
+        if "run" in inputs and not checked.get("run") and recipe:
             checked["run"] = f"{recipe.name}-{recipe.digest()[:8]}"
-    if "backend" in inputs:
-        names = ("nodes", "gpus", "processes", "image", "namespace", "queue")
-        given = {name: checked[name] for name in names if name in checked}
-        open_backend(
-            checked.get("backend", inputs["backend"].get("defaultValue", "local")),
-            shlex.split(checked.get("job", "")),
-            given,
-        )
+    problems.run(lambda: _check_run(str(checked.get("run", ""))))
+    problems.finish()
     return checked
+
+
+def require_shared(name: str, uri: str) -> None:
+    """Raise `UsageError` unless all steps can see the location: object storage, or a data set that images bring."""
+    if name != "root" and re.fullmatch(r"fashion-mnist:(train|test)", uri):
+        return
+    if local_path(open_storage(uri)) is not None:
+        raise UsageError(
+            f"{name} {uri!r} is a folder of one machine, which the steps do not share",
+            "use object storage: s3://BUCKET/PREFIX",
+        )
+
+
+def _recipe(name: str, overrides: str) -> Recipe:
+    if name.endswith(".toml"):
+        raise UsageError(
+            f"the steps cannot read the file {name}",
+            "name a recipe of `pirl recipes`, and change its settings by overrides='key=value key=value'",
+        )
+    return load_recipe(name, split_items(overrides))
+
+
+def check_metric(metric: str) -> None:
+    """Raise `UsageError` for a metric that no evaluation has."""
+    if metric not in METRICS:
+        raise UsageError(f"unknown metric {metric!r}.{did_you_mean(metric, METRICS)}", f"use {', '.join(METRICS)}")
+
+
+def _check_run(name: str) -> None:
+    if "/" in name or name in (".", ".."):
+        raise UsageError(f"run {name!r} is not a name for a run: expected one without slashes", "e.g. run=first")
 
 
 def _value(kind: str, text: str) -> Any:

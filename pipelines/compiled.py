@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from kfp import compiler
 
+from components.step import require_image
 from pipelines.pretrain import pirl_pretrain
 from pipelines.retrain import pirl_retrain
 from pirl import __version__
@@ -37,6 +38,7 @@ class Compiled:
 
 def compiled(name: str) -> Compiled:
     """The pipeline of that name, with the image that PIRL_STEPS_IMAGE named when this process began."""
+    require_image()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pipeline.yaml"
         compiler.Compiler().compile(PIPELINES[name], str(path))

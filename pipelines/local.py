@@ -16,7 +16,7 @@ from typing import Any
 
 from kfp import local
 
-from components.step import RUNNER
+from components.step import RUNNER, require_image
 from pipelines.pretrain import pirl_pretrain
 from pirl.errors import PirlError, UsageError
 from pirl.storage import Storage, open_storage
@@ -27,6 +27,7 @@ def run_local(**arguments: Any) -> Storage:
 
     A failed step has told why on its own output; the `PirlError` raised here names it.
     """
+    require_image()
     for name, value in arguments.items():
         if "python3" in str(value):  # the local runner would replace the word by the path of the interpreter
             raise UsageError(f"{name} {value!r} holds the word 'python3'", "use a path without it")

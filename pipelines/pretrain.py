@@ -28,7 +28,7 @@ def train_to_register(train_data: Any, test_data: Any, training: dict[str, Any],
     data = {"train_data": train_data, "test_data": test_data}
     # both branches, on a parameter that is the gate's only output: the local runner skips any other shape silently
     with dsl.If(checked.output == "promote", name="promote"):
-        registered = register(run=trained.output, root=gating["root"], model=gating["model"])
+        registered = register(run=trained.output, **{name: gating[name] for name in ("root", "model", "registry")})
         shown = report(run=trained.output, verdict=registered.outputs["Output"], **data)
     with dsl.Else(name="reject"):
         explained = report(run=trained.output, verdict=checked.output, **data)
@@ -45,21 +45,19 @@ def pirl_pretrain(
     run: str,
     recipe: str,
     overrides: str = "",
-    processes: int = 0,
     model: str = "pirl",
     metric: str = "linear_1pct",
     min_gain: float = 0.01,
+    registry: str = "",
+    options: str = "",
     backend: str = "local",
-    nodes: int = 1,
-    gpus: int = 0,
-    image: str = "",
-    namespace: str = "",
-    queue: str = "",
     job: str = "",
 ) -> None:
-    """Everything goes below `root` (a folder or an s3:// prefix): data/, runs/RUN/, registry/MODEL/.
+    """Everything goes below `root` (a folder or an s3:// prefix): data/, runs/RUN/, and registry/MODEL/ unless
+    `registry` names another registry.
 
-    With `backend` "pytorchjob" the training is a PyTorchJob as `nodes` to `job` say; else the step trains by itself.
+    `overrides` (of the recipe), `options` (of the training) and `job` (settings of the job, where `backend` has jobs)
+    are NAME=VALUE items separated by blanks.
     """
     train_data = shard(source=train_source, root=root, run=run, split="train").set_display_name("shard-train")
     test_data = shard(source=test_source, root=root, run=run, split="test").set_display_name("shard-test")
@@ -67,8 +65,7 @@ def pirl_pretrain(
     train_to_register(
         train_data.output,
         test_data.output,
-        {"root": root, "run": run, "recipe": recipe, "overrides": overrides, "processes": processes}
-        | {"backend": backend, "nodes": nodes, "gpus": gpus, "image": image, "namespace": namespace}
-        | {"queue": queue, "job": job},
-        {"root": root, "model": model, "metric": metric, "min_gain": min_gain},
+        {"root": root, "run": run, "recipe": recipe, "overrides": overrides}
+        | {"options": options, "backend": backend, "job": job},
+        {"root": root, "model": model, "metric": metric, "min_gain": min_gain, "registry": registry},
     )

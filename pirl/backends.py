@@ -16,10 +16,12 @@ from .errors import EXIT_DONE, UsageError, did_you_mean
 from .jobs.kind import JobKind
 from .jobs.pytorchjob import PyTorchJob
 from .jobs.settings import JobSettings, job_settings
+from .settings import Collector
 from .text import count
+from .training.spec import TrainingOptions, TrainingSpec, items_of, training_options
 
 if TYPE_CHECKING:
-    from .programs import Program
+    from .programs import Program, Training
 
 Settings = Mapping[str, Any]
 
@@ -165,3 +167,31 @@ def open_cluster(name: str, items: Iterable[str] = ()) -> ClusterBackend:
     if not isinstance(backend, ClusterBackend):
         raise UsageError(f"backend {name!r} is not on a cluster", f"choose {DEFAULT_CLUSTER}")
     return backend
+
+
+def prepare_training(
+    recipe: str,
+    *,
+    data: str,
+    out: str,
+    overrides: str | Iterable[str],
+    options: str | TrainingOptions,
+    backend: str,
+    job: str | Iterable[str],
+) -> tuple[Backend, Training]:
+    """Return where to train, and the training, of the values of a command or the texts of a step.
+
+    Raise all problems at once.
+    """
+    from .programs import Training
+
+    problems = Collector("the training")
+    own = problems.run(lambda: options if isinstance(options, TrainingOptions) else training_options(options))
+    processes = {"processes": own.processes} if own else {}
+    chosen = problems.run(lambda: open_backend(backend, items_of(job), processes))
+    parse = partial(TrainingSpec.parse, recipe, data=data, out=out, overrides=overrides)
+    spec = problems.run(lambda: parse(options=own or TrainingOptions()))
+    problems.finish()
+    assert chosen is not None
+    assert spec is not None
+    return chosen, Training(spec)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .config import load_recipe
 from .errors import StorageNotFoundError, UsageError
 from .shards import Manifest
 from .storage import open_storage
 from .train import plan
-from .training.spec import Options
+from .training.spec import TrainingSpec
 
 
 class Command(Protocol):
@@ -44,8 +43,8 @@ class Program(Command, Protocol):
         """Object of the run with one JSON line a logged step; each line has the number `step`."""
 
     @property
-    def processes(self) -> int | None:
-        """Ranks on this machine; None: one for each GPU, else two."""
+    def processes(self) -> int:
+        """Ranks on this machine; 0: one for each GPU, else two."""
 
     @property
     def locations(self) -> Mapping[str, str]:
@@ -65,44 +64,41 @@ class Program(Command, Protocol):
 class Training:
     """Pretraining by a recipe: `python -m pirl.train`."""
 
-    recipe: str
-    """Name of a recipe, or path of a TOML file."""
-    options: Options
-    overrides: Sequence[str] = ()
+    spec: TrainingSpec
     module: str = "pirl.train"
     record: str = "metrics.jsonl"
 
     @property
     def name(self) -> str:
         """Name of the recipe."""
-        return load_recipe(self.recipe, self.overrides).name
+        return self.spec.recipe.name
 
     @property
     def out(self) -> str:
         """URI of the run."""
-        return self.options.out
+        return self.spec.out
 
     @property
-    def processes(self) -> int | None:
+    def processes(self) -> int:
         """Ranks on this machine."""
-        return self.options.processes
+        return self.spec.processes
 
     @property
     def locations(self) -> Mapping[str, str]:
         """URIs of shards and run."""
-        return {"data": self.options.data, "out": self.options.out}
+        return {"data": self.spec.data, "out": self.spec.out}
 
     def plan(self) -> list[str]:
         """Check recipe, data and run, and return what would be done."""
-        return plan(self.recipe, self.options, self.overrides)
+        return plan(self.spec)
 
     def file(self) -> tuple[str, str]:
-        """Return the resolved recipe: pods have neither the file that it came from nor the overrides."""
-        return "recipe.toml", load_recipe(self.recipe, self.overrides).to_toml()
+        """Return the specification, without the number of processes: it is the backend's."""
+        return "training.json", self.spec.model_copy(update={"processes": 0}).to_json()
 
     def arguments(self, path: str) -> list[str]:
-        """Return recipe and options, without the number of processes: it is the backend's."""
-        return [path, *replace(self.options, processes=None).arguments()]
+        """Return the only argument, the path of the specification."""
+        return [path]
 
     def is_complete(self) -> bool:
         """Return whether DONE.json exists; raise if it names another recipe or other data."""
@@ -111,8 +107,8 @@ class Training:
         except StorageNotFoundError:
             return False
         expected = {
-            "recipe_digest": load_recipe(self.recipe, self.overrides).digests(),
-            "data_digest": {Manifest.load(open_storage(self.options.data)).digest},
+            "recipe_digest": self.spec.recipe.digests(),
+            "data_digest": {Manifest.load(open_storage(self.spec.data)).digest},
         }
         wrong = [name for name, digests in expected.items() if done.get(name) not in digests]
         if wrong:

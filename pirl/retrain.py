@@ -23,7 +23,7 @@ from .registry import Decision, data_uri, decide, decide_retrain, register_run
 from .shards import Source, compare_sources, open_source, summary, write_shards
 from .storage import open_storage
 from .text import count
-from .training.spec import Options
+from .training.spec import TrainingOptions, TrainingSpec
 from .warm import warm_start
 
 
@@ -44,8 +44,8 @@ class Retraining:
     min_gain: float = 0.01
     warm_epochs: int | None = None
     """Epochs of a warm start where images were only added; 0: the recipe's, None: never one."""
-    processes: int = 0
-    """On this machine; 0: as many as GPUs, else two."""
+    options: TrainingOptions = field(default_factory=TrainingOptions)
+    """How the ranks run."""
     backend: Backend = field(default_factory=LocalBackend)
     """Where to train."""
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -88,15 +88,11 @@ def keep_up_to_date(wanted: Retraining, dry_run: bool = False) -> int:
 
 def _train(wanted: Retraining, decision: Decision, data: str) -> int:
     """To the end of the recipe, from the champion where the decision says so. Returns the exit code."""
-    overrides = list(wanted.overrides)
-    if decision.warm:
-        if wanted.warm_epochs:
-            overrides.append(f"train.epochs={wanted.warm_epochs}")
-        if not open_storage(decision.run).list("checkpoints/"):
-            kept, fresh = warm_start(decision.warm, data, decision.run, decision.recipe)
-            say(f"from {decision.warm.run}: {count(kept, 'row')} of the bank kept, {fresh:,} new")
-    options = Options(data, decision.run, wanted.processes or None)
-    return wanted.backend.run(Training(wanted.recipe, options, overrides), wanted.labels)
+    if decision.warm and not open_storage(decision.run).list("checkpoints/"):
+        kept, fresh = warm_start(decision.warm, data, decision.run, decision.recipe)
+        say(f"from {decision.warm.run}: {count(kept, 'row')} of the bank kept, {fresh:,} new")
+    spec = TrainingSpec(recipe=decision.recipe, data=data, out=decision.run, **dict(wanted.options))
+    return wanted.backend.run(Training(spec), wanted.labels)
 
 
 def _register(wanted: Retraining, run: str, data: dict[str, str], test: Source) -> int:

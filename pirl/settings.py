@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, UsageError, did_you_mean
 from .text import count
 
 Model = TypeVar("Model", bound=BaseModel)
+T = TypeVar("T")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 SHELL_WORD = re.compile(r"""(?:'[^']*'|"(?:[^"\\]|\\.)*"|\\.|[^\s'"\\])+""")
 OPEN, CLOSE = "[{", "]}"
@@ -147,6 +148,17 @@ def json_value(text: str) -> Any:
         return text
 
 
+def read_json(text: str, origin: str) -> dict[str, Any]:
+    """Return the JSON object that `text` is; `ConfigError` names `origin`."""
+    try:
+        value = json.loads(text, object_pairs_hook=_no_duplicates)
+    except ValueError as error:
+        raise ConfigError(f"{origin} is not valid JSON: {error}", "write it again") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{origin} holds no JSON object", "write it again")
+    return value
+
+
 def _no_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -164,10 +176,12 @@ def validated(
     hint: str = "",
     names: Iterable[str] | None = None,
     secret: Iterable[str] = (),
+    option: bool = False,
 ) -> Model:
     """Return the model of `values`, or raise one `ConfigError` with `problems` and all that the model refuses.
 
-    `names` are the choices for "did you mean"; what was given for a name in `secret` is not repeated.
+    `names` are the choices for "did you mean"; what was given for a name in `secret` is not repeated; `option` names
+    settings as a command does (--log-every).
     """
     found = list(problems)
     try:
@@ -175,17 +189,52 @@ def validated(
     except ValidationError as error:
         hidden = set(secret)
         for item in error.errors():
-            shown = {**item, "input": {}} if hidden & {item["loc"][0] if item["loc"] else ""} else item
+            first = str(item["loc"][0]) if item["loc"] else ""
+            shown = {**item, "input": {}} if first in hidden else dict(item)
+            if option and first:
+                shown["loc"] = ("--" + first.replace("_", "-"), *item["loc"][1:])
             found.append(describe(shown, origin, entry, names or model.model_fields))
     if found:
         raise all_at_once(origin, found, hint or f"the {entry}s are {', '.join(names or model.model_fields)}")
     return made
 
 
-def all_at_once(origin: str, problems: Sequence[str], hint: str) -> ConfigError:
+class SettingsError(ConfigError):
+    """Settings with problems, each of them one line."""
+
+    problems: tuple[str, ...] = ()
+
+
+def all_at_once(origin: str, problems: Sequence[str], hint: str) -> SettingsError:
     """Return the error that lists every problem of `origin`."""
-    problems = list(dict.fromkeys(problems))
-    return ConfigError(f"{origin}: {count(len(problems), 'problem')}\n  " + "\n  ".join(problems), hint)
+    problems = tuple(dict.fromkeys(problems))
+    error = SettingsError(f"{origin}: {count(len(problems), 'problem')}\n  " + "\n  ".join(problems), hint)
+    error.problems = problems
+    return error
+
+
+class Collector:
+    """Errors of several independent checks, raised as one."""
+
+    def __init__(self, origin: str) -> None:
+        self.origin = origin
+        self.errors: list[UsageError] = []
+
+    def run(self, check: Callable[[], T]) -> T | None:
+        """Return what `check` returns; keep its `UsageError` for `finish` and return None."""
+        try:
+            return check()
+        except UsageError as error:
+            self.errors.append(error)
+            return None
+
+    def finish(self) -> None:
+        """Raise the only error as it is, or one with the problems of all."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            problems = [line for error in self.errors for line in getattr(error, "problems", ()) or [error.what]]
+            raise all_at_once(self.origin, problems, "; ".join(dict.fromkeys(error.hint for error in self.errors)))
 
 
 def describe(item: Any, whole: str, entry: str, names: Iterable[str]) -> str:

@@ -1,12 +1,11 @@
 """Pretraining: load, loop, step, log, save.
 
-`python -m pirl.train RECIPE --data URI --out URI [key=value...]` is the entry point everywhere. Alone it starts its
-processes as `torchrun` does, and reads the same `PET_*` environment; started by `torchrun` it is one rank.
+`python -m pirl.train SPEC.json` is the entry point everywhere. Alone it starts its processes as `torchrun` does, and
+reads the same `PET_*` environment; started by `torchrun` it is one rank.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import signal
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from . import __version__, logs
 from .checkpoint import Checkpoints, Commit, Cursor, Lease
-from .config import Recipe, load_recipe, parse_recipe
+from .config import Recipe, parse_recipe
 from .data import Batch, Loader, Share, negative_seeds
 from .errors import (
     CheckpointError,
@@ -46,7 +45,8 @@ from .outputs import check_run_output
 from .shards import Manifest
 from .storage import Storage, open_storage
 from .text import count, duration
-from .training.spec import Options
+from .training.spec import Options, TrainingSpec
+from .training.workers import loading_processes
 from .views import apply_photometrics, draw_photometrics
 from .world import World, naming_who_hangs, start_world, stop_world
 
@@ -67,7 +67,9 @@ def train(recipe: Recipe, options: Options, world: World) -> dict[str, Any]:
         check_same_run(options.out, recipe, manifest.digest)
         say("this run is complete: nothing to do") if world.is_main else None
         return run.read_json("DONE.json")
-    loader = Loader(options.data, recipe, world, options.workers)  # looks at the shards before anything is written
+    loader = Loader(
+        options.data, recipe, world, max(0, options.workers)
+    )  # looks at the shards before anything is written
     with naming_who_hangs(world), sole_writer(run, world) as lease:
         return train_alone(recipe, options, world, run, manifest.digest, loader, lease)
 
@@ -557,66 +559,56 @@ class Meter:
         self.log.event("checkpoint", step=commit.cursor.step, bytes=commit.bytes, seconds=round(seconds, 3))
 
 
-def plan(recipe: str, options: Options, overrides: Sequence[str] = ()) -> list[str]:
-    """Check recipe, data and run as `launch` does, and say in a few lines what it would do."""
-    options.check()
-    resolved = load_recipe(recipe, overrides)
-    manifest = Manifest.load(open_storage(options.data))
-    resolved.check_data(manifest.images)
-    check_run_output(options.out, data=options.data)
-    check_same_run(options.out, resolved, manifest.digest)
-    newest = Checkpoints(open_storage(options.out) / "checkpoints").newest()
-    rows = resolved.rows(manifest.images)
-    steps = resolved.steps_per_epoch(rows)
+def plan(spec: TrainingSpec) -> list[str]:
+    """Check recipe, data and run, and return in a few lines what a training would do."""
+    recipe = spec.recipe
+    manifest = Manifest.load(open_storage(spec.data))
+    recipe.check_data(manifest.images)
+    check_run_output(spec.out, data=spec.data)
+    check_same_run(spec.out, recipe, manifest.digest)
+    newest = Checkpoints(open_storage(spec.out) / "checkpoints").newest()
+    rows = recipe.rows(manifest.images)
     return [
-        f"{resolved.name}: {count(resolved.train.epochs, 'epoch')} of {count(rows, 'image')}, "
-        f"{count(steps, 'step')} each, "
-        f"in batches of {resolved.train.batch_size}",
-        f"learning rate {resolved.learning_rate:g}, {resolved.loss.negatives:,} negatives, "
-        f"memory bank of {rows * resolved.model.embedding_dim * 4 / 2**20:.1f} MiB",
-        f"in {count(options.processes or default_processes(), 'process', 'processes')}, to {options.out}, "
+        f"{recipe.name}: {count(recipe.train.epochs, 'epoch')} of {count(rows, 'image')}, "
+        f"{count(recipe.steps_per_epoch(rows), 'step')} each, in batches of {recipe.train.batch_size}",
+        f"learning rate {recipe.learning_rate:g}, {recipe.loss.negatives:,} negatives, "
+        f"memory bank of {rows * recipe.model.embedding_dim * 4 / 2**20:.1f} MiB",
+        f"in {count(spec.processes or default_processes(), 'process', 'processes')}, to {spec.out}, "
         f"from {newest or 'the start'}",
     ]
 
 
-def launch(recipe: str, options: Options, overrides: Sequence[str] = ()) -> int:
-    """Run the training on this machine, in as many processes as `options` says. Returns the exit code.
-
-    Checks what can be checked before any process starts, so that a mistake costs nothing.
-    """
-    plan(recipe, options, overrides)
-    return run_ranks("pirl.train", [recipe, *overrides, *options.arguments()], options.processes)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pirl.train", description=__doc__)
-    parser.add_argument("recipe", help="name of a recipe, or the path of a TOML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe to change")
-    parser.add_argument("--data", required=True, help="URI of the shards")
-    parser.add_argument("--out", required=True, help="URI of the run")
-    parser.add_argument("--processes", type=int, help="processes on this machine")
-    parser.add_argument("--workers", type=int, default=Options.workers, help="data loading processes of each rank")
-    parser.add_argument("--log-every", type=int, default=Options.log_every, help="steps between two log lines")
-    parser.add_argument("--checkpoint-every-s", type=float, default=Options.checkpoint_every_s, help="seconds")
-    parser.add_argument("--keep", type=int, default=Options.keep, help="complete checkpoints to keep")
-    parser.add_argument("--keep-every-epochs", type=int, default=Options.keep_every_epochs, help="keep these for good")
-    parser.add_argument("--keep-best", action="store_true", help="also keep the one of the lowest loss")
-    parser.add_argument("--timeout-s", type=float, default=Options.timeout_s, help="longest wait for another rank")
-    values = vars(parser.parse_intermixed_args(argv))
-    recipe, overrides = values.pop("recipe"), values.pop("overrides")
-    options = Options(**values)
-    if "RANK" not in os.environ:
-        return report_outcome(lambda: launch(recipe, options, overrides))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the JSON file says: one rank under `torchrun`, else all ranks of this machine."""
+    arguments = sys.argv[1:] if argv is None else argv
 
     def work() -> int:
-        world = start_world(options.timeout_s)
+        if len(arguments) != 1:
+            raise UsageError(
+                "python -m pirl.train takes one argument, the JSON file of a specification",
+                "use `pirl train`; with --dry-run --json it prints such a file",
+            )
+        spec = TrainingSpec.read(arguments[0])
+        if "RANK" not in os.environ:
+            plan(spec)  # a mistake costs nothing as long as no process is started
+            return run_ranks("pirl.train", arguments, spec.processes)
+        logs.start()
+        world = start_world(spec.timeout_s)
         try:
-            train(load_recipe(recipe, overrides), options, world)
+            train(spec.recipe, with_workers(spec, world), world)
         finally:
             stop_world(world)
         return 0
 
     return report_outcome(work)
+
+
+def with_workers(spec: TrainingSpec, world: World) -> TrainingSpec:
+    """Return the specification with a number of loading processes, which -1 leaves to this machine."""
+    if spec.workers >= 0:
+        return spec
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return spec.model_copy(update={"workers": loading_processes(spec.recipe, world.size, ranks_here)})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +14,11 @@ from images import flat_folder, folder_of_classes
 from pirl.config import Recipe, parse_recipe
 from pirl.shards import open_source, write_shards
 from pirl.storage import open_storage
+from pirl.training.spec import TrainingOptions, TrainingSpec
 
 torch.set_num_threads(1)
 
+TRAIN = [str(Path(sys.executable).with_name("pirl")), "train"]  # as a process
 IMAGES = 42  # not a multiple of the batch: every epoch ends with a smaller one
 
 # Everything of PIRL in small: 16-pixel views, 2x2 patches, a trunk of 4 to 32 channels, 5 steps an epoch.
@@ -54,6 +59,24 @@ crop = 16
 
 def tiny_recipe(*overrides: str) -> Recipe:
     return parse_recipe(TINY, overrides)
+
+
+def pirl_train(*arguments: object) -> int:
+    """Run `pirl train` in this process; returns its exit code."""
+    from pirl import cli
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pirl", "train", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    return int(ended.value.code or 0)
+
+
+def training(recipe: str | Path, data: str, out: object, overrides: Sequence[str] = (), **options: Any) -> TrainingSpec:
+    """The specification of a training by the names of its options."""
+    return TrainingSpec.parse(
+        str(recipe), data=data, out=str(out), overrides=overrides, options=TrainingOptions(**options)
+    )
 
 
 @pytest.fixture

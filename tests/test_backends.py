@@ -17,7 +17,7 @@ from pirl import backends, cli
 from pirl.backends import BACKENDS, Backend, ClusterBackend, LocalBackend, open_backend
 from pirl.errors import UsageError
 from pirl.programs import Program, Training
-from pirl.training.spec import Options
+from pirl.training.spec import TrainingSpec
 
 SHARED = {"data": "s3://bucket-name/data", "out": "s3://bucket-name/run"}
 
@@ -111,7 +111,7 @@ def test_values_at_their_default_and_processes_are_no_settings_of_a_job() -> Non
 
 @pytest.mark.parametrize("option", ["data", "out"])
 def test_pods_cannot_see_a_folder_of_this_machine(option: str, tmp_path: Path) -> None:
-    program = Training("demo", Options(**{**SHARED, option: str(tmp_path)}))
+    program = Training(TrainingSpec.parse("demo", **{**SHARED, option: str(tmp_path)}))
     with pytest.raises(UsageError, match=rf"--{option} .* is on this machine"):
         open_backend("pytorchjob").check(program)
 

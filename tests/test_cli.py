@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from conftest import TRAIN
 from images import cmyk_jpeg, flat_folder, folder_of_classes, grey16_png, jpeg, truncated_jpeg
 
 from pirl import cli
@@ -229,9 +230,7 @@ def test_a_run_takes_no_other_recipe_and_no_other_data(
 ) -> None:
     run = tmp_path / "run"
     command = [
-        sys.executable,
-        "-m",
-        "pirl.train",
+        *TRAIN,
         str(tiny_toml),
         "--data",
         shards,

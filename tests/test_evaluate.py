@@ -204,7 +204,7 @@ def test_pixels_come_in_order_and_features_of_a_batch_are_those_of_one(shards: s
 @pytest.fixture(scope="module")
 def run(shards: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     out = tmp_path_factory.mktemp("evaluated") / "run"
-    train(tiny_recipe("train.epochs=2"), Options(shards, str(out), log_every=5), World())
+    train(tiny_recipe("train.epochs=2"), Options(data=shards, out=str(out), log_every=5), World())
     return open_storage(out).uri
 
 
@@ -256,7 +256,7 @@ def test_the_memory_bank_finds_what_brute_force_finds(run: str, shards: str, tes
 def test_the_memory_bank_of_fewer_images_has_their_labels(shards: str, tmp_path: Path) -> None:
     """Rows that are the embeddings of the images themselves find each image's own class."""
     recipe = tiny_recipe("data.images=20", "train.epochs=1")
-    train(recipe, Options(shards, str(tmp_path / "run")), World())
+    train(recipe, Options(data=shards, out=str(tmp_path / "run")), World())
     _, _, model, memory = load_model(str(tmp_path / "run"))
     reader = ShardReader(shards)
     chosen = [row * IMAGES // 20 for row in range(20)]

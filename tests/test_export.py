@@ -41,7 +41,7 @@ def saved(run: Path | str) -> tuple[Any, dict[str, Any]]:
 def trained(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Path:
     """A finished training of the tiny recipe with a Z, whose momenta and rows are different everywhere."""
     run = tmp_path_factory.mktemp("trained") / "run"
-    train(tiny_recipe(), Options(shards, str(run)), World())
+    train(tiny_recipe(), Options(data=shards, out=str(run)), World())
     return run
 
 
@@ -220,7 +220,7 @@ def test_a_training_goes_on_as_if_it_had_never_been_a_vissl_file(tmp_path: Path,
     """From the middle of an epoch, by way of VISSL's layout, to the same bytes at the end."""
     run = tmp_path / "run"
     recipe = tiny_recipe()
-    options = Options(shards, str(run), checkpoint_every_s=0.0, keep=100)
+    options = Options(data=shards, out=str(run), checkpoint_every_s=0.0, keep=100)
     train(recipe, options, World())
     names = Checkpoints(open_storage(run) / "checkpoints").names()
     middle = "step-00000007"
@@ -231,13 +231,13 @@ def test_a_training_goes_on_as_if_it_had_never_been_a_vissl_file(tmp_path: Path,
     again = tmp_path / "again"
     import_file(path, str(again))
     assert not (again / "DONE.json").exists()
-    train(recipe, Options(shards, str(again)), World())
+    train(recipe, Options(data=shards, out=str(again)), World())
     same_state(saved(trained)[1], saved(again)[1])
 
 
 def test_the_first_checkpoint_of_a_training_goes_out_and_in(tmp_path: Path, trained: Path, shards: str) -> None:
     run = tmp_path / "run"
-    train(tiny_recipe("train.epochs=1"), Options(shards, str(run), keep=9), World())
+    train(tiny_recipe("train.epochs=1"), Options(data=shards, out=str(run), keep=9), World())
     path = export(f"{run}/checkpoints/step-00000000", tmp_path / "first.torch", "vissl")
     found = import_file(path, str(tmp_path / "again"))
     assert (found.lacks, found.epochs, found.cursor) == ([], 0, Cursor())

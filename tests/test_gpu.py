@@ -102,5 +102,5 @@ def test_no_step_waits_for_the_device(shards: str) -> None:
 def test_a_whole_training(shards: str, tmp_path: Path) -> None:
     """With loading processes, whose slots the device reads while the next are filled."""
     recipe = tiny_recipe("model.width=0.5", "train.precision=bf16")
-    done = train(recipe, Options(shards, str(tmp_path), workers=2), World(device=torch.device("cuda")))
+    done = train(recipe, Options(data=shards, out=str(tmp_path), workers=2), World(device=torch.device("cuda")))
     assert done["images_seen"] == 3 * IMAGES

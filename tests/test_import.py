@@ -417,7 +417,7 @@ def test_a_training_continues_from_a_complete_file(tmp_path: Path, shards: str) 
     found = import_file(path, str(run), shards, recipe=str(toml))
     assert (found.lacks, found.epochs, found.cursor.step) == ([], 1, 5)
     recipe = parse_recipe((run / "config.toml").read_text())
-    done = train(recipe, Options(shards, str(run)), World())
+    done = train(recipe, Options(data=shards, out=str(run)), World())
     assert (done["steps"], done["images_seen"]) == (15, 3 * IMAGES)
     state = saved(run)
     assert state["bank"]["z"].item() == 90.0  # kept, not estimated again

@@ -61,7 +61,7 @@ class Killed:
     def start(self, size: int) -> list[Any]:
         notes = self.folder / f"notes-{len(self.attempts)}"
         self.attempts.append(size)
-        options = Options(self.shards, str(self.out), log_every=1, checkpoint_every_s=0.05)
+        options = Options(data=self.shards, out=str(self.out), log_every=1, checkpoint_every_s=0.05)
         return ranks.start(train_noting, size, self.folder / "ranks", self.recipe, options, notes)
 
     def noted(self, attempt: int, rank: int = 0) -> list[Any]:

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 import ranks
-from conftest import tiny_recipe
+from conftest import TRAIN, tiny_recipe
 from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401
 
 from pirl.checkpoint import Lease, lease
@@ -199,7 +198,7 @@ def test_a_damaged_lease_does_not_lock_a_run_for_ever(tmp_path: Path, content: b
 def test_two_trainings_into_one_folder(shards: str, tiny_toml: Path, tmp_path: Path) -> None:
     """The second says who is there and changes nothing; killed, the first is followed at once."""
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "pirl.train", str(tiny_toml), "--data", shards, "--out", str(out), "--processes=2"]
+    command = [*TRAIN, str(tiny_toml), "--data", shards, "--out", str(out), "--processes=2"]
     env = {name: value for name, value in os.environ.items() if name != "RANK"} | {"OMP_NUM_THREADS": "1"}
     long = [*command, "train.epochs=3000", "--checkpoint-every-s=0.5"]
     first = subprocess.Popen(long, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -234,7 +233,9 @@ def test_two_trainings_into_one_folder(shards: str, tiny_toml: Path, tmp_path: P
 def train_rank(world: World, shards: str, out: str) -> Any:
     lease.BEAT_S = BEAT_S
     Lease.claim.__func__.__defaults__ = (BEAT_S,)  # type: ignore[attr-defined]
-    return train(tiny_recipe("train.epochs=100000"), Options(shards, out, log_every=1, checkpoint_every_s=0.2), world)
+    return train(
+        tiny_recipe("train.epochs=100000"), Options(data=shards, out=out, log_every=1, checkpoint_every_s=0.2), world
+    )
 
 
 def test_a_training_that_was_cut_off_ends_and_spares_its_successor(shards: str, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import math
 import os
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -34,13 +33,13 @@ def value(samples: Samples, name: str, **labels: str) -> float:
 @pytest.fixture(scope="module")
 def scraped(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Samples:
     """What a training of two ranks says at its end, started again after a kill."""
-    from conftest import TINY
+    from conftest import TINY, TRAIN
 
     folder = tmp_path_factory.mktemp("metrics")
     (folder / "tiny.toml").write_text(TINY)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "pirl.train", str(folder / "tiny.toml"), "train.epochs=100000"]
+    command = [*TRAIN, str(folder / "tiny.toml"), "train.epochs=100000"]
     command += ["--data", shards, "--out", str(folder / "run"), "--processes", "2", "--log-every", "1"]
     command += ["--checkpoint-every-s", "0.2"]
     environment = {**os.environ, "PIRL_METRICS_PORT": str(port), "OMP_NUM_THREADS": "1"}

@@ -8,7 +8,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.parse
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from conftest import TINY
+from conftest import TINY, TRAIN
 from test_operations import TEXT
 
 from pirl.jobs.pod import METRICS_PORT, build_job
@@ -27,7 +26,7 @@ from pirl.jobs.pytorchjob import PyTorchJob
 from pirl.jobs.settings import JobSettings
 from pirl.metrics.table import METRICS, TASKS
 from pirl.programs import Training
-from pirl.training.spec import Options
+from pirl.training.spec import TrainingSpec
 
 OVERLAY = Path(__file__).parent.parent / "manifests" / "overlays" / "monitoring"
 GROUPS = yaml.safe_load((OVERLAY / "alerts.yaml").read_text())["spec"]["groups"]
@@ -227,7 +226,7 @@ def test_an_alert_says_which_run_how_bad_and_where_to_read_on(name: str) -> None
 
 def test_the_monitor_finds_the_pods_of_a_training() -> None:
     spec = yaml.safe_load((OVERLAY / "pod-monitor.yaml").read_text())["spec"]
-    program = Training("demo", Options("s3://bucket/data", "s3://bucket/run"))
+    program = Training(TrainingSpec.parse("demo", data="s3://bucket/data", out="s3://bucket/run"))
     (job,) = build_job(PyTorchJob(), program, JobSettings(image="i:1"))
     template = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
     assert spec["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
@@ -276,7 +275,7 @@ def ask(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calla
         "scrape_configs": [{"job_name": "pirl/pirl-training", "static_configs": [target]}],
     }
     (folder / "prometheus.yml").write_text(yaml.safe_dump(settings))
-    train = [sys.executable, "-m", "pirl.train", folder / "tiny.toml", "train.epochs=100000", "--data", shards]
+    train = [*TRAIN, folder / "tiny.toml", "train.epochs=100000", "--data", shards]
     train += ["--out", folder / "run", "--processes", "2", "--log-every", "1", "--checkpoint-every-s", "1"]
     prometheus = ["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
     prometheus += [f"--web.listen-address=127.0.0.1:{web}", "--log.level=warn"]

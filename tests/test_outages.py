@@ -283,7 +283,7 @@ def test_every_step_of_the_pipeline_waits_and_ends_as_an_undisturbed_one(
     folder_of_classes(images, classes=3, images=14, width=24, height=20)
     quiet, shards = str(tmp_path / "quiet"), str(tmp_path / "shards")
     assert command(monkeypatch, "shard", images, shards, "--processes", 1) == 0
-    train(recipe, Options(shards, quiet), World())
+    train(recipe, Options(data=shards, out=quiet), World())
     assert command(monkeypatch, "eval", quiet, "--data", shards, "--test", shards) == 0
     monkeypatch.setenv("PIRL_CACHE_GB", "0")
     with FaultyS3(os.environ["AWS_ENDPOINT_URL"]) as server:
@@ -292,7 +292,7 @@ def test_every_step_of_the_pipeline_waits_and_ends_as_an_undisturbed_one(
         server.fail_at(6, kind, 1.5)
         assert command(monkeypatch, "shard", images, data, "--processes", 1) == 0
         server.fail_at(20, kind, 1.5)
-        train(recipe, Options(data, out), World())
+        train(recipe, Options(data=data, out=out), World())
         server.fail_at(8, kind, 1.5)
         assert command(monkeypatch, "eval", out, "--data", data, "--test", data) == 0
         server.fail_at(8, kind, 1.5)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "root": str(root / "out"),
         "run": "tiny",
         "recipe": str(root / "tiny.toml"),
-        "overrides": "train.epochs=1 loss.negatives=8",
-        "processes": 1,
+        "overrides": "train.epochs=1 loss.negatives=8 views.image_scale=[0.3, 1.0] 'description=it\"s a \\ test'",
+        "options": "processes=1 log_every=2",
     }
 
 
@@ -75,6 +76,9 @@ def test_a_rejected_run_says_why_and_is_not_registered(facts: dict[str, Any], ar
 
 def test_every_image_went_in(facts: dict[str, Any]) -> None:
     assert json.loads(facts["DONE.json"])["images_seen"] == 24
+    recipe = tomllib.loads(facts["config.toml"].decode())
+    assert (recipe["views"]["image_scale"], recipe["description"]) == ([0.3, 1.0], 'it"s a \\ test')
+    assert [json.loads(line)["step"] for line in facts["metrics.jsonl"].splitlines()] == [2, 3]
     evaluation = json.loads(facts["eval.json"])
     assert (evaluation["train_images"], evaluation["test_images"]) == (24, 6)
     assert evaluation["classes"] == ["class0", "class1", "class2"]
@@ -153,6 +157,13 @@ def test_the_committed_yaml_is_current_and_names_an_image_by_version(tmp_path: P
     assert f"localhost/pirl-python-steps:{__version__}" in text
     other = compile_in_another_process(tmp_path / "b.yaml", PIRL_STEPS_IMAGE="registry.example.com/python-steps:7")
     assert other == text.replace(f"localhost/pirl-python-steps:{__version__}", "registry.example.com/python-steps:7")
+
+
+def test_steps_without_an_image_are_not_compiled(tmp_path: Path) -> None:
+    for image in ("", " ", ":7"):
+        with pytest.raises(AssertionError, match=r"PIRL_STEPS_IMAGE is '.*expected the name of an image"):
+            compile_in_another_process(tmp_path / "a.yaml", PIRL_STEPS_IMAGE=image)
+        assert not (tmp_path / "a.yaml").exists()
 
 
 def test_credentials_come_from_a_secret_that_may_be_absent_and_stand_nowhere(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_what_a_real_pass_holds() -> None:
 
 def test_a_real_checkpoint_and_bank(shards: str, tmp_path: Path) -> None:
     recipe = tiny_recipe("model.width=0.5", "train.epochs=1")
-    train(recipe, Options(shards, str(tmp_path / "run")), World())
+    train(recipe, Options(data=shards, out=str(tmp_path / "run")), World())
     newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
     written = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
     plan = plan_training(recipe, 1, 1, IMAGES)

@@ -109,7 +109,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def trained(recipe: Recipe, data: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was trained and nothing else."""
     run = tmp_path_factory.mktemp("report-run") / "run"
-    train(recipe, Options(data[0], str(run), log_every=1), World())
+    train(recipe, Options(data=data[0], out=str(run), log_every=1), World())
     return run
 
 

@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_recipe
+from conftest import tiny_recipe, training
 from images import folder_of_classes, jpeg
 
+from pirl.backends import LocalBackend
 from pirl.checkpoint import Checkpoints
 from pirl.config import Recipe
 from pirl.memory import MemoryBank
+from pirl.programs import Training
 from pirl.registry import Registry, data_uri, decide_retrain
 from pirl.shards import Manifest, ShardReader, open_source, write_shards
 from pirl.storage import open_storage
-from pirl.train import launch
-from pirl.training.spec import Options
 from pirl.warm import WarmStart, only_added, same_images, warm_start
 
 
@@ -32,6 +32,11 @@ def shard(source: Path, out: str) -> str:
 
 def photos(root: Path, images: int = 10) -> Path:
     return folder_of_classes(root, classes=2, images=images, width=24, height=20)
+
+
+def launch(recipe: Path, data: str, out: Path, overrides: list[str]) -> int:
+    """Train in one process."""
+    return LocalBackend().run(Training(training(recipe, data, out, overrides, processes=1)))
 
 
 def add_image(folder: Path) -> None:
@@ -153,7 +158,7 @@ class TestWarmStart:
     def test_rows_go_with_their_images(self, tmp_path: Path, folder: Path, tiny: Recipe, tiny_toml: Path) -> None:
         """Kept rows, Z and weights are bit-exact, new rows are unit vectors, and training goes on from there."""
         old_data = shard(folder, f"{tmp_path}/old")
-        assert launch(str(tiny_toml), Options(old_data, f"{tmp_path}/run", processes=1), ["train.epochs=1"]) == 0
+        assert launch(tiny_toml, old_data, tmp_path / "run", ["train.epochs=1"]) == 0
         add_image(folder)
         data = shard(folder, f"{tmp_path}/new")
         recipe = tiny_recipe("train.epochs=2")
@@ -174,7 +179,7 @@ class TestWarmStart:
         assert all(torch.equal(value, before["model"][name]) for name, value in after["model"].items())
         assert (commit.cursor.epoch, commit.cursor.samples, commit.cursor.step) == (0, 0, 0)
 
-        assert launch(str(tiny_toml), Options(data, f"{tmp_path}/warm", processes=1), ["train.epochs=2"]) == 0
+        assert launch(tiny_toml, data, tmp_path / "warm", ["train.epochs=2"]) == 0
         done = open_storage(f"{tmp_path}/warm").read_json("DONE.json")
         assert done["images_seen"] == 2 * 21
 

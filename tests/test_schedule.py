@@ -11,11 +11,11 @@ from test_submit import ARGUMENTS, Pirl, pirl, server  # noqa: F401
 from pirl.cli.schedule import six_fields
 from pirl.errors import UsageError
 
-WEEKLY = ["schedule", "pirl-pretrain", "--cron", "0 2 * * 0", *ARGUMENTS, "min_gain=0.5"]
+WEEKLY = ["schedule", "pirl-pretrain", "--cron", "0 2 * * 0", *ARGUMENTS]
 
 
 def test_one_enabled_schedule_with_typed_arguments(pirl: Pirl, server: KfpServer) -> None:  # noqa: F811
-    code, shown = pirl(*WEEKLY)
+    code, shown = pirl(*WEEKLY, "min_gain=0.5")
     assert code == 0, shown
     assert "created" in shown
     (made,) = server.schedules
@@ -24,7 +24,7 @@ def test_one_enabled_schedule_with_typed_arguments(pirl: Pirl, server: KfpServer
     assert made["trigger"] == {"cron_schedule": {"cron": "0 0 2 * * 0"}}
     assert made["runtime_config"]["parameters"]["min_gain"] == 0.5
     assert server.runs == []
-    code, shown = pirl(*WEEKLY)
+    code, shown = pirl(*WEEKLY, "min_gain=0.5")
     assert code == 0
     assert "unchanged" in shown
     assert server.schedules == [made]

@@ -15,7 +15,8 @@ from kfp_server import KfpServer
 from pipelines import backend as backend_module
 from pirl.cli import main
 
-ARGUMENTS = ["recipe=demo", "train_source=s3://b/train", "test_source=s3://b/test", "root=s3://b/pirl"]
+ARGUMENTS = ["train_source=s3://bucket/train", "test_source=s3://bucket/test"]
+ARGUMENTS += ["recipe=demo", "root=s3://bucket/pirl"]
 
 
 @pytest.fixture
@@ -47,7 +48,8 @@ Pirl = Callable[..., tuple[int, str]]
 
 
 def test_a_name_becomes_a_run_of_its_uploaded_version_with_typed_arguments(pirl: Pirl, server: KfpServer) -> None:
-    code, shown = pirl("submit", "pirl-pretrain", *ARGUMENTS, "min_gain=0.5", "nodes=4", "backend=pytorchjob", "--json")
+    older = ["nodes=4", "gpus=8", "processes=2"]  # as version 0.1 had them
+    code, shown = pirl("submit", "pirl-pretrain", *ARGUMENTS, "min_gain=0.5", *older, "backend=pytorchjob", "--json")
     assert code == 0, shown
     (version,) = server.versions
     (run,) = server.runs
@@ -56,7 +58,8 @@ def test_a_name_becomes_a_run_of_its_uploaded_version_with_typed_arguments(pirl:
         "pipeline_version_id": version["pipeline_version_id"],
     }
     given = run["runtime_config"]["parameters"]
-    assert (given["min_gain"], given["nodes"], given["root"]) == (0.5, 4, "s3://b/pirl")
+    assert (given["min_gain"], given["job"], given["root"]) == (0.5, "nodes=4 gpus=8", "s3://bucket/pirl")
+    assert given["options"] == "processes=2"
     assert given["run"].startswith("demo-")  # after the recipe and its content
     told = json.loads(shown)
     assert (told["run_id"], told["version"]) == (run["run_id"], version["display_name"])
@@ -83,9 +86,9 @@ def test_the_same_pipeline_is_uploaded_once_and_a_changed_one_again(
 
 
 def test_a_wrong_argument_is_told_with_the_nearest_and_nothing_is_sent(pirl: Pirl, server: KfpServer) -> None:
-    code, shown = pirl("submit", "pirl-pretrain", *ARGUMENTS, "node=4", "min_gain=much", "gpus=1.5", "oops")
+    code, shown = pirl("submit", "pirl-pretrain", *ARGUMENTS, "jop=nodes=4", "min_gain=much", "warm_epochs=1", "oops")
     assert code == 2
-    for part in ("4 problems", "'node'", "'nodes'", "min_gain: not a number", "gpus: not a whole number", "'oops'"):
+    for part in ("4 problems", "'jop'", "'job'", "min_gain: not a number", "'warm_epochs'", "'oops'"):
         assert part in shown
     code, shown = pirl("submit", "pirl-pretrain", "recipe=demo")
     assert code == 2
@@ -97,18 +100,48 @@ def test_a_wrong_argument_is_told_with_the_nearest_and_nothing_is_sent(pirl: Pir
 @pytest.mark.parametrize(
     ("argument", "told"),
     [
-        ("root=/tmp/here", "s3://"),
-        ("recipe=mine.toml", "overrides="),
-        ("recipe=dem", "demo"),
-        ("overrides=train.epoch=3", "epochs"),
-        ("backend=spark", "pytorchjob"),
+        (["root=/tmp/here"], "s3://"),
+        (["root=gs://bucket/x"], "'gs://bucket/x' is no storage location"),
+        (["root=s3://b/x"], "'b' is not a bucket name"),
+        (["train_source=http://host/images"], "no storage location"),
+        (["train_source=photos/train"], "a folder of one machine"),
+        (["test_source=fashion-mnist:tset"], "fashion-mnist"),
+        (["recipe=mine.toml"], "overrides="),
+        (["recipe=dem"], "demo"),
+        (["overrides=train.epoch=3"], "epochs"),
+        (["overrides=views.image_scale=[0.3, 2.0]"], "image_scale"),
+        (["overrides=train.epochs=[3"], "not closed"),
+        (["options=worker=3"], "'workers'"),
+        (["options=checkpoint_every_s=NaN"], "checkpoint_every_s"),
+        (["backend=spark"], "pytorchjob"),
+        (["backend=pytorchjob", "job=nodes=0"], "nodes"),
+        (["backend=pytorchjob", "job=nodes=5000"], "nodes"),
+        (["nodes=4"], "nodes"),  # of a job, and there is none
+        (["model=a/b"], "'a/b' is not a name for a model"),
+        (["metric=linaer"], "Did you mean 'linear'"),
+        (["min_gain=nan"], "min_gain"),
+        (["run=../x"], "without slashes"),
+        (["registry=ftp://host"], "no storage location"),
     ],
+    ids=str,
 )
-def test_what_a_step_would_refuse_is_refused_before(pirl: Pirl, server: KfpServer, argument: str, told: str) -> None:
-    code, shown = pirl("submit", "pirl-pretrain", *ARGUMENTS, argument)
+def test_what_a_step_would_refuse_is_refused_before(
+    pirl: Pirl, server: KfpServer, argument: list[str], told: str
+) -> None:
+    changed = [item.partition("=")[0] for item in argument]
+    kept = [item for item in ARGUMENTS if item.partition("=")[0] not in changed]
+    code, shown = pirl("submit", "pirl-pretrain", *kept, *argument)
     assert code == 2
     assert told in shown
     assert server.runs == []
+
+
+def test_problems_of_several_arguments_are_told_at_once(pirl: Pirl, server: KfpServer) -> None:
+    wrong = ["overrides=train.epoch=3 model.width=0", "options=keep=0", "model=a/b", "metric=x", "backend=spark"]
+    code, shown = pirl("submit", "pirl-pretrain", *ARGUMENTS, *wrong)
+    assert code == 2
+    for part in ("6 problems", "train.epoch", "model.width", "keep", "'a/b'", "metric 'x'", "'spark'"):
+        assert part in shown
 
 
 def test_settings_of_the_job_are_checked_before(pirl: Pirl, server: KfpServer) -> None:
@@ -129,7 +162,7 @@ def test_a_dry_run_changes_nothing(pirl: Pirl, server: KfpServer, monkeypatch: p
     code, shown = pirl("submit", "pirl-pretrain", *ARGUMENTS, "--dry-run")
     assert code == 0
     assert "to be uploaded first" in shown
-    assert 'root = "s3://b/pirl"' in shown
+    assert 'root = "s3://bucket/pirl"' in shown
     assert {request.split()[0] for request in server.requests} == {"GET"}
     monkeypatch.delenv("KFP_ENDPOINT")
     assert pirl("submit", "pirl-pretrain", *ARGUMENTS, "--dry-run")[0] == 0

@@ -10,10 +10,8 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from conftest import IMAGES, tiny_recipe
+from conftest import IMAGES, TRAIN, pirl_train, tiny_recipe
 from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401
 
 from pirl.checkpoint import Checkpoints
@@ -71,7 +69,7 @@ def assert_same_bits(first: dict[str, Any], second: dict[str, Any]) -> None:
 
 
 def train_here(out: Path, shards: str, recipe: Recipe = RECIPE, **options: Any) -> dict[str, Any]:
-    return train(recipe, Options(shards, str(out), **{"log_every": 1, **options}), World())
+    return train(recipe, Options(data=shards, out=str(out), **{"log_every": 1, **options}), World())
 
 
 def train_rank(world: World, recipe: Recipe, options: Options) -> dict[str, Any]:
@@ -81,7 +79,9 @@ def train_rank(world: World, recipe: Recipe, options: Options) -> dict[str, Any]
 def start(size: int, out: Path, shards: str, recipe: Recipe = RECIPE, **options: Any) -> list[BaseProcess]:
     """A training on real ranks without a launcher; what they print is in `out`.ranks."""
     values = {"log_every": 1, "checkpoint_every_s": 0.1, **options}
-    return ranks.start(train_rank, size, out.with_suffix(".ranks"), recipe, Options(shards, str(out), **values))
+    return ranks.start(
+        train_rank, size, out.with_suffix(".ranks"), recipe, Options(data=shards, out=str(out), **values)
+    )
 
 
 def printed(out: Path, rank: int = 0) -> str:
@@ -287,7 +287,7 @@ def train_on_slow_storage(world: World, recipe: Recipe, options: Options) -> dic
 def test_no_rank_leaves_before_the_state_is_safe(shards: str, tmp_path: Path) -> None:
     """When one rank ends the launcher ends all of them, soon by force."""
     out = tmp_path / "run"
-    options = Options(shards, str(out), log_every=1, checkpoint_every_s=1000)
+    options = Options(data=shards, out=str(out), log_every=1, checkpoint_every_s=1000)
     processes = ranks.start(train_on_slow_storage, 2, out.with_suffix(".ranks"), RECIPE, options)
     wait_for(reached(out, 3))
     assert processes[1].pid is not None
@@ -300,7 +300,7 @@ def test_no_rank_leaves_before_the_state_is_safe(shards: str, tmp_path: Path) ->
 def launched(world: World, argv: list[str]) -> int:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
-    return main(argv)
+    return pirl_train(*argv)
 
 
 def arguments(recipe: Path, data: str, out: Path, *more: str) -> list[str]:
@@ -324,10 +324,10 @@ def test_a_signal_with_worker_processes(shards: str, tiny_toml: Path, tmp_path: 
 
 
 def test_the_entry_point(uninterrupted: dict[int, Path], shards: str, tiny_toml: Path, tmp_path: Path) -> None:
-    """`python -m pirl.train` on two processes: a killed rank ends it with 1, the same command again finishes it."""
+    """`pirl train` on two processes: a killed rank ends it with 1, the same command again finishes it."""
     out = tmp_path / "run"
     argv = arguments(tiny_toml, shards, out, "--processes", "2", f"train.epochs={EPOCHS}")
-    command = [sys.executable, "-m", "pirl.train", *argv, "--checkpoint-every-s", "0.1"]
+    command = [*TRAIN, *argv, "--checkpoint-every-s", "0.1"]
     with open(tmp_path / "run.log", "w") as log:
         first = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         wait_for(lambda: "step 11/" in (tmp_path / "run.log").read_text())
@@ -392,11 +392,11 @@ def stopped_run(uninterrupted: dict[int, Path], tmp_path: Path) -> Path:
 
 
 def refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
-    """What `python -m pirl.train` says; it must end with 2 before it starts a process, and change nothing."""
+    """What `pirl train` says; it must end with 2 before it starts a process, and change nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RANK", raising=False)
         patch.setattr("pirl.train.run_ranks", lambda *_: pytest.fail("a process was started"))
-        assert main(argv) == 2
+        assert pirl_train(*argv) == 2
     text = capsys.readouterr().err
     assert text.startswith("error: ")
     assert "  -> " in text
@@ -553,7 +553,7 @@ def test_a_disk_that_is_full_for_a_while(
         2,
         tmp_path / "ranks",
         tiny_recipe("train.epochs=400"),
-        Options(shards, str(out), log_every=1, checkpoint_every_s=0.3),
+        Options(data=shards, out=str(out), log_every=1, checkpoint_every_s=0.3),
     )
     output = lambda: ranks.output(tmp_path / "ranks")  # noqa: E731
     wait_for(lambda: saved_step(out) > 0)
@@ -576,7 +576,7 @@ def test_a_disk_that_is_full_for_a_while(
 def test_a_disk_that_stays_full_is_an_error_at_the_end(shards: str, tmp_path: Path, small_disk: Path) -> None:
     """The ranks end together, with one message, and what was saved before is whole."""
     out = small_disk / "run"
-    argv = [RECIPE, Options(shards, str(out), log_every=1, checkpoint_every_s=1000)]
+    argv = [RECIPE, Options(data=shards, out=str(out), log_every=1, checkpoint_every_s=1000)]
     processes = ranks.start(train_rank, 2, tmp_path / "ranks", *argv)
     wait_for(lambda: saved_step(out) == 0)
     fill(small_disk)
@@ -606,8 +606,8 @@ def test_on_s3(bucket: str, shards: str) -> None:  # noqa: F811
     """A run in an object store, stopped in the middle by an exception and taken up again."""
     out = f"{bucket}/runs/a"
     recipe = tiny_recipe("train.epochs=2")
-    options = Options(shards, out, log_every=1, checkpoint_every_s=0)
-    stopping = replace(options, log_every=4)
+    options = Options(data=shards, out=out, log_every=1, checkpoint_every_s=0)
+    stopping = options.model_copy(update={"log_every": 4})
 
     class Stop(Exception):
         pass

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from conftest import IMAGES, tiny_recipe
+from conftest import IMAGES, TRAIN, tiny_recipe, training
 from test_data import in_session
 from test_train import arguments, final, rank_pids, saved_step, wait_for
 
@@ -60,7 +60,7 @@ def train_hooked(world: World, recipe: Recipe, options: Options, hook: Any, *det
 def start(size: int, out: Path, shards: str, hook: Any, *details: Any, **how: Any) -> list[BaseProcess]:
     """What the ranks print is in `out`.ranks."""
     timeout_s = str(how.pop("timeout_s", 60))
-    options = Options(shards, str(out), **{"log_every": 1, "checkpoint_every_s": 0.1, **how})
+    options = Options(data=shards, out=str(out), **{"log_every": 1, "checkpoint_every_s": 0.1, **how})
     folder = out.with_suffix(".ranks")
     return ranks.start(train_hooked, size, folder, RECIPE, options, hook, *details, TIMEOUT_S=timeout_s)
 
@@ -107,7 +107,7 @@ def test_a_rank_that_hangs_is_named_with_its_step(shards: str, tmp_path: Path) -
 def test_a_launcher_ends_a_rank_that_hangs(shards: str, tiny_toml: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "run", tmp_path / "log"
     argv = arguments(tiny_toml, shards, out, "--processes=2", f"train.epochs={EPOCHS}", "--timeout-s=10")
-    command = [sys.executable, "-m", "pirl.train", *argv, "--checkpoint-every-s=0.1"]
+    command = [*TRAIN, *argv, "--checkpoint-every-s=0.1"]
     with open(log, "w") as file:
         first = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     wait_for(lambda: "step 4/" in log.read_text())
@@ -127,7 +127,7 @@ def test_the_ranks_of_a_killed_launcher_save(shards: str, tiny_toml: Path, tmp_p
     """Without the key-value store that was in the launcher. Before: a hangup that `nohup` ignores changes nothing."""
     out, log = tmp_path / "run", tmp_path / "log"
     argv = arguments(tiny_toml, shards, out, "--processes=2", "train.epochs=100000", "--checkpoint-every-s=1000")
-    command = ["nohup", sys.executable, "-m", "pirl.train", *argv]
+    command = ["nohup", *TRAIN, *argv]
     with open(log, "w") as file:
         launcher = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -181,8 +181,9 @@ def test_a_loading_process_that_hangs_or_dies(shards: str, tmp_path: Path, kind:
 
 def test_a_bug_ends_a_training_with_loading_processes(shards: str, tiny_toml: Path, tmp_path: Path) -> None:
     """With its traceback, and at once: the workers do not listen to the signal by which Python would end them."""
-    argv = arguments(tiny_toml, shards, tmp_path / "run", "--workers=2")
-    program = f"import pirl.train; pirl.train.train_step = lambda *_: 1 / 0; pirl.train.main({argv})"
+    path = tmp_path / "training.json"
+    path.write_text(training(tiny_toml, shards, tmp_path / "run", workers=2).to_json())
+    program = f"import pirl.train; pirl.train.train_step = lambda *_: 1 / 0; pirl.train.main(['{path}'])"
     env = os.environ | {"RANK": "0", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1

@@ -111,13 +111,13 @@ def test_a_server_that_fails_a_tenth_of_the_requests_and_goes_away(
     data, out = f"{bucket}/data", f"{bucket}/run"
     for path in local.iterdir():
         open_storage(data).upload(path, path.name)
-    quiet = Options(str(local), str(tmp_path / "quiet"))
+    quiet = Options(data=str(local), out=str(tmp_path / "quiet"))
     assert ranks.finish(ranks.start(train_counting, 2, tmp_path / "quiet.ranks", recipe, quiet), 400) == [0, 0]
 
     began, folder, output = time.monotonic(), tmp_path / "ranks", lambda: ranks.output(tmp_path / "ranks")
     with FaultyS3(environment["AWS_ENDPOINT_URL"], 0.1, READ_TIMEOUT_S + 1) as proxy, Reader(out) as reader:
         environment["AWS_ENDPOINT_URL"] = proxy.url
-        options = Options(data, out, log_every=1, checkpoint_every_s=0.5, keep=1000)
+        options = Options(data=data, out=out, log_every=1, checkpoint_every_s=0.5, keep=1000)
 
         def start() -> list[Any]:
             return ranks.start(train_counting, 2, folder, recipe, options, **environment)
@@ -169,7 +169,7 @@ def test_steps_are_made_while_the_server_is_away(
     output = lambda: ranks.output(folder)  # noqa: E731
     with FaultyS3(environment["AWS_ENDPOINT_URL"], 0, 0) as proxy:
         environment["AWS_ENDPOINT_URL"] = proxy.url
-        options = Options(shards, out, log_every=1, checkpoint_every_s=1)
+        options = Options(data=shards, out=out, log_every=1, checkpoint_every_s=1)
         processes = ranks.start(train_counting, 2, folder, recipe, options, **environment)
         wait_for(lambda: "step 7/" in output())
         proxy.begin("reset")

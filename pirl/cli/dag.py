@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import shlex
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
+from ..backends import open_backend
+from ..config import Recipe, load_recipe
+from ..settings import join_items
+from ..storage import local_path, open_storage
 from ..text import count, score
-from .app import DEFAULT_ROOT, DRY_RUN_HELP, BackendName, JobItems, Overrides, Processes, app, console, show_table
+from ..training.spec import TrainingOptions
+from .app import DEFAULT_ROOT, DRY_RUN_HELP, BackendName, JobItems, Overrides, app, console, show_table
+from .options import options_of
 
 
 @app.command()
@@ -30,18 +34,21 @@ def demo(
         root=root,
         recipe=recipe,
         overrides=overrides,
+        options=TrainingOptions(),
         dry_run=dry_run,
     )
 
 
 @app.command()
+@options_of(TrainingOptions)
 def run(
     train_source: Annotated[str, typer.Argument(help="Folder with one subfolder a class, or a list of files.")],
     test_source: Annotated[str, typer.Argument(help="The same for the test images.")],
+    options: TrainingOptions,
     recipe: Annotated[str, typer.Option(help="Recipe.")] = "demo",
     root: Annotated[str, typer.Option(help="Where everything goes.")] = DEFAULT_ROOT,
+    registry: Annotated[str, typer.Option(help="Registry; else ROOT/registry.")] = "",
     model: Annotated[str, typer.Option(help="Name in the registry.")] = "pirl",
-    processes: Processes = 0,
     backend: BackendName = "local",
     job: JobItems = None,
     overrides: Overrides = None,
@@ -53,29 +60,35 @@ def run(
 
     Example: pirl run photos/train photos/test --root s3://bucket/pirl --backend pytorchjob --job nodes=4 --job gpus=8
     """
-    from ..backends import open_backend
+    from ..registry import check_name, open_registry
 
-    open_backend(backend, job or (), {"processes": processes}).check_location("root", root)
+    open_backend(backend, job or (), {"processes": options.processes}).check_location("root", root)
+    check_name(model, "model")
+    if registry:
+        open_registry(registry)
     run_dag(
         train_source=train_source,
         test_source=test_source,
         root=root,
         recipe=recipe,
         overrides=overrides,
+        registry=registry,
         model=model,
-        processes=processes,
+        options=options,
         backend=backend,
-        job=shlex.join(job or ()),
+        job=join_items(job or ()),
         dry_run=dry_run,
     )
 
 
-def run_dag(recipe: str, root: str, overrides: list[str] | None, dry_run: bool, **arguments: Any) -> None:
+def run_dag(
+    recipe: str, root: str, overrides: list[str] | None, options: TrainingOptions, dry_run: bool, **arguments: Any
+) -> None:
     """Run the pipeline's steps here, one after the other, and show its result."""
-    from ..config import load_recipe
     from ..outputs import check_registry, check_run_output
     from ..shards import compare_sources, open_source, summary
 
+    root = str(local_path(open_storage(root)) or root)
     resolved = load_recipe(recipe, overrides or [])
     train, test = (open_source(arguments[name]) for name in ("train_source", "test_source"))
     notes = compare_sources(train, test)
@@ -86,19 +99,25 @@ def run_dag(recipe: str, root: str, overrides: list[str] | None, dry_run: bool, 
             console.print(f"{split}: {line}", soft_wrap=True, markup=False, highlight=False)
     for note in notes:
         console.print(note, soft_wrap=True, markup=False, highlight=False)
-    name = f"{resolved.name}-{resolved.digest()[:8]}"
+    name = run_name(root, resolved)
     schedule = f"{count(resolved.train.epochs, 'epoch')} of {count(resolved.rows(len(train)), 'image')}"
     console.print(f"run: {root}/runs/{name} ({schedule})")
     check_run_output(f"{root}/runs/{name}", [train, test])
-    check_registry(f"{root}/registry", [train, test])
+    check_registry(arguments.get("registry") or f"{root}/registry", [train, test])
     if dry_run:
         return
     from pipelines.local import run_local
 
-    if "://" not in root:
-        root = str(Path(root).absolute())
-    done = run_local(root=root, run=name, recipe=recipe, overrides=" ".join(overrides or []), **arguments)
+    texts = {"overrides": join_items(overrides or []), "options": join_items(options.items())}
+    done = run_local(root=root, run=name, recipe=recipe, **texts, **arguments)
     show_result(done)
+
+
+def run_name(root: str, recipe: Recipe) -> str:
+    """Return the name of the run of a recipe: that of an existing run of version 0.1, or by the recipe's digest."""
+    names = [f"{recipe.name}-{digest[:8]}" for digest in sorted(recipe.digests(), key=recipe.digest().__ne__)]
+    runs = open_storage(f"{root}/runs")
+    return next((name for name in names if runs.exists(f"{name}/config.toml")), names[0])
 
 
 def show_result(run: Any) -> None:

@@ -7,13 +7,26 @@ from typing import Annotated
 import typer
 
 from ..backends import BACKENDS, open_backend
+from ..training.spec import TrainingOptions
 from .app import DEFAULT_ROOT, DRY_RUN_HELP, Overrides, app, console
+from .options import items_from, options_of
 
 
 @app.command()
+@options_of(TrainingOptions, env="PIRL_")
 def retrain(
     train_source: Annotated[str, typer.Option(envvar="PIRL_TRAIN_SOURCE", help="Images, as for `pirl shard`.")],
     test_source: Annotated[str, typer.Option(envvar="PIRL_TEST_SOURCE", help="The same for the test images.")],
+    options: TrainingOptions,
+    job: Annotated[
+        list[str],
+        typer.Option(
+            default_factory=items_from("PIRL_JOB"),
+            show_default=False,
+            metavar="NAME=VALUE",
+            help="Other setting of the job (once for each; in the variable PIRL_JOB separated by blanks).",
+        ),
+    ],
     recipe: Annotated[str, typer.Option(envvar="PIRL_RECIPE", help="Recipe.")] = "demo",
     root: Annotated[str, typer.Option(envvar="PIRL_ROOT", help="Where everything goes.")] = DEFAULT_ROOT,
     registry: Annotated[str, typer.Option(envvar="PIRL_REGISTRY", help="Registry; else ROOT/registry.")] = "",
@@ -39,20 +52,6 @@ def retrain(
     ] = "local",
     nodes: Annotated[int, typer.Option(envvar="PIRL_NODES", help="Pods of the job.", min=0)] = 0,
     gpus: Annotated[int, typer.Option(envvar="PIRL_GPUS", help="GPUs of each pod.", min=0)] = 0,
-    processes: Annotated[
-        int,
-        typer.Option(
-            envvar="PIRL_PROCESSES", help="Processes here, or of each pod; 0: one for each GPU, else two, in a pod one."
-        ),
-    ] = 0,
-    job: Annotated[
-        list[str] | None,
-        typer.Option(
-            envvar="PIRL_JOB",
-            metavar="NAME=VALUE",
-            help="Other setting of the job (once for each; in the variable separated by spaces).",
-        ),
-    ] = None,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP)] = False,
 ) -> None:
@@ -65,20 +64,20 @@ def retrain(
     """
     from ..retrain import Retraining, keep_up_to_date
 
-    given = {"nodes": nodes or "", "gpus": gpus, "processes": processes}
+    given = {"nodes": nodes or "", "gpus": gpus, "processes": options.processes}
     wanted = Retraining(
-        train_source,
-        test_source,
-        root,
-        registry or f"{root}/registry",
-        model,
-        recipe,
-        tuple(overrides or ()),
-        metric,
-        min_gain,
-        warm_epochs if warm_epochs >= 0 else None,
-        processes,
-        open_backend(backend, job or (), given),
+        train_source=train_source,
+        test_source=test_source,
+        root=root,
+        registry=registry or f"{root}/registry",
+        model=model,
+        recipe=recipe,
+        overrides=tuple(overrides or ()),
+        metric=metric,
+        min_gain=min_gain,
+        warm_epochs=warm_epochs if warm_epochs >= 0 else None,
+        options=options,
+        backend=open_backend(backend, job, given),
     )
     if code := keep_up_to_date(wanted, dry_run):
         raise typer.Exit(code)

@@ -42,8 +42,8 @@ app.add_typer(group, name="schedule")
 def schedule() -> None:
     """Run a pipeline on KFP by the clock: pirl-retrain, which trains when something has changed, or another.
 
-    Example: pirl schedule pirl-retrain --cron "0 2 * * 0" recipe=demo train_source=s3://b/train \
-test_source=s3://b/test root=s3://b/pirl
+    Example: pirl schedule pirl-retrain --cron "0 2 * * 0" recipe=demo train_source=s3://bucket/train \
+test_source=s3://bucket/test root=s3://bucket/pirl
     """
 
 
@@ -66,8 +66,8 @@ def set_schedule(
 
     A tick waits for the run before it, and missed ticks are not made up for.
 
-    Example: pirl schedule pirl-retrain --cron "0 2 * * 0" recipe=demo train_source=s3://b/train \
-test_source=s3://b/test root=s3://b/pirl
+    Example: pirl schedule pirl-retrain --cron "0 2 * * 0" recipe=demo train_source=s3://bucket/train \
+test_source=s3://bucket/test root=s3://bucket/pirl
     """
     six = six_fields(cron)
     name = name or pipeline

@@ -45,8 +45,8 @@ def submit(
 
     A pipeline of this code is uploaded first, if the backend does not have it as it is here.
 
-    Example: pirl submit pirl-pretrain recipe=r50-200ep-mlp train_source=s3://b/train test_source=s3://b/test \
-root=s3://b/pirl backend=pytorchjob nodes=4 gpus=8 --wait
+    Example: pirl submit pirl-pretrain recipe=r50-200ep-mlp root=s3://bucket/pirl \
+train_source=s3://bucket/train test_source=s3://bucket/test backend=pytorchjob job='nodes=4 gpus=8' --wait
     """
     backend: Any = connect(endpoint, namespace) if endpoint or not dry_run else None
     version, values = resolve(backend, pipeline, arguments or [], upload, dry_run)

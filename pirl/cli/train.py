@@ -7,59 +7,38 @@ from typing import Annotated
 import typer
 
 from .. import logs
-from .app import DRY_RUN_HELP, BackendName, JobItems, Overrides, Processes, RecipeName, app
+from ..backends import prepare_training
+from ..training.spec import TrainingOptions
+from .app import DRY_RUN_HELP, BackendName, JobItems, Json, Overrides, RecipeName, app
+from .options import options_of
 
 
 @app.command()
+@options_of(TrainingOptions)
 def train(
     recipe: RecipeName,
     data: Annotated[str, typer.Option(help="URI of the shards.")],
-    out: Annotated[str, typer.Option(help="URI of the run; a run that is there is resumed.")],
+    out: Annotated[str, typer.Option(help="URI of the run; an existing run is resumed.")],
+    options: TrainingOptions,
     backend: BackendName = "local",
-    processes: Processes = 0,
-    workers: Annotated[int, typer.Option(help="Data loading processes of each rank.")] = 0,
-    log_every: Annotated[int, typer.Option(help="Steps between two log lines.")] = 50,
-    checkpoint_every_s: Annotated[float, typer.Option(help="Seconds between two checkpoints.")] = 300.0,
-    keep: Annotated[int, typer.Option(help="Complete checkpoints to keep.", min=1)] = 2,
-    keep_every_epochs: Annotated[
-        int, typer.Option(help="Also save and keep for good one checkpoint every so many epochs; 0: none.", min=0)
-    ] = 0,
-    keep_best: Annotated[
-        bool, typer.Option("--keep-best", help="Also keep the checkpoint of the lowest loss.")
-    ] = False,
-    timeout_s: Annotated[
-        float, typer.Option(help="Seconds after which a rank that does not answer ends the training.", min=1)
-    ] = 600.0,
     job: JobItems = None,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP + " On a cluster: print the manifest.")] = False,
+    dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP + " With a cluster: print the job.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Pretrain, or go on with a run that was interrupted.
+    """Pretrain, or resume a run that was interrupted.
+
+    With --dry-run --json it prints the specification that `python -m pirl.train SPEC.json` takes.
 
     Example: pirl train demo --data shards/train --out runs/mine train.epochs=3
 
-    Example: pirl train r50-200ep-mlp --backend pytorchjob --job nodes=4 --job gpus=8 --data s3://b/data --out s3://b/r
+    Example: pirl train r50-200ep-mlp --backend pytorchjob --job nodes=4 --job gpus=8 --data s3://bucket/data \
+--out s3://bucket/run
     """
-    from ..backends import open_backend
-    from ..programs import Training
-    from ..training.spec import Options
-
-    chosen = open_backend(backend, job or (), {"processes": processes})
-    options = Options(
-        data,
-        out,
-        processes or None,
-        workers,
-        log_every,
-        checkpoint_every_s,
-        keep,
-        keep_every_epochs,
-        keep_best,
-        timeout_s,
+    chosen, program = prepare_training(
+        recipe, data=data, out=out, overrides=overrides or (), options=options, backend=backend, job=job or ()
     )
-    program = Training(recipe, options, overrides or ())
-    if dry_run:
-        logs.output(chosen.plan(program))
-        return
-    if code := chosen.run(program):
-        raise typer.Exit(code)
+    if not dry_run:
+        raise typer.Exit(chosen.run(program))
+    plan = chosen.plan(program)
+    logs.output(program.spec.to_json() if as_json else plan)

@@ -2,7 +2,7 @@
 
 from pirl.registry.card import model_card
 from pirl.registry.changes import Decision, data_uri, decide_retrain
-from pirl.registry.embedded import CHAMPION, LATEST, Registry, Version
+from pirl.registry.embedded import CHAMPION, LATEST, Registry, Version, check_name
 from pirl.registry.locate import open_registry
 from pirl.registry.runs import decide, register_run
 
@@ -12,6 +12,7 @@ __all__ = [
     "Decision",
     "Registry",
     "Version",
+    "check_name",
     "data_uri",
     "decide",
     "decide_retrain",

@@ -72,9 +72,9 @@ class Registry:
         the record of the first attempt stays. `RegistryError` when the run was registered with other files.
         Promotion never moves a pointer back: an older version, or one that was promoted before, moves nothing.
         """
-        _check_name(model, "model")
+        check_name(model, "model")
         for name in files:
-            _check_name(name, "file")
+            check_name(name, "file")
             if name in _OWN_FILES:
                 raise ValueError(f"{name} is written by the registry itself")
         if clash := set(_OWN_FIELDS) & set(record):
@@ -241,7 +241,7 @@ class Registry:
 
     def _require(self, model: str) -> list[str]:
         """The visible versions of a model that must have one, oldest first."""
-        _check_name(model, "model")
+        check_name(model, "model")
         committed = self._with(model, _COMMIT)
         if not committed:
             known = self.models()
@@ -289,7 +289,8 @@ def order(version: str) -> int:
     return int(match[1]) if match else 0
 
 
-def _check_name(name: str, what: str) -> None:
+def check_name(name: str, what: str) -> None:
+    """Raise `UsageError` unless `name` can name a model or a file of the registry."""
     if not _NAME.fullmatch(name):
         raise UsageError(
             f"{name!r} is not a name for a {what}.",

@@ -58,7 +58,7 @@ TRAINER = [
     f"cat > /tmp/look.py <<'END'\n{TRAIN}\nEND",
     "python /tmp/look.py",
     "python -c 'from pirl.doctor import machine_checks; print(*machine_checks(), sep=chr(10))'",
-    "python -m pirl.train /tmp/tiny.toml --data /tmp/shards --out /tmp/run --workers 1 --processes 1 train.epochs=1",
+    "pirl train /tmp/tiny.toml --data /tmp/shards --out /tmp/run --workers 1 --processes 1 train.epochs=1",
     "test -f /tmp/run/DONE.json",
     "! python -c 'import kfp' 2>/dev/null",
 ]

@@ -1,0 +1,79 @@
+"""A new option of training is one edit: commands, pipelines, ranks and pods have it by that."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pirl
+
+ROOT = Path(pirl.__file__).parent.parent
+BEFORE = "    log_every: int = Field"
+FIELD = '    toy: int = Field(7, ge=0, le=9)\n    """A toy that nobody needs."""\n'
+
+PROGRAM = """
+import contextlib, io, sys
+from unittest import mock
+
+import yaml
+
+from components.pretrain import pretrain
+from pirl import backends, cli, launch, programs
+from pirl.training.spec import TrainingSpec
+
+assert cli.__file__.startswith(sys.argv[1]), cli.__file__
+specs = []
+
+
+def run_ranks(module, arguments, processes):
+    specs.append(TrainingSpec.read(arguments[0]))
+    return 0
+
+
+def said(*words):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), mock.patch("sys.argv", ["pirl", *words]):
+        with contextlib.suppress(SystemExit):
+            cli.main()
+    return out.getvalue()
+
+
+for command in ("train", "run", "retrain"):
+    shown = " ".join(said(command, "--help").split())
+    assert "--toy" in shown and "A toy that nobody needs." in shown, shown
+
+submit = ["submit", "pirl-pretrain", "train_source=s3://bucket/a", "test_source=s3://bucket/b", "root=s3://bucket/c"]
+assert 'options = "toy=3"' in said(*submit, "recipe=demo", "options=toy=3", "--dry-run"), said(*submit)
+assert "toy" in said(*submit, "recipe=demo", "options=toy=33", "--dry-run").partition("error")[2]
+
+with mock.patch.object(launch, "run_ranks", run_ranks), mock.patch.object(programs, "plan", lambda spec: []):
+    with mock.patch("components.step.step", lambda *_: contextlib.nullcontext()):
+        pretrain.python_func(data="d", root="r", run="x", recipe="demo", options="toy=4")
+    said("train", "demo", "--data=d", "--out=o", "--toy=5")
+    job = yaml.safe_load(
+        backends.open_backend("pytorchjob", ["image=i:1"]).plan(
+            programs.Training(TrainingSpec.parse("demo", data="s3://bucket/d", out="s3://bucket/o", options="toy=6"))
+        )
+    )
+assert [spec.toy for spec in specs] == [4, 5]
+pod = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
+assert '"toy": 6' in pod["metadata"]["annotations"]["pirl.dev/training.json"]
+print("everywhere")
+"""
+
+
+def test_an_option_is_one_edit(tmp_path: Path) -> None:
+    for name in ("pirl", "components", "pipelines"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    spec = tmp_path / "pirl" / "training" / "spec.py"
+    before = spec.read_text()
+    assert before.count(BEFORE) == 1
+    spec.write_text(before.replace(BEFORE, FIELD + BEFORE))
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.stdout.endswith("everywhere\n"), done.stdout + done.stderr
