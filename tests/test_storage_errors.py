@@ -7,6 +7,7 @@ import http.client
 import importlib
 import inspect
 import multiprocessing
+import os
 import pickle
 import pkgutil
 import ssl
@@ -28,6 +29,7 @@ from urllib3 import HTTPConnectionPool
 
 import pirl
 from pirl.errors import PirlError, StorageError, StorageNotFoundError, UsageError
+from pirl.shards import ShardReader
 from pirl.storage import Storage, open_storage
 from pirl.storage.client import s3_client
 
@@ -262,6 +264,23 @@ def test_file_systems_on_a_network(
     with pytest.raises(StorageError) as caught:
         open_storage(tmp_path).read_bytes("x")
     assert caught.value.transient is transient
+
+
+def test_a_shard_that_a_network_s_server_has_forgotten_is_opened_again(
+    shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, pread, calls = ShardReader(shards), os.pread, [1]
+    right = reader.read(3)
+
+    def forgotten(*arguments: Any) -> bytes:
+        if calls:
+            calls.pop()
+            raise OSError(errno.ESTALE, "stale file handle")
+        return pread(*arguments)
+
+    monkeypatch.setattr(os, "pread", forgotten)
+    assert reader.read(3) == right
+    assert not calls
 
 
 # ---- between processes

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from zlib_ng import zlib_ng
 
-from pirl.errors import DataError, StorageError, StorageNotFoundError
+from pirl.errors import DataError, StorageNotFoundError
 from pirl.shards.cache import BlockCache
 from pirl.shards.fashion import cache_root
 from pirl.shards.images import decode_image
@@ -24,6 +24,8 @@ from pirl.shards.labels import match_classes
 from pirl.shards.manifest import Manifest, Shard
 from pirl.shards.remote import HINT, Ahead, RemoteShards, Span
 from pirl.storage import Storage, local_path, open_storage
+from pirl.storage.local import local_errors
+from pirl.storage.patience import retry
 
 OPEN_THREADS = 16
 HASH_BYTES = 8 * 2**20
@@ -75,12 +77,21 @@ class ShardReader:
         if self._ahead:
             return self._ahead.read(id)
         size = int(self._sizes[id])
-        file = self._file(number)  # held until the read is done: another thread may drop it from the open ones
-        data = os.pread(file.fd, size, int(self._offsets[id]))
+        data = retry(self.storage, lambda: self._pread(number, size, int(self._offsets[id])))
         if len(data) != size:
             shard = self.manifest.shards[number]
             raise DataError(f"{self.storage.uri}/{shard.name} was cut while it was in use (image {id})", HINT)
         return data
+
+    def _pread(self, number: int, size: int, offset: int) -> bytes:
+        file = self._file(number)  # held until the read is done: another thread may drop it from the open ones
+        assert self._local
+        with local_errors("read", self._local / self.manifest.shards[number].name):
+            try:
+                return os.pread(file.fd, size, offset)
+            except OSError:
+                self._files = {}  # one that a network's server has forgotten (ESTALE) has to be opened anew
+                raise
 
     def image(self, id: int) -> Image.Image:
         """Return the RGB image, decoded with the settings of the manifest."""
@@ -213,14 +224,12 @@ class ShardReader:
                 self._files = {}  # a new dict: threads that are reading keep their file until they are done
             shard = self.manifest.shards[number]
             assert self._local
+            path = self._local / shard.name
             try:
-                file = self._files[number] = _File(self._local / shard.name)
-            except FileNotFoundError:
+                with local_errors("open", path, reading=True):
+                    file = self._files[number] = _File(path)
+            except StorageNotFoundError:
                 raise DataError(f"{self.storage.uri}/{shard.name} is missing", HINT) from None
-            except OSError as error:
-                raise StorageError(
-                    f"{self.storage.uri}/{shard.name}: {error.strerror}", "check the folder and its disk"
-                ) from error
         return file
 
     def __getstate__(self) -> dict[str, Any]:

@@ -133,7 +133,8 @@ class Ahead:
         if self._pool is None or self._pool[0] != os.getpid():  # what a parent has begun never ends here
             self._pool, self._parts = (os.getpid(), ThreadPoolExecutor(1, "pirl-ahead")), {}
         part = id // self._count
-        parts = {number: self._parts.get(number) or self._begin(number) for number in (part, part + 1)}
+        sound = {k: each for k, each in self._parts.items() if not (each.done() and each.exception())}
+        parts = {number: sound.get(number) or self._begin(number) for number in (part, part + 1)}
         self._parts = parts
         return parts[part].result()[id % self._count]
 
