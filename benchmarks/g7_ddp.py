@@ -27,7 +27,8 @@ from pirl.data import Batch, Share
 from pirl.memory import MemoryBank
 from pirl.model import build_model, memory_format
 from pirl.optim import build_optimizer, set_learning_rate
-from pirl.train import TrainState, settle_buckets, train_step
+from pirl.training.state import TrainState
+from pirl.training.step import train_step, warm_up_ddp
 from pirl.world import World, start_world, stop_world
 
 RANKS = 2
@@ -63,7 +64,7 @@ class Training:
         self.network: nn.Module = model
         if world.size > 1:
             self.network = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-            settle_buckets(self.network, recipe, world)
+            warm_up_ddp(self.network, recipe, world)
         self.mine = recipe.train.batch_size // RANKS
         generator = torch.Generator().manual_seed(world.rank)
         views = recipe.views

@@ -27,7 +27,8 @@ from pirl.memory import MemoryBank
 from pirl.model import build_model, memory_format
 from pirl.optim import build_optimizer
 from pirl.storage import open_storage
-from pirl.train import Meter, TrainState, check_state
+from pirl.training.meter import Meter
+from pirl.training.state import TrainState, check_state
 from pirl.world import World
 
 IMAGES = 1_281_167

@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-import pirl.train
+import pirl.training.loop
 from benchmarks.g8_checkpoint import file_system, random_state
 from benchmarks.harness import Result, compare, finish
 from pirl.checkpoint import Checkpoints
@@ -40,8 +40,10 @@ from pirl.model import build_model, memory_format
 from pirl.optim import build_optimizer, set_learning_rate
 from pirl.shards import open_source, write_shards
 from pirl.storage import open_storage
-from pirl.train import TrainState, train, train_step
+from pirl.training.loop import train
 from pirl.training.spec import Options
+from pirl.training.state import TrainState
+from pirl.training.step import train_step
 from pirl.views import crop_batch
 from pirl.world import World
 
@@ -69,14 +71,14 @@ LONG_S = 900.0
 
 def train_ours(folder: Path, recipe: Recipe) -> None:
     note = Notes(folder / "ours.notes")
-    step = pirl.train.train_step
+    step = pirl.training.loop.train_step
 
     def noting_step(*arguments: Any) -> Any:
         result = step(*arguments)
         note(arguments[-1].ids)
         return result
 
-    pirl.train.train_step = noting_step
+    pirl.training.loop.train_step = noting_step
     options = Options(
         data=str(folder / "shards"), out=str(folder / "run"), log_every=10, checkpoint_every_s=SAVE_EVERY_S
     )

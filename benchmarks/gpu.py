@@ -24,7 +24,7 @@ from benchmarks.gpu_sides import OurStep, ReferenceStep, Scale, full_scale, tiny
 from benchmarks.harness import Result, compare
 from pirl.checkpoint import Checkpoints, Cursor
 from pirl.storage import open_storage
-from pirl.train import TrainState
+from pirl.training.state import TrainState
 
 
 def synchronize(scale: Scale) -> None:

@@ -25,7 +25,7 @@ from .model import build_model
 from .optim import build_optimizer
 from .shards import ShardReader
 from .storage import open_storage
-from .train import TrainState
+from .training.state import TrainState
 
 
 def same_images(old: ShardReader, new: ShardReader) -> np.ndarray:

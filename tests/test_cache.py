@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pwd
 import random
@@ -9,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401 (fixture
 
 from pirl.errors import DataError, UsageError
 from pirl.shards import Manifest, ShardReader, cache_root, open_source, write_shards
-from pirl.shards.cache import BlockCache
+from pirl.shards.cache import BlockCache, _lock_range
 from pirl.shards.fashion import present_fashion_mnist
 from pirl.storage import S3Storage, open_storage
 
@@ -206,6 +208,22 @@ def test_a_killed_process_leaves_no_lock_and_no_half_block(data: tuple[str, list
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert finish(second, expected)[0]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_the_lock_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranges: bool) -> None:
+    """Systems other than Linux have no lock of a range of an open file: there it is of the whole file."""
+    if not ranges:
+        monkeypatch.delattr(fcntl, "F_OFD_SETLKW")
+    with open(tmp_path / "lock", "ab") as first, open(tmp_path / "lock", "ab") as second:
+        _lock_range(first, 5, 2)
+        waiting = threading.Thread(target=_lock_range, args=(second, 6, 1), daemon=True)
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive()
+        first.close()
+        waiting.join(30)
+        assert not waiting.is_alive()
 
 
 # --- the cache is bounded ---------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from pirl.evaluate import (
 from pirl.model import build_model
 from pirl.shards import ShardReader
 from pirl.storage import open_storage
-from pirl.train import train
+from pirl.training.loop import train
 from pirl.training.spec import Options
 from pirl.world import World
 

@@ -26,7 +26,7 @@ from pirl.export import examine, export, import_file, trunk_bytes
 from pirl.export.vissl import completed_epochs, our_name, to_vissl, vissl_name
 from pirl.model import build_model
 from pirl.storage import open_storage
-from pirl.train import train
+from pirl.training.loop import train
 from pirl.training.spec import Options
 from pirl.world import World
 

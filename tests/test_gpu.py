@@ -17,8 +17,10 @@ from pirl.loss import contrast, draw_negatives
 from pirl.memory import MemoryBank
 from pirl.model import build_model, memory_format
 from pirl.optim import build_optimizer, set_learning_rate
-from pirl.train import TrainState, train, train_step
+from pirl.training.loop import train
 from pirl.training.spec import Options
+from pirl.training.state import TrainState
+from pirl.training.step import train_step
 from pirl.views import apply_photometrics, draw_photometrics
 from pirl.world import World
 
@@ -103,4 +105,4 @@ def test_a_whole_training(shards: str, tmp_path: Path) -> None:
     """With loading processes, whose slots the device reads while the next are filled."""
     recipe = tiny_recipe("model.width=0.5", "train.precision=bf16")
     done = train(recipe, Options(data=shards, out=str(tmp_path), workers=2), World(device=torch.device("cuda")))
-    assert done["images_seen"] == 3 * IMAGES
+    assert done.images_seen == 3 * IMAGES

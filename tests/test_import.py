@@ -35,8 +35,9 @@ from pirl.model import PIRL, Trunk, build_model
 from pirl.optim import build_optimizer
 from pirl.shards import Manifest
 from pirl.storage import open_storage
-from pirl.train import TrainState, train
+from pirl.training.loop import train
 from pirl.training.spec import Options
+from pirl.training.state import TrainState
 from pirl.world import World
 
 LINEAR = "r50-200ep-linear"
@@ -418,7 +419,7 @@ def test_a_training_continues_from_a_complete_file(tmp_path: Path, shards: str) 
     assert (found.lacks, found.epochs, found.cursor.step) == ([], 1, 5)
     recipe = parse_recipe((run / "config.toml").read_text())
     done = train(recipe, Options(data=shards, out=str(run)), World())
-    assert (done["steps"], done["images_seen"]) == (15, 3 * IMAGES)
+    assert (done.steps, done.images_seen) == (15, 3 * IMAGES)
     state = saved(run)
     assert state["bank"]["z"].item() == 90.0  # kept, not estimated again
     events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]

@@ -16,11 +16,11 @@ import ranks
 from conftest import IMAGES, tiny_recipe
 from test_train import assert_same_bits, final
 
-import pirl.train
+import pirl.training.loop
 from pirl.config import Recipe
 from pirl.metrics import read_lines
 from pirl.storage import open_storage
-from pirl.train import train
+from pirl.training.loop import train
 from pirl.training.spec import Options
 from pirl.world import World
 
@@ -30,7 +30,7 @@ STEPS_AN_EPOCH = 5
 def train_noting(world: World, recipe: Recipe, options: Options, notes: Path) -> dict[str, Any]:
     """A training that notes where it starts and the images of each step, where a kill cannot take them away."""
     file = os.open(f"{notes}-{world.rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    resume, step = pirl.train.resume, pirl.train.train_step
+    resume, step = pirl.training.loop.resume, pirl.training.loop.train_step
 
     def noting_resume(*arguments: Any) -> Any:
         cursor = resume(*arguments)
@@ -42,7 +42,7 @@ def train_noting(world: World, recipe: Recipe, options: Options, notes: Path) ->
         os.write(file, json.dumps([epoch, share.rows[: share.counts[world.rank]].tolist()]).encode() + b"\n")
         return step(*arguments)
 
-    pirl.train.resume, pirl.train.train_step = noting_resume, noting_step
+    pirl.training.loop.resume, pirl.training.loop.train_step = noting_resume, noting_step
     return train(recipe, options, world)
 
 

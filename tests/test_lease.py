@@ -22,7 +22,7 @@ from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401
 from pirl.checkpoint import Lease, lease
 from pirl.errors import PirlError, TrainingError, UsageError
 from pirl.storage import open_storage
-from pirl.train import train
+from pirl.training.loop import train
 from pirl.training.spec import Options
 from pirl.world import World
 

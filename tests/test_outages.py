@@ -36,7 +36,7 @@ from pirl.jobs import watch
 from pirl.metrics import Log
 from pirl.shards import ShardReader
 from pirl.storage import LocalStorage, open_storage
-from pirl.train import train
+from pirl.training.loop import train
 from pirl.training.spec import Options
 from pirl.world import World
 

@@ -26,8 +26,10 @@ from pirl.memory import MemoryBank
 from pirl.model import build_model
 from pirl.optim import build_optimizer
 from pirl.plan import Machine, growth, measure, plan_training, saved_storages
-from pirl.train import TrainState, train, train_step
+from pirl.training.loop import train
 from pirl.training.spec import Options
+from pirl.training.state import TrainState
+from pirl.training.step import train_step
 from pirl.world import World
 
 IMAGENET = 1_281_167

@@ -33,7 +33,7 @@ from pirl.report.neighbours import choose_queries, find_neighbours
 from pirl.report.sheet import draw_views
 from pirl.shards import ShardReader, decode_image
 from pirl.storage import open_storage
-from pirl.train import train
+from pirl.training.loop import train
 from pirl.training.spec import Options
 from pirl.views import draw_geometry
 from pirl.world import World

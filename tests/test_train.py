@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,19 @@ import torch
 from conftest import IMAGES, TRAIN, pirl_train, tiny_recipe
 from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401
 
+import pirl.training.control
+import pirl.training.loop
 from pirl.checkpoint import Checkpoints
 from pirl.config import Recipe
 from pirl.data import epoch_order
-from pirl.errors import CheckpointError, ConfigError, UsageError
+from pirl.errors import CheckpointError, ConfigError, PirlError, StorageError, TrainingError, UsageError
 from pirl.memory import MemoryBank
 from pirl.metrics import read_lines
 from pirl.model import build_model
+from pirl.results import Completion
 from pirl.storage import LocalStorage, open_storage
-from pirl.train import StopSignal, main, train
+from pirl.training.control import Control, Decision
+from pirl.training.loop import train
 from pirl.training.spec import Options
 from pirl.world import World
 
@@ -38,15 +43,6 @@ STEPS_AN_EPOCH = 5  # 42 images in batches of 9
 EPOCHS = 8
 CHANGES = ("jitter", "posterize", "gray", "flip")
 RECIPE = tiny_recipe(f"train.epochs={EPOCHS}")
-
-
-@pytest.fixture(autouse=True)
-def own_signals() -> Iterator[None]:
-    """A training in this process takes over the signals; give them back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def final(out: Path | str) -> dict[str, Any]:
@@ -68,11 +64,11 @@ def assert_same_bits(first: dict[str, Any], second: dict[str, Any]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*momenta))
 
 
-def train_here(out: Path, shards: str, recipe: Recipe = RECIPE, **options: Any) -> dict[str, Any]:
+def train_here(out: Path, shards: str, recipe: Recipe = RECIPE, **options: Any) -> Completion:
     return train(recipe, Options(data=shards, out=str(out), **{"log_every": 1, **options}), World())
 
 
-def train_rank(world: World, recipe: Recipe, options: Options) -> dict[str, Any]:
+def train_rank(world: World, recipe: Recipe, options: Options) -> Completion:
     return train(recipe, options, world)
 
 
@@ -194,7 +190,7 @@ def test_workers_and_precision_of_logging_change_nothing(
 @pytest.mark.parametrize("overrides", [["train.precision=bf16"], ["loss.kind=cross_entropy", "model.head=linear"]])
 def test_other_settings_run(shards: str, tmp_path: Path, overrides: list[str]) -> None:
     done = train_here(tmp_path / "run", shards, tiny_recipe("train.epochs=1", *overrides))
-    assert done["steps"] == STEPS_AN_EPOCH
+    assert done.steps == STEPS_AN_EPOCH
 
 
 # ---- kills
@@ -273,7 +269,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(
     assert_same_bits(final(out), final(uninterrupted[size]))
 
 
-def train_on_slow_storage(world: World, recipe: Recipe, options: Options) -> dict[str, Any]:
+def train_on_slow_storage(world: World, recipe: Recipe, options: Options) -> Completion:
     write = LocalStorage.write_bytes
 
     def slow(self: LocalStorage, name: str, data: bytes) -> None:
@@ -363,12 +359,11 @@ def test_a_signal_is_agreed_on_by_all_ranks(tmp_path: Path) -> None:
 
 
 def steps_until_stopped(world: World) -> int:
-    stop = StopSignal(world)
+    control = Control(world)
     for step in range(1000):
         if step == 20 and world.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        stopping, _ = stop.agreed(False)
-        if stopping:
+        if control.agree(1000) is Decision.STOP:
             return step
     return -1
 
@@ -435,7 +430,7 @@ def test_other_data_in_the_same_out(
 
 def test_renaming_a_recipe_does_not_make_it_another(stopped_run: Path, shards: str) -> None:
     done = train_here(stopped_run, shards, tiny_recipe(f"train.epochs={EPOCHS}", "name=other"))
-    assert done["steps"] == EPOCHS * STEPS_AN_EPOCH
+    assert done.steps == EPOCHS * STEPS_AN_EPOCH
 
 
 @pytest.mark.parametrize(
@@ -458,7 +453,7 @@ def test_mistakes_cost_nothing(
 def test_data_that_is_not_there(tiny_toml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RANK", raising=False)
-        assert main(arguments(tiny_toml, str(tmp_path / "absent"), tmp_path / "run")) == 1
+        assert pirl_train(*arguments(tiny_toml, str(tmp_path / "absent"), tmp_path / "run")) == 1
     assert "pirl shard" in capsys.readouterr().err
 
 
@@ -467,7 +462,7 @@ def test_a_finished_run_repeats_as_nothing(
 ) -> None:
     before = content(uninterrupted[1])
     done = train_here(uninterrupted[1], shards)
-    assert done == json.loads(before["DONE.json"])
+    assert done.to_json() == json.loads(before["DONE.json"])
     assert "nothing to do" in capsys.readouterr().out
     assert content(uninterrupted[1]) == before
 
@@ -475,12 +470,17 @@ def test_a_finished_run_repeats_as_nothing(
 # ---- what breaks on the way
 
 
+def diverging_recipe() -> Recipe:
+    """A learning rate that recipes do not accept."""
+    recipe = tiny_recipe("train.epochs=20")
+    return recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"base_lr": 1e30})})
+
+
 def test_a_loss_that_is_no_number_ends_the_run_and_spares_the_last_good_state(shards: str, tmp_path: Path) -> None:
     """Also with a checkpoint due at every step, and with no line of the log in between."""
     for every in (1, 1000):
         out = tmp_path / f"run{every}"
-        recipe = tiny_recipe("optim.base_lr=1e30", "train.epochs=20")
-        processes = start(1, out, shards, recipe, log_every=every, checkpoint_every_s=0)
+        processes = start(1, out, shards, diverging_recipe(), log_every=every, checkpoint_every_s=0)
         assert ranks.finish(processes) == [1], printed(out)
         assert re.search(r"error: the loss is no longer finite \((nan|inf)", printed(out)), printed(out)
         assert "optim.base_lr" in printed(out)
@@ -494,7 +494,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_spares_the_last_good_state(sh
 
 def test_a_loss_that_is_no_number_on_two_ranks(shards: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    processes = start(2, out, shards, tiny_recipe("optim.base_lr=1e30", "train.epochs=20"))
+    processes = start(2, out, shards, diverging_recipe())
     assert ranks.finish(processes) == [1, 1], (printed(out), printed(out, 1))
 
 
@@ -506,7 +506,7 @@ def test_a_damaged_newest_checkpoint(stopped_run: Path, uninterrupted: dict[int,
         path.write_bytes(data)
         with pytest.warns(UserWarning, match="going on from the older step-00000000"):
             done = train_here(stopped_run, shards)
-        assert done["steps"] == EPOCHS * STEPS_AN_EPOCH
+        assert done.steps == EPOCHS * STEPS_AN_EPOCH
         assert_same_bits(final(stopped_run), final(uninterrupted[1]))
         events = read_lines(open_storage(stopped_run), "events.jsonl")
         assert [event["checkpoints"] for event in events if event["event"] == "checkpoint_skipped"][-1] == [folder.name]
@@ -558,7 +558,7 @@ def test_a_disk_that_is_full_for_a_while(
     output = lambda: ranks.output(tmp_path / "ranks")  # noqa: E731
     wait_for(lambda: saved_step(out) > 0)
     fill(small_disk)
-    wait_for(lambda: "training goes on" in output())
+    wait_for(lambda: "training continues" in output())
     assert "disk is full" in output()
     good = saved_step(out)
     assert final(out)["model"]
@@ -617,22 +617,109 @@ def test_on_s3(bucket: str, shards: str) -> None:  # noqa: F811
             raise Stop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pirl.train.say", stop_at_7)
+        patch.setattr("pirl.training.meter.say", stop_at_7)
         with pytest.raises(Stop):
             train(recipe, stopping, World())
     done = train(recipe, options, World())
-    assert done["checkpoint"] == f"{out}/checkpoints/step-00000010"
+    assert done.checkpoint == f"{out}/checkpoints/step-00000010"
     events = [event["event"] for event in read_lines(open_storage(out), "events.jsonl")]
     assert events[0] == "start"
     assert "resume" in events
     assert Checkpoints(open_storage(out) / "checkpoints").names() == ["step-00000009", "step-00000010"]
 
 
-def test_signals_are_given_back(shards: str, tmp_path: Path) -> None:
-    """A program that calls `train` can be interrupted afterwards as before."""
-    before = signal.getsignal(signal.SIGINT)
-    train_here(tmp_path / "run", shards, tiny_recipe("train.epochs=1"))
-    assert signal.getsignal(signal.SIGINT) is before
+@pytest.mark.parametrize("fails", [False, True])
+def test_signals_are_restored(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """A program that calls `train` can be interrupted afterwards as before, also after a failure."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = [signal.getsignal(number) for number in numbers]
+    if fails:
+        monkeypatch.setattr("pirl.training.loop.train_step", raising(TrainingError("no step")))
+    with pytest.raises(TrainingError) if fails else nullcontext():
+        train_here(tmp_path / "run", shards, tiny_recipe("train.epochs=1"))
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def raising(error: PirlError) -> Callable[..., Any]:
+    def function(*_: Any) -> Any:
+        raise error
+
+    return function
+
+
+def test_an_ignored_hangup_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        control = Control(World())
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert control.agree(1000) is Decision.CONTINUE
+        control.close()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# ---- when checkpoints are saved
+
+
+def train_by_clock(world: World, recipe: Recipe, options: Options) -> Completion:
+    """A training whose control reads a clock that moves by 10 s a step."""
+    step, clock = pirl.training.loop.train_step, [0.0]
+
+    def ticking(*arguments: Any) -> Any:
+        clock[0] += 10
+        return step(*arguments)
+
+    pirl.training.loop.train_step = ticking
+    pirl.training.control.monotonic = lambda: clock[0]
+    pirl.training.loop.monotonic = lambda: clock[0]
+    return train(recipe, options, world)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_each_due_time_makes_one_checkpoint(shards: str, tmp_path: Path, size: int) -> None:
+    """On several ranks a step later, as their agreement takes a step. Milestones count as a due time."""
+    out = tmp_path / "run"
+    options = Options(data=shards, out=str(out), checkpoint_every_s=65, keep=100, keep_every_epochs=4)
+    assert ranks.finish(ranks.start(train_by_clock, size, out.with_suffix(".ranks"), RECIPE, options)) == [0] * size
+    late = int(size > 1)
+    due = [7 + late, 14 + late, 20, 27 + late, 34 + late, 40]  # every 7th step, and from the milestone on again
+    events = read_lines(open_storage(out), "events.jsonl")
+    assert [event["step"] for event in events if event["event"] == "checkpoint"] == [0, *due]
+    checkpoints = Checkpoints(open_storage(out / "checkpoints"))
+    kept = [commit.cursor.step for commit in map(checkpoints.commit, checkpoints.names()) if commit.milestone]
+    assert kept == [20, 40]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_request_under_way_is_served_by_a_milestone(shards: str, tmp_path: Path, size: int) -> None:
+    out = tmp_path / "run"
+    options = Options(data=shards, out=str(out), checkpoint_every_s=195, keep=100, keep_every_epochs=4)
+    assert ranks.finish(ranks.start(train_by_clock, size, out.with_suffix(".ranks"), RECIPE, options)) == [0] * size
+    events = read_lines(open_storage(out), "events.jsonl")
+    assert [event["step"] for event in events if event["event"] == "checkpoint"] == [0, 20, 40]
+
+
+@pytest.mark.parametrize(("transient", "failures"), [(True, 4), (False, 1), (False, 2)])
+def test_the_final_save_is_retried(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transient: bool, failures: int
+) -> None:
+    """While storage is unavailable; any other error once, as space may have been freed."""
+    write, left = LocalStorage.write_bytes, [failures]
+
+    def failing(self: LocalStorage, name: str, data: bytes) -> None:
+        if "step-00000005" in self.uri and name.endswith(".safetensors") and left[0]:
+            left[0] -= 1
+            raise StorageError("no answer", transient=transient)
+        write(self, name, data)
+
+    monkeypatch.setattr(LocalStorage, "write_bytes", failing)
+    monkeypatch.setattr("pirl.training.saver.FINAL_SAVE_PAUSE_S", 0)
+    given_up = not transient and failures > 1
+    with pytest.raises(StorageError) if given_up else nullcontext(), pytest.warns(UserWarning, match="no answer"):
+        train_here(tmp_path / "run", shards, tiny_recipe("train.epochs=1"))
+    assert saved_step(tmp_path / "run") == (0 if given_up else STEPS_AN_EPOCH)
 
 
 def test_too_small_maps_are_refused_before_a_batch_of_one_breaks() -> None:

@@ -23,14 +23,15 @@ from conftest import IMAGES, TRAIN, tiny_recipe, training
 from test_data import in_session
 from test_train import arguments, final, rank_pids, saved_step, wait_for
 
-import pirl.train
+import pirl.training.loop
 from pirl.checkpoint import Checkpoints
 from pirl.config import Recipe
 from pirl.data import epoch_order
 from pirl.metrics import read_lines
 from pirl.storage import open_storage
-from pirl.train import TrainState, train
+from pirl.training.loop import train
 from pirl.training.spec import Options
+from pirl.training.state import TrainState
 from pirl.world import World
 
 EPOCHS = 8
@@ -38,10 +39,10 @@ STEPS_AN_EPOCH = 5  # 42 images in batches of 9
 RECIPE = tiny_recipe(f"train.epochs={EPOCHS}")
 
 
-def train_hooked(world: World, recipe: Recipe, options: Options, hook: Any, *details: Any) -> dict[str, Any]:
+def train_hooked(world: World, recipe: Recipe, options: Options, hook: Any, *details: Any) -> Any:
     """A training with `hook(number of the step, world, state, *details)` called before each step and, where it returns
     a function, that one after it."""
-    step, number = pirl.train.train_step, 0
+    step, number = pirl.training.loop.train_step, 0
 
     def hooked(*given: Any) -> Any:
         nonlocal number
@@ -53,7 +54,7 @@ def train_hooked(world: World, recipe: Recipe, options: Options, hook: Any, *det
             after()
         return result
 
-    pirl.train.train_step = hooked
+    pirl.training.loop.train_step = hooked
     return train(recipe, options, world)
 
 
@@ -183,7 +184,8 @@ def test_a_bug_ends_a_training_with_loading_processes(shards: str, tiny_toml: Pa
     """With its traceback, and at once: the workers do not listen to the signal by which Python would end them."""
     path = tmp_path / "training.json"
     path.write_text(training(tiny_toml, shards, tmp_path / "run", workers=2).to_json())
-    program = f"import pirl.train; pirl.train.train_step = lambda *_: 1 / 0; pirl.train.main(['{path}'])"
+    broken = "import pirl.train, pirl.training.loop as loop; loop.train_step = lambda *_: 1 / 0"
+    program = f"{broken}; pirl.train.main(['{path}'])"
     env = os.environ | {"RANK": "0", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1

@@ -23,7 +23,7 @@ from pirl.checkpoint import Checkpoints
 from pirl.config import Recipe
 from pirl.metrics import read_lines
 from pirl.storage import open_storage, retries
-from pirl.train import train
+from pirl.training.loop import train
 from pirl.training.spec import Options
 from pirl.world import World
 
@@ -173,7 +173,7 @@ def test_steps_are_made_while_the_server_is_away(
         processes = ranks.start(train_counting, 2, folder, recipe, options, **environment)
         wait_for(lambda: "step 7/" in output())
         proxy.begin("reset")
-        wait_for(lambda: "the last checkpoint was not saved, training goes on" in output())
+        wait_for(lambda: "the last checkpoint was not saved, training continues" in output())
         before = output().count("step ")
         wait_for(lambda: output().count("step ") > before + 10)
         saved = Checkpoints(open_storage(out) / "checkpoints").newest()

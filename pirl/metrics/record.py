@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -86,7 +87,8 @@ class Log:
 def peak_memory_bytes() -> int:
     """Largest resident set of this process or of any one child that has ended."""
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return max(resource.getrusage(kind).ru_maxrss for kind in kinds) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes on macOS, else KiB
+    return max(resource.getrusage(kind).ru_maxrss for kind in kinds) * unit
 
 
 def _rounded(value: float) -> float:

@@ -135,7 +135,7 @@ class BlockCache:
         with ExitStack() as stack:
             with suppress(OSError):  # no file or no locks here: then some blocks are fetched twice
                 file = stack.enter_context(open(self.folder / "fetching", "ab"))
-                fcntl.fcntl(file, fcntl.F_OFD_SETLKW, struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, first, count, 0))
+                _lock_range(file, first, count)
             yield
 
     def _count(self) -> None:
@@ -189,6 +189,14 @@ def _last_use(folder: Path) -> float:
         return folder.stat().st_mtime
     except FileNotFoundError:  # another process has removed it
         return 0.0
+
+
+def _lock_range(file: BinaryIO, first: int, count: int) -> None:
+    """Wait for the bytes of an open file; for all of it where only Linux's lock of a range is missing."""
+    if hasattr(fcntl, "F_OFD_SETLKW"):
+        fcntl.fcntl(file, fcntl.F_OFD_SETLKW, struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, first, count, 0))
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _used(folder: Path) -> int:

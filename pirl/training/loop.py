@@ -1,0 +1,248 @@
+"""The training loop: load, step, log, save, from the newest checkpoint to the end of the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from time import monotonic
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from .. import __version__, logs
+from ..checkpoint import Cursor, Lease
+from ..config import Recipe
+from ..data import Batch, Loader, Share
+from ..errors import PirlError, PreemptedError
+from ..logs import say
+from ..loss import StepLoss
+from ..memory import MemoryBank
+from ..metrics import Log, TrainingMetrics
+from ..model import build_model, memory_format
+from ..optim import build_optimizer, learning_rate, set_learning_rate
+from ..results import Completion
+from ..run import Run
+from ..shards import Manifest
+from ..storage import open_storage
+from ..world import World, naming_who_hangs
+from .control import Control, Decision
+from .meter import Meter
+from .saver import FINAL_SAVE_RETRY_S, Saver
+from .spec import Options
+from .state import TrainState, check_same_run, resume
+from .step import train_step, warm_up_ddp
+
+
+def train(recipe: Recipe, options: Options, world: World) -> Completion:
+    """Train to the end of the recipe, from the newest checkpoint of this run if there is one.
+
+    Returns the run's completion marker. Raises `PreemptedError` after a stop signal, when the state is saved.
+    """
+    run = Run.at(open_storage(options.out).patient())  # a rank waits for a storage that its launcher has seen
+    manifest = Manifest.load(open_storage(options.data).patient())
+    recipe.check_data(manifest.images)
+    check_same_run(run, recipe, manifest.digest)
+    if completion := run.completion():
+        if world.is_main:
+            say("this run is complete: nothing to do")
+        return completion
+    # checks the shards before anything is written
+    loader = Loader(options.data, recipe, world, max(0, options.workers))
+    with (
+        naming_who_hangs(world),
+        claim_lease(run, world) as lease,
+        Trainer(recipe, options, world, run, manifest.digest, loader, lease) as trainer,
+    ):
+        return trainer.fit()
+
+
+@contextmanager
+def claim_lease(run: Run, world: World) -> Iterator[Lease | None]:
+    """Hold the lease of the run on rank 0; all ranks raise if another training has it."""
+    lease, refusal = None, None
+    if world.is_main:
+        try:
+            lease = Lease.claim(run.storage)
+        except PirlError as error:
+            refusal = error
+    if refusal := world.broadcast_object(refusal):
+        raise refusal
+    with lease or nullcontext():
+        yield lease
+
+
+class Trainer:
+    """One training on one rank, while no other training writes to the run. `lease` is rank 0's."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        options: Options,
+        world: World,
+        run: Run,
+        data_digest: str,
+        loader: Loader,
+        lease: Lease | None,
+    ) -> None:
+        self.recipe, self.options, self.world, self.run, self.lease = recipe, options, world, run, lease
+        self.data_digest, self.loader, self.rows = data_digest, loader, loader.dataset.rows
+        torch.manual_seed(recipe.train.seed)
+        logs.about(run=run.name, rank=world.rank)
+        self.state = build_state(recipe, self.rows, world)
+        steps = recipe.train.epochs * recipe.steps_per_epoch(self.rows)
+        self.live = TrainingMetrics(run.uri, world, steps, recipe.train.epochs)
+        self.log = Log(run.storage, self.live)
+        self.meter = Meter(recipe, loader, world, options, self.log, self.live)
+        checkpoints = run.checkpoints(keep=options.keep, world=world, keep_best=options.keep_best, guard=self._guard)
+        self.saver = Saver(checkpoints, self.state, recipe, data_digest, world, self.log, self.meter)
+        self.resumed = resume(self.state, checkpoints, run, data_digest, world)
+        self.cursor = self.resumed or Cursor()
+        self.loss: StepLoss | None = None
+        """Of the last step on this rank."""
+        self._record_start()
+        self.network = wrap_ddp(recipe, self.state.model, world)
+        self.live.watch(self.network, self.state.bank)
+        self.control = Control(world)
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        with ExitStack() as stack:  # in reverse order, each of them even if one fails
+            if self.world.is_main and not (self.lease and self.lease.lost):
+                stack.callback(self.log.flush)
+            stack.callback(self.control.close)
+            stack.callback(self.saver.checkpoints.close)
+
+    def fit(self) -> Completion:
+        """Train from the cursor to the end of the recipe."""
+        if not self.resumed:
+            self.saver.save(self.cursor)
+        self.control.restart()
+        self.state.model.train()
+        batches = self.loader.batches(self.cursor.epoch, self.cursor.samples)
+        try:
+            self._await_batch()
+            for epoch, seen, share, batch in batches:
+                self._step(epoch, seen, share, batch)
+                decision = self.control.agree(self.saver.interval_s(self.options.checkpoint_every_s))
+                if decision is Decision.STOP:
+                    self._preempt()
+                self._save_if_due(decision)
+                self._await_batch()
+            self.world.moment = "the end"
+            self.saver.save_final(self.cursor, self._last_loss())
+            return self._complete()
+        finally:
+            batches.close()  # ends the loading processes, for which a process with a traceback would wait for ever
+
+    def _step(self, epoch: int, seen: int, share: Share, batch: Batch) -> None:
+        rate = learning_rate(self.recipe, epoch + seen / self.rows)
+        set_learning_rate(self.state.optimizer, rate)
+        self.meter.begin_step()
+        self.loss, embeddings = train_step(self.recipe, self.network, self.state, self.world, epoch, share, batch)
+        self.cursor = replace(
+            self.cursor,
+            epoch=epoch,
+            samples=seen + share.size,
+            step=self.cursor.step + 1,
+            seconds=self.meter.seconds(),
+        )
+        self.meter.end_step(self.cursor, rate, self.loss, embeddings, share)
+        if self.lease:
+            self.lease.check()
+
+    def _await_batch(self) -> None:
+        self.live.clock.wait()
+        self.world.moment = f"step {self.cursor.step + 1}"
+
+    def _save_if_due(self, decision: Decision) -> None:
+        milestone = self._ends_milestone()
+        if not milestone and decision is not Decision.SAVE:
+            return
+        started = monotonic()
+        self.saver.save(self.cursor, self._last_loss(), milestone)
+        if decision is Decision.SAVE:
+            self.control.postpone(monotonic() - started)
+        else:
+            self.control.restart()
+
+    def _ends_milestone(self) -> bool:
+        """Return whether this step ends an epoch whose checkpoint is kept for good."""
+        every = self.options.keep_every_epochs
+        at_end = self.cursor.step % self.recipe.steps_per_epoch(self.rows) == 0
+        return every > 0 and at_end and (self.cursor.epoch + 1) % every == 0
+
+    def _preempt(self) -> None:
+        """Save the state and raise `PreemptedError` on all ranks."""
+        self.saver.save_final(self.cursor, self._last_loss())
+        self.world.barrier()  # no rank leaves before the state is saved: the launcher ends all when one ends
+        self.log.event("preempted", step=self.cursor.step)
+        raise PreemptedError(
+            f"stopped by a signal at step {self.cursor.step}; the state is saved in {self.run.uri}",
+            "run the same command again to continue",
+        )
+
+    def _complete(self) -> Completion:
+        """Write the completion marker on rank 0 and return it on all ranks."""
+        completion = None
+        if self.world.is_main:
+            checkpoints = self.saver.checkpoints
+            completion = Completion(
+                steps=self.cursor.step,
+                epochs=self.recipe.train.epochs,
+                images_seen=self.meter.images_seen,
+                seconds=round(self.cursor.seconds, 1),
+                checkpoint=f"{checkpoints.storage.uri}/{checkpoints.newest()}",
+                recipe=self.recipe.name,
+                recipe_digest=self.recipe.digest(),
+                data_digest=self.data_digest,
+                ranks=self.world.size,
+                version=__version__,
+            )
+            self.log.event("done", step=self.cursor.step)
+            self.log.flush(FINAL_SAVE_RETRY_S)
+            self.run.complete(completion)
+        return self.world.broadcast_object(completion)
+
+    def _record_start(self) -> None:
+        """Continue meter and record at the cursor, and note how the training has started."""
+        self.meter.start_at(self.cursor)
+        self.log.resume_at(self.cursor.step)
+        if not self.world.is_main:
+            return
+        self.run.save_recipe(self.recipe)
+        if skipped := self.saver.checkpoints.skipped:
+            self.log.event("checkpoint_skipped", checkpoints=skipped)
+        start = "resume" if self.resumed else "start"
+        self.log.event(start, step=self.cursor.step, ranks=self.world.size, version=__version__)
+
+    def _guard(self) -> None:
+        """Before a checkpoint is published, in its thread: confirm the lease, and write the record up to here."""
+        if self.lease:
+            self.lease.confirm()
+        self.log.flush()
+
+    def _last_loss(self) -> torch.Tensor | None:
+        return self.loss.loss if self.loss else None
+
+
+def build_state(recipe: Recipe, rows: int, world: World) -> TrainState:
+    """Return the state before the first step, on the rank's device."""
+    model = build_model(recipe).to(world.device)
+    model = model.to(memory_format=memory_format(model.trunk))
+    bank = MemoryBank(rows, recipe.model.embedding_dim, recipe.memory, recipe.train.seed, world.size).to(world.device)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.train.precision == "fp16")
+    return TrainState(model, bank, build_optimizer(model, recipe), scaler)
+
+
+def wrap_ddp(recipe: Recipe, model: nn.Module, world: World) -> nn.Module:
+    """Return the model, which averages its gradients over the ranks if there are several."""
+    if world.size == 1:
+        return model
+    devices = [world.local_rank] if world.device.type == "cuda" else None
+    network = nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    warm_up_ddp(network, recipe, world)
+    return network

@@ -1,0 +1,141 @@
+"""Measurement of a training: throughput, losses, ETA, and the batch that made a loss non-finite."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Commit, Cursor
+from ..config import Recipe
+from ..data import Loader, Share
+from ..errors import TrainingError
+from ..logs import say
+from ..loss import StepLoss
+from ..metrics import Log, TrainingMetrics
+from ..text import duration
+from ..world import World
+from .spec import Options
+
+
+class Meter:
+    """Measurement of the steps, with a report of each interval's means; the device is read only then."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        loader: Loader,
+        world: World,
+        options: Options,
+        log: Log,
+        live: TrainingMetrics,
+    ) -> None:
+        self.recipe, self.world, self.options, self.log, self.live = recipe, world, options, log, live
+        self.loader = loader
+        self.rows = loader.dataset.rows
+        self.total_steps = recipe.train.epochs * recipe.steps_per_epoch(self.rows)
+        self._history: list[tuple[Cursor, int, Tensor]] = []
+        """The interval's steps and the one before: cursor at the end, number of images, loss on this rank."""
+        self._saving = self._history
+        """The step whose state is being saved, or was last."""
+        self.sums = torch.zeros(5, device=world.device)
+        self.start_at(Cursor())
+
+    def start_at(self, cursor: Cursor) -> None:
+        """Count from `cursor` on."""
+        size = self.recipe.train.batch_size
+        epoch = self.rows if self.recipe.train.last_batch == "keep" else self.rows - self.rows % size
+        self.images_seen = cursor.epoch * epoch + cursor.samples
+        self._before = cursor.seconds
+        self._started = time.perf_counter()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._interval = time.perf_counter()
+        self._steps = self._images = 0
+        self._compute_s = 0.0
+        self._history = self._history[-1:]
+
+    def seconds(self) -> float:
+        return self._before + time.perf_counter() - self._started
+
+    def begin_step(self) -> None:
+        self._step_started = time.perf_counter()
+        self.live.clock.begin()
+
+    def end_step(self, cursor: Cursor, rate: float, result: StepLoss, spread: Tensor, share: Share) -> None:
+        self._compute_s += time.perf_counter() - self._step_started
+        self.sums += torch.stack(
+            [result.loss.detach(), result.patches, result.images, result.positive, result.negative]
+        )
+        self._history.append((cursor, share.size, result.loss.detach()))
+        self._steps += 1
+        self._images += share.size
+        self.images_seen += share.size
+        self.live.stepped(share.size)
+        if cursor.step % self.options.log_every == 0 or cursor.step == self.total_steps:
+            self.report(cursor, rate, spread)
+
+    def report(self, cursor: Cursor, rate: float, embeddings: Tensor) -> None:
+        means = (self.world.sum(self.sums.double()) / (self._steps * self.world.size)).tolist()
+        self.sums.zero_()
+        elapsed = time.perf_counter() - self._interval
+        self.live.interval()
+        if not math.isfinite(means[0]):
+            raise self.not_finite(means[0])
+        if self.world.is_main:
+            position = cursor.epoch + cursor.samples / self.rows
+            speed = self._images / elapsed
+            left = (self.total_steps - cursor.step) * elapsed / self._steps
+            line = {
+                "step": cursor.step,
+                "epoch": position,
+                "loss": means[0],
+                "loss_patches": means[1],
+                "loss_images": means[2],
+                "lr": rate,
+                "images_per_s": speed,
+                "step_s": elapsed / self._steps,
+                "data_wait_s": (elapsed - self._compute_s) / self._steps,
+                "time_s": cursor.seconds,
+                "pos_similarity": means[3],
+                "neg_similarity": means[4],
+                "embedding_std": float(embeddings.float().std(0).mean() * math.sqrt(embeddings.shape[1])),
+            }
+            self.log.step(**line)
+            say(
+                f"epoch {position:6.2f}/{self.recipe.train.epochs}  step {cursor.step}/{self.total_steps}  "
+                f"loss {means[0]:.4f}  lr {rate:.4g}  {speed:.0f} images/s  "
+                f"waited {(1 - self._compute_s / elapsed) * 100:.0f}%  left {duration(left)}",
+                **line,
+            )
+        self._reset()
+
+    def not_finite(self, *losses: float, where: str = "") -> TrainingError:
+        """Return the error for non-finite losses, or for a non-finite state that was to be saved (`where`).
+
+        It names the batch of the first such step. All ranks call it together, as one of them alone may have seen it.
+        """
+        steps = self._saving if where else self._history
+        finite = torch.stack([loss for _, _, loss in steps]).isfinite().tolist()
+        first = min(self.world.gather_objects(finite.index(False) if False in finite else len(finite) - 1))
+        cursor, images, _ = steps[first]
+        ids = self.loader.batch_ids(cursor.epoch, cursor.samples - images, cursor.samples)
+        self.log.event("not_finite", step=cursor.step, epoch=cursor.epoch, ids=ids, where=where or "loss")
+        subject = where or f"the loss is no longer finite ({', '.join(f'{loss:g}' for loss in losses)})"
+        named = ", ".join(map(str, ids[:8])) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+        return TrainingError(
+            f"{subject}{' is no longer finite' if where else ''}, first at step {cursor.step} (epoch {cursor.epoch}), "
+            f"with the images {named}",
+            "the last checkpoint is from before, events.jsonl has all ids; look at these images, lower optim.base_lr "
+            "or use train.precision=fp32",
+        )
+
+    def saving(self) -> None:
+        """Note that the state of the last step is about to be saved."""
+        self._saving = self._history[-1:]
+
+    def saved(self, commit: Commit, seconds: float) -> None:
+        self.log.event("checkpoint", step=commit.cursor.step, bytes=commit.bytes, seconds=round(seconds, 3))

@@ -1,0 +1,100 @@
+"""Checkpoints of a training: saved by all ranks together, the last one retried."""
+
+from __future__ import annotations
+
+import time
+import warnings
+
+from torch import Tensor
+
+from ..checkpoint import Checkpoints, Cursor
+from ..config import Recipe
+from ..errors import PirlError, StorageError
+from ..metrics import Log
+from ..world import World
+from .meter import Meter
+from .state import TrainState, check_state
+
+FINAL_SAVE_RETRY_S = 150.0  # retry the final save this long while storage is unavailable
+FINAL_SAVE_PAUSE_S = 5.0
+AFTER_FAILURE_S = 30.0  # until the next save, after one that failed
+
+
+class Saver:
+    """Saves the state of a training in the background. All ranks call it, and each writes its share."""
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        state: TrainState,
+        recipe: Recipe,
+        data_digest: str,
+        world: World,
+        log: Log,
+        meter: Meter,
+    ) -> None:
+        self.checkpoints, self.state, self.recipe, self.data_digest = checkpoints, state, recipe, data_digest
+        self.world, self.log, self.meter = world, log, meter
+        self.cursor: Cursor | None = None
+        """Of the state that was saved last, or is being saved."""
+        self.milestone = False
+        """Whether that checkpoint is kept for good."""
+        # batch statistics differ from rank to rank: rank 0's are saved
+        self._of_main = {f"model/{name}" for name, _ in state.model.named_buffers()}
+
+    def interval_s(self, every_s: float) -> float:
+        """Return the seconds between two checkpoints: fewer after a save that has failed."""
+        return min(every_s, AFTER_FAILURE_S) if self.checkpoints.failed else every_s
+
+    def save(self, cursor: Cursor, loss: Tensor | None = None, milestone: bool = False) -> None:
+        """Start to save the state at `cursor`; `loss` is this rank's of the last step. A milestone is kept for good.
+
+        Raises `TrainingError` if state or loss are not finite. A save that has failed before is a warning.
+        """
+        self.world.barrier()  # a stalled rank is reported here; waiting for its share of the last save would not
+        if error := self._finish():
+            self._warn(error)
+        mean = check_state(self.state, loss, self.world, self.meter)
+        self.meter.saving()
+        self.checkpoints.save(
+            self.state.to_dict(self.recipe, self.data_digest),
+            cursor,
+            self.recipe.digest(),
+            self.data_digest,
+            self.meter.saved,
+            loss=mean,
+            milestone=milestone,
+            of_main=self._of_main,
+        )
+        self.cursor, self.milestone = cursor, milestone
+
+    def save_final(self, cursor: Cursor, loss: Tensor | None) -> None:
+        """Save, unless the state at `cursor` is saved already, and wait.
+
+        Any error is retried once, as space may have been freed; a transient one for `FINAL_SAVE_RETRY_S`.
+        """
+        if self.cursor != cursor:
+            self.save(cursor, loss)
+        deadline = time.monotonic() + FINAL_SAVE_RETRY_S
+        error = self._finish()
+        again = error is not None
+        while self.world.broadcast_object(again):
+            if error:
+                self._warn(error)
+            time.sleep(FINAL_SAVE_PAUSE_S)
+            self.save(cursor, loss, self.milestone)
+            error = self._finish()
+            again = isinstance(error, StorageError) and error.transient and time.monotonic() < deadline
+        if error:
+            raise error
+
+    def _finish(self) -> PirlError | None:
+        """Wait for a save under way and return the error that ended it, on rank 0. All ranks end on a broken state."""
+        error = self.checkpoints.wait()
+        if broken := self.world.broadcast_object(self.checkpoints.broken):
+            raise self.meter.not_finite(where=broken)
+        return error
+
+    def _warn(self, error: PirlError) -> None:
+        warnings.warn(f"the last checkpoint was not saved, training continues: {error}", stacklevel=3)
+        self.log.event("checkpoint_failed", error=error.what)

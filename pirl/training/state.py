@@ -1,0 +1,116 @@
+"""State of a training: what a checkpoint holds, and what must agree before it is loaded or saved."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Checkpoints, Commit, Cursor
+from ..config import Recipe
+from ..errors import CheckpointError, StorageNotFoundError, TrainingError, UsageError
+from ..logs import say
+from ..memory import MemoryBank
+from ..model import PIRL
+from ..run import Run
+from ..world import World
+from .meter import Meter
+
+INCOMPLETE = ("trunk only", "no bank", "no optimizer")  # in place of the data's digest in an import that lacks the rest
+
+
+@dataclass
+class TrainState:
+    """Everything that a step changes. A checkpoint holds it, besides the cursor."""
+
+    model: PIRL
+    bank: MemoryBank
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+    def to_dict(self, recipe: Recipe, data_digest: str) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "bank": self.bank.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "recipe": recipe.to_toml(),
+            "data_digest": data_digest,
+        }
+
+    def load_dict(self, saved: dict[str, Any]) -> None:
+        self.model.load_state_dict(saved["model"])
+        self.bank.load_state_dict(saved["bank"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for parameter, values in self.optimizer.state.items():
+            if (momentum := values.get("momentum_buffer")) is not None:
+                # the fused step takes it to lie in memory as the parameter does (channels last), and would not notice
+                values["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
+        self.scaler.load_state_dict(saved["scaler"])
+
+
+def resume(state: TrainState, checkpoints: Checkpoints, run: Run, data_digest: str, world: World) -> Cursor | None:
+    """Load the newest checkpoint of the run into `state` and return its cursor, or None if there is none."""
+    name = world.broadcast_object(checkpoints.newest() if world.is_main else None)
+    newest = checkpoints.load() if name else None
+    commits = world.gather_objects(newest[0].name if newest else None)
+    if len(set(commits)) > 1:
+        raise CheckpointError(f"ranks read different checkpoints: {commits}", "check the storage of every node")
+    if not newest:
+        return None
+    commit, saved = newest
+    check_same_data(run.uri, commit, data_digest)
+    state.load_dict(saved)
+    if world.is_main:
+        say(f"resuming from {commit.name}: epoch {commit.cursor.epoch}, {commit.cursor.samples} samples into it")
+    return commit.cursor
+
+
+def check_same_run(run: Run, recipe: Recipe, data_digest: str) -> None:
+    """Raise `UsageError` if the run was started with another recipe or with other data."""
+    try:
+        before = run.recipe()
+    except StorageNotFoundError:
+        return
+    if before.digest() != recipe.digest():
+        raise UsageError(
+            f"{run.uri} holds a run of another recipe:\n  " + "\n  ".join(before.differences(recipe)),
+            "use the same settings to resume it, or another --out for a new run",
+        )
+    checkpoints = run.checkpoints()
+    name = checkpoints.newest()
+    with suppress(CheckpointError):  # `resume` reports a damaged one, or finds an older one
+        if name:
+            check_same_data(run.uri, checkpoints.commit(name), data_digest)
+
+
+def check_same_data(out: str, commit: Commit, data_digest: str) -> None:
+    """Raise `UsageError` if the checkpoint was trained on other data, or was imported without all of its state."""
+    if commit.data_digest in INCOMPLETE:
+        raise UsageError(
+            f"{out} was imported with {commit.data_digest}: it cannot be trained further",
+            "evaluate or export it; to train, start a new run",
+        )
+    if commit.data_digest != data_digest:
+        raise UsageError(
+            f"{out} was trained on other data (digest {commit.data_digest[:12]}, these shards have {data_digest[:12]})",
+            "use the same data to resume it, or another --out for a new run",
+        )
+
+
+def check_state(state: TrainState, loss: Tensor | None, world: World, meter: Meter) -> float | None:
+    """Raise if the loss is not finite or the ranks' memory banks differ; return the loss of the global batch.
+
+    Every rank applies the same updates to its bank. Non-finite weights are detected later, in the staged copy.
+    """
+    own = 0.0 if loss is None else loss.item(), state.bank.checksum() if world.size > 1 else 0
+    losses, sums = zip(*world.gather_objects(own))
+    if not all(map(math.isfinite, losses)):
+        raise meter.not_finite(*losses)
+    if len(set(sums)) > 1:
+        raise TrainingError(f"the ranks' memory banks differ (sums {sums})", "this is a bug: please report it")
+    return None if loss is None else sum(losses) / len(losses)
