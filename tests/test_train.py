@@ -390,7 +390,7 @@ def refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
     """What `pirl train` says; it must end with 2 before it starts a process, and change nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RANK", raising=False)
-        patch.setattr("pirl.train.run_ranks", lambda *_: pytest.fail("a process was started"))
+        patch.setattr("pirl.launch.run_ranks", lambda *_: pytest.fail("a process was started"))
         assert pirl_train(*argv) == 2
     text = capsys.readouterr().err
     assert text.startswith("error: ")
