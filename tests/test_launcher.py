@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faulty_s3 import FaultyS3
 from kubernetes_server import WAYS, KubernetesServer, kubernetes  # noqa: F401 fixture
+from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401 fixtures
 
+import pirl
 from pirl.errors import PirlError, StorageError, TrainingError, UsageError
 from pirl.jobs import JobSettings, job_settings
 from pirl.jobs.cluster import Cluster, ForbiddenError
@@ -380,3 +384,38 @@ def test_a_refusal_survives_a_pickle() -> None:
     error = pickle.loads(pickle.dumps(ForbiddenError("may not create pods")))
     assert (type(error), error.what) == (ForbiddenError, "may not create pods")
     assert "manifests" in error.hint
+
+
+@pytest.mark.parametrize("scene", [PYTORCHJOB], ids=["pytorchjob"], indirect=True)
+def test_a_real_bucket_that_is_unavailable_while_a_job_is_followed(
+    scene: Scene,
+    s3_endpoint: str,  # noqa: F811
+    bucket: str,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Connections are reset for longer than steps may take, and while the marker is to be read."""
+    monkeypatch.setenv("PIRL_S3_ATTEMPTS", "1")
+    monkeypatch.setenv("PIRL_STORAGE_PATIENCE_S", "0.1")
+    with FaultyS3(s3_endpoint, share=0, slow_s=0) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        scene.program = Steps(f"{bucket}/run")
+        with scene.launched(progress_s=30) as launcher:
+            scene.start_pods()
+            scene.program.reach(3)
+            scene.until(lambda: launcher.progress.last.get("step") == 3)
+            scene.program.complete()
+            proxy.begin("reset")
+            scene.until(lambda: proxy.faults["reset"] > 5)
+            scene.server.condition(scene.words.plural, scene.words.succeeded)
+            scene.saying("the job keeps running, trying again")
+            proxy.end()
+        assert scene.error is None
+        assert "answered again" in scene.text()
+
+
+def test_a_kind_is_named_by_its_own_module_alone() -> None:
+    """The launcher, its diagnosis, its messages, the doctor and the rights hold for every kind."""
+    library = Path(pirl.__file__).parent
+    files = [*(library / "jobs").glob("*.py"), *(library / "doctor").glob("*.py"), library / "programs.py"]
+    named = {path.name for path in files if re.search("pytorchjob|training.kubeflow", path.read_text(), re.IGNORECASE)}
+    assert named == {"pytorchjob.py"}

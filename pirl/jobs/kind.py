@@ -17,7 +17,7 @@ DEFAULT_CONTAINER = "kubectl.kubernetes.io/default-container"
 
 
 class Resource(NamedTuple):
-    """A type of object of the API: `kubeflow.org`, `v1`, `pytorchjobs`, `PyTorchJob`."""
+    """A type of object of the API: `batch`, `v1`, `jobs`, `Job`."""
 
     group: str
     version: str
@@ -67,7 +67,7 @@ class JobKind(ABC):
     """A kind of job that runs one pod a node."""
 
     name: ClassVar[str]
-    """Of the backend that uses it: "pytorchjob"."""
+    """Name of the backend that uses it."""
     resources: ClassVar[tuple[Resource, ...]]
     """Of the objects that make one job, which share its name: the job last, what it refers to before it."""
     container: ClassVar[str]
@@ -101,12 +101,12 @@ class JobKind(ABC):
 
     @property
     def title(self) -> str:
-        """The kind as messages spell it: "PyTorchJob"."""
+        """The kind as messages spell it."""
         return self.resource.kind
 
     @property
     def command(self) -> str:
-        """The kind as `kubectl` takes it: "pytorchjob"."""
+        """The kind as `kubectl` takes it."""
         return self.resource.kind.lower()
 
     @property

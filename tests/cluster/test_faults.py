@@ -216,7 +216,7 @@ def test_a_rank_that_hangs(training: Training, undisturbed: list[tuple[int, floa
     training.reach(MIDDLE)
     training.signal_rank(1, signal.SIGSTOP)
     assert training.end(120) == EXIT_FAILURE
-    assert "has made no new step for" in training.text()
+    assert "runs without a new step for" in training.text()
     until(lambda: not training.place.pods(training.name), 90)
     training.start()
     ended_well(training, undisturbed)
