@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import locale
 import logging
 import os
 import signal
@@ -34,7 +35,7 @@ def run_local(**arguments: Any) -> Storage:
     run = open_storage(f"{arguments['root']}/runs/{arguments['run']}")
     started = time.time()
     logging.getLogger().setLevel(logging.WARNING)
-    with tempfile.TemporaryDirectory(prefix="pirl-kfp-") as scratch, warnings.catch_warnings(), passing_on_sigterm():
+    with tempfile.TemporaryDirectory(prefix="pirl-kfp-") as scratch, warnings.catch_warnings(), passing_on_stop():
         warnings.simplefilter("ignore")
         local.init(local.SubprocessRunner(use_venv=False), pipeline_root=scratch)
         try:
@@ -48,12 +49,14 @@ def run_local(**arguments: Any) -> Storage:
 
 
 @contextlib.contextmanager
-def passing_on_sigterm() -> Iterator[None]:
-    """Within, a SIGTERM goes to the step that runs, which saves what it has; the pipeline has failed when that ends.
+def passing_on_stop() -> Iterator[None]:
+    """Pass SIGTERM, and a lost terminal, on to the step that runs: it saves, and the pipeline has failed when it ends.
 
+    SIGHUP stays ignored under `nohup`. What a step prints reaches the runner in the encoding in which that reads it.
     A step also notices by itself that its runner is gone, which may have had no time to pass anything on.
     """
     os.environ[RUNNER] = str(os.getpid())
+    os.environ["PYTHONIOENCODING"] = f"{locale.getpreferredencoding(False)}:backslashreplace"
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -64,11 +67,13 @@ def passing_on_sigterm() -> Iterator[None]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(child), signal.SIGTERM)  # the shell around the step, which ends with it
 
-    before = signal.signal(signal.SIGTERM, pass_on)
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def require_steps(run: Storage, since: float) -> None:

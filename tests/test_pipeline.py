@@ -217,7 +217,9 @@ def test_it_compiles_to_what_a_backend_needs() -> None:
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)], ids=["SIGTERM", "SIGKILL"]
+    "number",
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGHUP, signal.SIGKILL))],
+    ids=["SIGTERM", "SIGHUP", "SIGKILL"],
 )
 def test_a_runner_that_is_stopped_takes_its_step_with_it(
     arguments: dict[str, Any], tmp_path: Path, number: signal.Signals
@@ -242,7 +244,7 @@ def test_a_runner_that_is_stopped_takes_its_step_with_it(
     runner.send_signal(number)
     assert runner.wait(120) not in (0, None)
     until(lambda: not of_the_run(), 120)
-    if number is signal.SIGTERM:
+    if number is not signal.SIGKILL:
         said = (tmp_path / "log").read_text()
         assert "stopped by a signal at step" in said
         assert "the pipeline stopped" in said
