@@ -1,4 +1,4 @@
-"""Every command that the README shows is run, in its order, on images that look like a user's."""
+"""Commands of the README and the guide: each is run, in their order, on images that look like a user's."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ import pytest
 import vissl_files
 from images import folder_of_classes
 
-README = Path(__file__).parent.parent / "README.md"
-COMMANDS = [
-    line
-    for block in re.findall(r"^```sh\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    for line in block.splitlines()
-]
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(page: Path) -> list[str]:
+    """Return the lines of a page's blocks of commands."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+COMMANDS = [*commands(README), *commands(ROOT / "docs" / "guide.md")]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_readme_shows_commands() -> None:
-    assert len(COMMANDS) >= 15
+    assert len(commands(README)) >= 15
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -44,18 +50,22 @@ def test_a_command_of_the_readme_works(command: str, folder: Path) -> None:
     assert done.stdout
 
 
-def test_the_make_targets_of_the_readme_exist() -> None:
-    targets = set(re.findall(r"make ([a-z-]+)", README.read_text())) - {"sure"}
-    known = set(re.findall(r"^([a-z-]+):", (README.parent / "Makefile").read_text(), re.MULTILINE))
-    assert targets <= known
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_make_targets_exist(page: Path) -> None:
+    targets = set(
+        re.findall(r"make ([a-z-]+)", " ".join(re.findall(r"```.*?```|`[^`]+`", page.read_text(), re.DOTALL)))
+    )
+    assert targets <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
-def test_links_of_the_readme_lead_somewhere() -> None:
-    for link in re.findall(r"\]\(([^)]+)\)", README.read_text()):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if link.startswith("https://"):
             continue
         path, _, heading = link.partition("#")
-        assert (README.parent / path).exists(), link
+        target = page.parent / path if path else page
+        assert target.exists(), link
         if heading:
-            headings = re.findall(r"^#+ (.*)$", (README.parent / path).read_text(), re.MULTILINE)
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
             assert heading in {re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings}, link
