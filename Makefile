@@ -30,14 +30,14 @@ check: setup
 test: check
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not cluster and not gpu"
 
-# Those that start no process: the inner loop of a change.
+# Tests that start no process: the inner loop of a change.
 test-fast: setup
 	$(BIN)/pytest -n 2 --dist loadfile -m "not process and not slow and not cluster and not gpu"
 
 test-slow: setup
 	$(BIN)/pytest -m "slow and not cluster and not gpu"
 
-# Both need a running cluster that may be changed; README.md, "On Kubeflow", tells what they do to it.
+# Both need a running cluster that may be changed; CONTRIBUTING.md describes their effect on it.
 cluster-test: setup needs-cluster
 	$(BIN)/pytest -m "cluster and not slow" tests/cluster
 
