@@ -34,10 +34,11 @@ from benchmarks.g8_checkpoint import file_system, random_state
 from benchmarks.harness import Result, compare, finish
 from pirl.checkpoint import Checkpoints
 from pirl.config import Recipe, load_recipe
-from pirl.data import Batch, epoch_order, epoch_shares
+from pirl.data import Batch, epoch_shares
 from pirl.memory import MemoryBank
 from pirl.model import build_model, memory_format
 from pirl.optim import build_optimizer, set_learning_rate
+from pirl.order import epoch_order
 from pirl.shards import open_source, write_shards
 from pirl.storage import open_storage
 from pirl.training.loop import train

@@ -37,6 +37,8 @@ PAIRS = {
 }
 """Least and largest value of the pairs: shares of the image's area, width over height, pixels."""
 NOT_LEARNED = {"format", "name", "description", "published_top1", "eval"}
+NEW_KEYS = [("train", "order")]
+"""Keys that version 0.1 did not have; their defaults are what it did."""
 MOST_SCORE = 50.0  # of the NCE loss: exp(50) times a million negatives is far below the largest float32
 
 
@@ -183,6 +185,9 @@ class TrainConfig(Settings):
     """Global: over all ranks."""
     last_batch: Literal["keep", "drop"] = "keep"
     """What is left of an epoch after its full batches: a smaller batch, dealt evenly, or dropped."""
+    order: Literal["sorted", "permutation"] = "sorted"
+    """Order of an epoch's images. sorted: by random keys, as in version 0.1, which every rank draws and sorts;
+    permutation: a keyed permutation, of which any part costs as much at any number of images (`pirl.order`)."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     seed: int = Field(0, ge=0, lt=2**63)
 
@@ -254,10 +259,12 @@ class Recipe(Settings):
     def digests(self) -> set[str]:
         """Return all digests by which this recipe is recorded: `digest`, and that of version 0.1.
 
-        Version 0.1 took every key but the name, the evaluation's included. Keys that did not exist then would have to
-        be left out here.
+        Version 0.1 took every key but the name, the evaluation's included, and did not have the keys in `NEW_KEYS`.
         """
         body = self.model_dump(exclude={"name", "description", "published_top1"})
+        for section, key in NEW_KEYS:
+            if body[section].pop(key) != type(getattr(self, section)).model_fields[key].default:
+                return {self.digest()}
         return {self.digest(), hashlib.sha256(tomli_w.dumps(_plain(body)).encode()).hexdigest()}
 
     def to_toml(self) -> str:

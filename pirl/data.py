@@ -1,19 +1,19 @@
 """From shards to batches: an exact order of ids, dealt to ranks, decoded and cropped by workers.
 
-The order of an epoch is a function of (seed, epoch) alone: a permutation of the rows, cut into global batches, each
-dealt to the ranks by index. No id comes twice, none is left out but what `last_batch = "drop"` drops, and a run that
+The order of an epoch is a function of (seed, epoch) alone: a permutation of the rows (`order`), cut into global batches,
+each dealt to the ranks by index. No id comes twice, none is left out but what `last_batch = "drop"` drops, and a run that
 stops after any number of samples goes on there on any number of ranks.
 """
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from functools import lru_cache
 from multiprocessing import forkserver, resource_tracker
 from typing import Any, NamedTuple
 
@@ -26,17 +26,21 @@ from . import logs
 from .config import Recipe
 from .errors import DataError, PirlError
 from .launch import STOP_SIGNALS
+from .order import open_order
 from .shards import ShardReader, decode_pixels, image_size
 from .views import crop, draw_geometry, uniforms
 from .world import World
 
-ORDER_STREAM = 250  # of the counter-based random numbers; the views use small stream numbers
-NEGATIVES_STREAM = 251
+NEGATIVES_STREAM = 251  # of the counter-based random numbers, and 252; see `views` and `order` for others
+MOST_SORTED = 10_000_000  # rows whose order is sorted without a warning
 CACHED_SIDE = 64  # decoded images up to this size are kept: decoding them costs more than holding them
 CACHED_BYTES = 256 << 20  # for each process
 BUFFER_BYTES = 12 << 20  # larger images are decoded into memory of their own
 PREFETCH = 2  # batches that each worker is asked for ahead of time
 LOOK_S = 5  # between two looks whether the workers live
+
+
+log = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
@@ -65,22 +69,13 @@ class Share(NamedTuple):
     """Of the global batch."""
 
 
-@lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
-    """The permutation of 0..rows-1 that epoch `epoch` visits: (rows,) int64, read-only."""
-    keys = uniforms(seed, epoch, np.arange(rows), ORDER_STREAM, 1)[:, 0]
-    order = np.argsort(keys, kind="stable")
-    order.flags.writeable = False
-    return order
-
-
 def epoch_shares(recipe: Recipe, rows: int, epoch: int, world: World, start: int = 0) -> Iterator[Share]:
-    """This rank's shares of epoch `epoch`, from the sample `start` on (a multiple of the global batch)."""
-    order = epoch_order(recipe.train.seed, epoch, rows)
+    """Yield this rank's shares of epoch `epoch`, from the sample `start` on (a multiple of the global batch)."""
+    order = open_order(recipe.train.order, recipe.train.seed, epoch, rows)
     size = recipe.train.batch_size
     end = rows - rows % size if recipe.train.last_batch == "drop" else rows
     for first in range(start, end, size):
-        batch = order[first : min(first + size, end)]
+        batch = order.part(first, min(first + size, end))
         counts = [len(range(rank, len(batch), world.size)) for rank in range(world.size)]
         if counts[world.rank]:
             yield Share(batch[world.rank :: world.size], world.size / len(batch), counts, len(batch))
@@ -199,6 +194,11 @@ class Loader:
         self.recipe = recipe
         self.world = world
         self.workers = workers
+        if world.is_main and recipe.train.order == "sorted" and self.dataset.rows > MOST_SORTED:
+            log.warning(
+                "every rank sorts %s keys at the start of an epoch -> train.order=permutation in a new run",
+                f"{self.dataset.rows:,}",
+            )
 
     def batches(self, epoch: int, samples: int) -> Generator[tuple[int, int, Share, Batch], None, None]:
         """(epoch, samples of it seen before, share, batch) from the cursor to the end of the last epoch.
@@ -275,9 +275,10 @@ class Loader:
                     raise
 
     def batch_ids(self, epoch: int, start: int, stop: int) -> list[int]:
-        """Ids of the images that all ranks together see as the samples `start` to `stop` of an epoch."""
-        order = epoch_order(self.recipe.train.seed, epoch, self.dataset.rows)
-        return [int(id) for id in self.dataset.image_ids(order[start:stop])]
+        """Return the ids of the images that all ranks together see as the samples `start` to `stop` of an epoch."""
+        train = self.recipe.train
+        rows = open_order(train.order, train.seed, epoch, self.dataset.rows).part(start, stop)
+        return self.dataset.image_ids(rows).tolist()
 
     def _plan(self, epoch: int, samples: int) -> Iterator[tuple[int, int, Share]]:
         for at in range(epoch, self.recipe.train.epochs):

@@ -19,8 +19,9 @@ import torch
 from conftest import IMAGES, tiny_recipe
 
 from pirl.config import Recipe
-from pirl.data import Batch, CropDataset, Loader, Share, epoch_order, epoch_shares, negative_seeds
+from pirl.data import Batch, CropDataset, Loader, Share, epoch_shares, negative_seeds
 from pirl.errors import DataError
+from pirl.order import epoch_order
 from pirl.shards import ShardReader, decode_image
 from pirl.views import crop_batch
 from pirl.world import World

@@ -25,7 +25,6 @@ from torchvision.transforms import functional as vision
 from pirl import cli
 from pirl.checkpoint import Checkpoints, Cursor
 from pirl.config import ModelConfig, Recipe, load_recipe
-from pirl.data import epoch_order
 from pirl.errors import CheckpointError, DataError, TrainingError, UsageError
 from pirl.evaluate import ZooProtocol, centre_crop, evaluate_layers
 from pirl.evaluate.crops import PROBE_STREAM, LabelledCrops, draw_crops, random_crops
@@ -43,6 +42,7 @@ from pirl.evaluate.zoo import (
 )
 from pirl.model import Trunk, build_model
 from pirl.optim import set_learning_rate
+from pirl.order import epoch_order
 from pirl.shards import ShardReader
 from pirl.storage import open_storage
 

@@ -21,11 +21,11 @@ from PIL import Image
 
 from pirl.checkpoint import Checkpoints
 from pirl.config import Recipe
-from pirl.data import epoch_order
 from pirl.errors import ConfigError, DataError, StorageNotFoundError, UsageError
 from pirl.evaluate import Protocol, centre_crop, evaluate, extract, load_trunk, neighbours
 from pirl.export import trunk_bytes
 from pirl.model import build_model
+from pirl.order import epoch_order
 from pirl.report import neighbours as neighbours_module
 from pirl.report import render_report, views_sheet, write_preview, write_report
 from pirl.report.charts import MOST_POINTS, Line, line_chart, number, short, thinned, ticks

@@ -27,11 +27,11 @@ import pirl.training.control
 import pirl.training.loop
 from pirl.checkpoint import Checkpoints
 from pirl.config import Recipe
-from pirl.data import epoch_order
 from pirl.errors import CheckpointError, ConfigError, PirlError, StorageError, TrainingError, UsageError
 from pirl.memory import MemoryBank
 from pirl.metrics import read_lines
 from pirl.model import build_model
+from pirl.order import epoch_order
 from pirl.results import Completion
 from pirl.storage import LocalStorage, open_storage
 from pirl.training.control import Control, Decision

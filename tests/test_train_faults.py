@@ -26,8 +26,8 @@ from test_train import arguments, final, rank_pids, saved_step, wait_for
 import pirl.training.loop
 from pirl.checkpoint import Checkpoints
 from pirl.config import Recipe
-from pirl.data import epoch_order
 from pirl.metrics import read_lines
+from pirl.order import epoch_order
 from pirl.storage import open_storage
 from pirl.training.loop import train
 from pirl.training.spec import Options

@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pirl.config import Recipe
-from pirl.data import epoch_order
 from pirl.errors import DataError, TrainingError, UsageError
 from pirl.evaluate.crops import FLIP, RATIO, SCALE, Chunk, LabelledCrops
 from pirl.evaluate.layers import LAYERS, FrozenLayers, Shapes
 from pirl.evaluate.probe import check_labels, load_trunk, split_checkpoint_uri
 from pirl.optim import set_learning_rate
+from pirl.order import epoch_order
 from pirl.shards import ShardReader
 from pirl.storage import open_storage
 from pirl.text import duration

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pirl.data import CropDataset, epoch_order
+from pirl.data import CropDataset
 from pirl.errors import CheckpointError
+from pirl.order import epoch_order
 from pirl.report.charts import MOST_POINTS
 from pirl.report.facts import RunFacts, curves, header, rates, read_run, scale, verdict
 from pirl.report.neighbours import Neighbours, find_neighbours

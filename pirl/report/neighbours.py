@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pirl.data import epoch_order
 from pirl.evaluate import centre_crop, extract, load_trunk, neighbours
 from pirl.model import build_model
+from pirl.order import epoch_order
 from pirl.report.pictures import Picture, picture
 from pirl.shards import ShardReader
 
