@@ -1,8 +1,8 @@
 """From shards to batches: an exact order of ids, dealt to ranks, decoded and cropped by workers.
 
-The order of an epoch is a function of (seed, epoch) alone: a permutation of the rows (`order`), cut into global batches,
-each dealt to the ranks by index. No id comes twice, none is left out but what `last_batch = "drop"` drops, and a run that
-stops after any number of samples goes on there on any number of ranks.
+The order of an epoch is a function of (seed, epoch) alone: a permutation of the rows (`order`), cut into global
+batches, each dealt to the ranks by index. No id comes twice. None is left out, except those that `last_batch = "drop"`
+drops. A run that stops after any number of samples resumes there, on any number of ranks.
 """
 
 from __future__ import annotations

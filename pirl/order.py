@@ -3,8 +3,8 @@
 `permutation` is a keyed permutation of 0..N-1 (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA
 2002). A place p < N is written as two digits, p = high * right + low; each round of a Feistel network adds a keyed hash
 of one digit to the other; a result that is not below N goes through the network again (cycle walking). With
-left = ceil(sqrt(N)) digits there are fewer than N + left values, so that about one place in sqrt(N) walks. A part of the
-order costs as much at any N, and the inverse network gives the place of a row.
+left = ceil(sqrt(N)) there are fewer than N + left values, so that about one place in sqrt(N) walks. A part of the order
+costs as much at any N, and the inverse network gives the place of a row.
 
 `sorted`, the order of version 0.1, sorts N random keys.
 """
