@@ -19,7 +19,17 @@ import torch
 from conftest import IMAGES, TINY
 from torch import Tensor, nn
 from torchvision.models import resnet18, resnet50
-from vissl_files import VARIANT, Values, checkpoint, heads_of, optimizer_of, optimizer_order, trunk_of, write
+from vissl_files import (
+    VARIANT,
+    Values,
+    checkpoint,
+    heads_of,
+    optimizer_of,
+    optimizer_order,
+    stretched,  # noqa: F401
+    trunk_of,
+    write,
+)
 
 from pirl import cli
 from pirl.checkpoint import Checkpoints
@@ -41,6 +51,7 @@ from pirl.training.state import TrainState
 from pirl.world import World
 
 LINEAR = "r50-200ep-linear"
+pytestmark = pytest.mark.usefixtures("stretched")
 
 
 @dataclass
@@ -442,7 +453,7 @@ def test_without_its_data_a_training_is_not_continued_but_evaluated(
     assert "unknown" in refused.err
     quick = Protocol(seeds=(0,), epochs=1, min_steps=20, batch_size=16)
     result = evaluate(str(tmp_path / "run"), shards, shards, quick)
-    assert 0 <= result["pretrained"]["knn"]["top1"]["mean"] <= 1
+    assert 0 <= result.pretrained["knn"].top1.mean <= 1
 
 
 def test_a_trunk_alone_is_marked_and_never_resumed(tmp_path: Path, shards: str, pirl: Callable[..., Shown]) -> None:
@@ -551,6 +562,45 @@ def test_a_model_object_is_refused(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "script.pt")
     with pytest.raises(CheckpointError, match="TorchScript"):
         read_file(tmp_path / "script.pt")
+
+
+def unreadable(kind: str) -> Tensor:
+    if kind == "stretched":
+        return torch.ones(1).expand(10**12, 128)
+    if kind == "sparse":
+        return torch.eye(3).to_sparse()
+    if kind == "quantised":
+        return torch.quantize_per_tensor(torch.ones(3, 3), 0.1, 0, torch.qint8)
+    return torch.ones(3, 3, device="meta")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("stretched", r"has the shape \(1000000000000, 128\), 512,000,000,000,000 bytes, of which the file holds 4"),
+        ("sparse", r"is sparse"),
+        ("quantised", r"is quantised"),
+        ("meta", r"has no values"),
+    ],
+)
+def test_a_tensor_that_cannot_be_read_as_it_is_is_refused_before(
+    tmp_path: Path, kind: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few bytes that stand for 512 TB would otherwise fill the memory; the others end in a traceback."""
+    monkeypatch.undo()  # what `stretched` allows
+    content = {"model_state_dict": {"conv1.weight": torch.ones(3), "layer": [unreadable(kind)]}}
+    with pytest.raises(CheckpointError, match=rf"is refused: model_state_dict.layer.0 {says}") as caught:
+        examine(write(tmp_path / "file.torch", content))
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("names", [("conv1.weight", "module.conv1.weight"), ("heads.a", "module.heads.a")])
+def test_two_names_for_one_tensor_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    """The last one won, whichever network it was of."""
+    content = {name: torch.full((3,), float(index)) for index, name in enumerate(names)} | {"bn1.weight": torch.ones(3)}
+    with pytest.raises(CheckpointError, match=f"twice: as {names[0]} and as {names[1]}"):
+        examine(write(tmp_path / "file.torch", content))
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -32,7 +32,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     folder_of_classes(folder / "photos" / "train", classes=4, images=320, width=40, height=30)
     folder_of_classes(folder / "photos" / "test", classes=4, images=10, width=40, height=30)
-    vissl_files.write(folder / "model_final_checkpoint_phase199.torch", vissl_files.checkpoint("r50-200ep-linear"))
+    vissl_files.write(
+        folder / "model_final_checkpoint_phase199.torch", vissl_files.checkpoint("r50-200ep-linear", random=True)
+    )
     return folder
 
 

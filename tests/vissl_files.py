@@ -1,7 +1,8 @@
 """Files as VISSL writes them, built from its recorded names and shapes, with no code of the library.
 
 Values are random where a test compares them, and one number a tensor where only names and shapes matter: a stretched
-number takes no space in a file and next to none in memory.
+number takes no space in a file and next to none in memory. Such files are refused outside of these tests: the fixture
+`stretched` has them read.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -24,6 +26,12 @@ VARIANT = {
     "r50w2-400ep-linear": "r50w2_linear",
     "r50w2-400ep-mlp": "r50w2_mlp",
 }
+
+
+@pytest.fixture
+def stretched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have tensors read whose values are stored once for many."""
+    monkeypatch.setattr("pirl.export.safe_load.is_stretched", lambda tensor: False)
 
 
 class Values:

@@ -1,4 +1,4 @@
-"""Reading files of `torch.save` from anywhere: tensors and plain values come out, nothing in them is ever called.
+"""Reading files of `torch.save` from any source: tensors and plain values come out, nothing in them is called.
 
 `weights_only=True`, with a short list of exceptions for what the reference's files hold besides: dictionaries of a
 class of its own, which are read as plain ones, and numpy arrays and numbers, which are read by the small classes below
@@ -11,11 +11,13 @@ import pickle
 import re
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pirl.errors import CheckpointError, UsageError
 
@@ -35,7 +37,7 @@ def read_file(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(_exceptions()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols: what cannot be read is an error anyway
-            return _with_tensors(torch.load(path, map_location="cpu", weights_only=True, mmap=start == ZIP))
+            value = _with_tensors(torch.load(path, map_location="cpu", weights_only=True, mmap=start == ZIP))
     except Exception as error:  # a broken file can make the reader fail in any way
         refused = re.search(r"GLOBAL (\S+)|unrecognized function (.+)|Can only .+|TorchScript archives", str(error))
         if refused:
@@ -49,6 +51,43 @@ def read_file(path: Path) -> Any:
         )
         reason = told[1] if told else "it ends too early"
         raise CheckpointError(f"{path} is truncated or damaged: {reason}", "copy or download it again") from None
+    if problems := list(_unreadable(value, "")):
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"{path} is refused: {'; '.join(problems[:3])}{more}",
+            "save dense tensors of their own: `tensor.clone()`",
+        )
+    return value
+
+
+def _unreadable(value: Any, name: str) -> Iterator[str]:
+    """Yield what is wrong with each tensor whose values cannot be read as they are. No value is read for that."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _unreadable(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _unreadable(item, f"{name}.{index}" if name else str(index))
+    elif isinstance(value, Tensor) and (problem := _problem(value)):
+        yield f"{name or 'its tensor'} {problem}"
+
+
+def _problem(tensor: Tensor) -> str:
+    if tensor.is_meta:
+        return "has no values (device meta)"
+    if tensor.is_quantized:
+        return "is quantised"
+    if tensor.layout != torch.strided:
+        return f"is sparse ({str(tensor.layout).removeprefix('torch.')})"
+    if is_stretched(tensor):
+        stored, needed = tensor.untyped_storage().nbytes(), tensor.numel() * tensor.element_size()
+        return f"has the shape {tuple(tensor.shape)}, {needed:,} bytes, of which the file holds {stored:,}"
+    return ""
+
+
+def is_stretched(tensor: Tensor) -> bool:
+    """Return whether a tensor's storage is smaller than its shape: a few bytes could fill the memory of a reader."""
+    return tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()
 
 
 class StoredType:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import io
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,18 +103,31 @@ def read_contents(path: Path) -> Contents:
         raise CheckpointError(f"{path} holds no model", "expected a checkpoint of VISSL's, or names and tensors")
     heads = {name: value for name, value in content.items() if re.match(r"(module\.)?heads\.", str(name))}
     trunk = {name: value for name, value in content.items() if name not in heads}
-    return _from_model(trunk, {name.partition("heads.")[2]: value for name, value in heads.items()})
+    return _from_model(trunk, _renamed(heads, lambda name: name.partition("heads.")[2], path), path)
 
 
-def _from_model(trunk: dict[str, Any], heads: dict[str, Any]) -> Contents:
-    contents = Contents({trunk_name(str(name)): value for name, value in trunk.items()})
+def _renamed(tensors: dict[str, Any], rename: Callable[[str], str], path: Path) -> dict[str, Any]:
+    """Return the tensors under their new names; raise `CheckpointError` where two would get the same."""
+    origin: dict[str, str] = {}
+    for name in map(str, tensors):
+        if (new := rename(name)) in origin:
+            raise CheckpointError(
+                f"{path} holds {new} twice: as {origin[new]} and as {name}",
+                "remove the one that is not meant: they may be the weights of two networks",
+            )
+        origin[new] = name
+    return {rename(str(name)): value for name, value in tensors.items()}
+
+
+def _from_model(trunk: dict[str, Any], heads: dict[str, Any], path: Path) -> Contents:
+    contents = Contents(_renamed(trunk, trunk_name, path))
     for name in ("fc.weight", "fc.bias"):  # torchvision's classifier: a trunk has none
         if contents.trunk.pop(name, None) is not None:
             contents.ignored.append(name)
     if heads and all(EVALUATION_HEAD.match(str(name)) for name in heads):
         contents.ignored.append("the heads of a linear evaluation")
     else:
-        contents.heads = {our_name(str(name)): value for name, value in heads.items()}
+        contents.heads = _renamed(heads, our_name, path)
     return contents
 
 
@@ -121,7 +135,7 @@ def _from_checkpoint(content: dict[str, Any], path: Path) -> Contents:
     try:
         classy = content["classy_state_dict"]
         model = classy["base_model"]["model"]
-        contents = _from_model(model["trunk"], model.get("heads", {}))
+        contents = _from_model(model["trunk"], model.get("heads", {}), path)
         if not contents.heads:  # of an evaluation: its progress, optimiser and loss are not those of the trunk
             return contents
         phase = content.get("train_phase_idx", content.get("phase_idx"))
