@@ -9,7 +9,12 @@ from components.step import IMAGE
 def gate(run: str, root: str, model: str, metric: str, min_gain: float, registry: str = "") -> str:
     """ "promote" if pretraining helped enough and no champion is better, else "reject"; the reasons go to gate.json."""
     from components.step import step
-    from pirl.registry import decide
+    from pirl.gate import decide
+    from pirl.logs import say
+    from pirl.run import Workspace
 
     with step(run, "gate"):
-        return "promote" if decide(run, registry or f"{root}/registry", model, metric, min_gain) else "reject"
+        decision = decide(run, registry or Workspace(root).registry, model, metric, min_gain)
+        for reason in decision.reasons:
+            say(reason)
+        return "promote" if decision.promote else "reject"

@@ -1,4 +1,4 @@
-"""a trained network -> what its frozen trunk knows, beside its initial weights."""
+"""a trained network -> the probes of its frozen trunk, next to those of its initial weights."""
 
 from kfp import dsl
 
@@ -14,6 +14,6 @@ def linear_eval(run: str, train_data: str, test_data: str, metrics: dsl.Output[d
     with step(run, "linear_eval"):
         result = evaluate_run(run, train_data, test_data)
         for trunk in ("pretrained", "random"):
-            for name, scores in result[trunk].items():
-                metrics.log_metric(f"{trunk}_{name}_top1", scores["top1"]["mean"])
+            for name, scores in getattr(result, trunk).items():
+                metrics.log_metric(f"{trunk}_{name}_top1", scores.top1.mean)
     return run

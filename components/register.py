@@ -9,10 +9,11 @@ from components.step import IMAGE
 def register(run: str, root: str, model: str, trunk: dsl.Output[dsl.Model], registry: str = "") -> str:
     """Register the run's trunk in `registry`, or in ROOT/registry; returns the version's URI."""
     from components.step import step
-    from pirl.registry import register_run
+    from pirl.gate import register_run
+    from pirl.run import Workspace
 
     with step(run, "register"):
-        version = register_run(run, registry or f"{root}/registry", model)
+        version = register_run(run, registry or Workspace(root).registry, model)
         # not as its uri: a backend fails the step where that is outside of the run's own place for artifacts
         trunk.metadata.update({"version": version.version, "uri": version.uri})
     return version.uri

@@ -28,7 +28,7 @@ def retrain(
     """
     from components.step import told
     from pirl.backends import open_backend
-    from pirl.retrain import Retraining, keep_up_to_date
+    from pirl.retraining.retrain import Retraining, keep_up_to_date
     from pirl.settings import split_items
     from pirl.training.spec import training_options
 

@@ -10,13 +10,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 from pirl import __version__, logs
-from pirl.errors import PirlError, UsageError
+from pirl.errors import PirlError, StorageError, UsageError
 from pirl.launch import die_with_parent
 from pirl.metrics import peak_memory_bytes, task
-from pirl.storage import open_storage
+from pirl.results import StepRecord
+from pirl.run import Run
 
 IMAGE = os.environ.get("PIRL_STEPS_IMAGE", f"localhost/pirl-python-steps:{__version__.replace('+', '-')}")
 """Compiled into the pipeline; the name holds "python" because the local runner asks for it."""
@@ -74,14 +74,11 @@ def step(run: str, name: str) -> Iterator[None]:
     with told(name), task(name, run):
         yield
     seconds = round(time.perf_counter() - clock, 2)
-    storage, entry = open_storage(run), f"steps/{name}.json"
-    record: dict[str, Any] = {
-        "step": name,
-        "started": started,
-        "seconds": seconds,
-        "peak_rss_bytes": peak_memory_bytes(),
-    }
-    if storage.exists(entry):
-        before = storage.read_json(entry)
-        record = before if before["seconds"] > seconds else record
-    storage.write_json(entry, {**record, "last_started": started})
+    folder = Run.at(run)
+    record = StepRecord(step=name, started=started, seconds=seconds, peak_rss_bytes=peak_memory_bytes())
+    try:
+        before = folder.step(name)
+    except StorageError:  # damaged: written again
+        before = None
+    longest = before if before and before.seconds > seconds else record
+    folder.save_step(longest.model_copy(update={"last_started": started}))

@@ -20,7 +20,8 @@ from kfp import local
 from components.step import RUNNER, require_image
 from pipelines.pretrain import pirl_pretrain
 from pirl.errors import PirlError, UsageError
-from pirl.storage import Storage, open_storage
+from pirl.run import Run, Workspace
+from pirl.storage import Storage
 
 
 def run_local(**arguments: Any) -> Storage:
@@ -32,7 +33,7 @@ def run_local(**arguments: Any) -> Storage:
     for name, value in arguments.items():
         if "python3" in str(value):  # the local runner would replace the word by the path of the interpreter
             raise UsageError(f"{name} {value!r} holds the word 'python3'", "use a path without it")
-    run = open_storage(f"{arguments['root']}/runs/{arguments['run']}")
+    run = Workspace(arguments["root"]).run(arguments["run"]).storage
     started = time.time()
     logging.getLogger().setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="pirl-kfp-") as scratch, warnings.catch_warnings(), passing_on_stop():
@@ -79,13 +80,11 @@ def passing_on_stop() -> Iterator[None]:
 def require_steps(run: Storage, since: float) -> None:
     """Fail unless every step of the branch that the gate chose ran after `since`: a skipped step must not look done."""
     expected = ["shard-train", "shard-test", "pretrain", "linear_eval", "gate", "report"]
-    if run.exists("gate.json") and run.read_json("gate.json")["promote"]:
+    folder = Run(run)
+    if (gate := folder.gate()) and gate.promote:
         expected.insert(5, "register")
-    missing = []
-    for name in expected:
-        entry = f"steps/{name}.json"
-        if not run.exists(entry) or run.read_json(entry)["last_started"] < since:
-            missing.append(name)
+    records = {name: folder.step(name) for name in expected}
+    missing = [name for name, record in records.items() if record is None or record.last_started < since]
     if missing:
         raise PirlError(
             f"the pipeline ended without having run {', '.join(missing)}", "this is a bug: please report it"

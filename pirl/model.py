@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
@@ -125,3 +127,16 @@ def build_model(recipe: Recipe) -> PIRL:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)
         return PIRL(recipe.model, recipe.views.patches)
+
+
+def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a trunk's state: names, types, shapes and values, sorted by name.
+
+    It identifies the weights wherever they lie: in a checkpoint of any number of parts, moved, copied, or registered.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {list(values.shape)}\n".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

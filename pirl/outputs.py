@@ -17,7 +17,7 @@ from .errors import PirlError, UsageError
 from .run import CHECKPOINTS, DONE, EVENTS, RECIPE, STEPS
 from .shards import MANIFEST, Manifest, Source
 from .shards.place import is_inside, require_outside
-from .storage import LocalStorage, Storage, local_path, open_storage
+from .storage import LocalStorage, Storage, local_path, open_storage, split_file_uri
 
 RESERVED = (CHECKPOINTS, STEPS, "lease")  # folders of a run
 RUN_MARKS = {RECIPE, DONE, EVENTS, *(f"{name}/" for name in RESERVED)}
@@ -50,11 +50,11 @@ def check_registry(uri: str, sources: Sequence[Source] = ()) -> None:
         storage.require_writable()
 
 
-def check_file_output(path: Path, sources: Sequence[Source] = ()) -> None:
+def check_file_output(uri: str | Path, sources: Sequence[Source] = ()) -> None:
     """Raise `PirlError` where the file cannot be written, or lies inside images or shards."""
-    folder = LocalStorage(path.absolute().parent)
-    check_outside(str(path.absolute()), sources)
-    folder.require_writable(path.name)
+    folder, name = split_file_uri(uri)
+    check_outside(f"{folder.uri}/{name}", sources)
+    folder.require_writable(name)
 
 
 def check_outside(uri: str, sources: Sequence[Source] = (), data: str | None = None) -> None:

@@ -15,6 +15,8 @@ from pirl.errors import StorageError
 from pirl.text import score
 
 FORMAT = 1
+PROBES = ("linear", "linear_1pct", "knn")
+"""Names of the probes in an evaluation."""
 
 
 class Content(BaseModel):
@@ -184,6 +186,24 @@ class Registered(Versioned):
     version: str
     uri: str
     registry: str = ""
+
+
+class Lineage(Content):
+    """Where a registered version comes from. Version 0.1 recorded neither `weights` nor `commit`."""
+
+    data_digest: str = ""
+    recipe: str = ""
+    recipe_digest: str = ""
+    code_version: str = ""
+    registered_by: str = ""
+    checkpoint: str = ""
+    """URI, below the run as it was named when it was registered."""
+    commit: str = ""
+    """SHA-256 of that checkpoint's parts."""
+    weights: str = ""
+    """SHA-256 of the backbone's tensors."""
+    images_seen: int = 0
+    epochs: int = 0
 
 
 class StepRecord(Content):

@@ -168,6 +168,15 @@ class Run:
     def save_warm_start(self, record: WarmRecord) -> None:
         self._write(WARM, record)
 
+    def mismatch(self, evaluation: Evaluation) -> str:
+        """Return why an evaluation is not of the newest checkpoint, or of the one named; "" where it is."""
+        commit = self.commit()
+        if evaluation.checkpoint_name != commit.name:
+            return f"its evaluation is of {evaluation.checkpoint_name}, its checkpoint is {commit.name}"
+        if evaluation.commit not in ("", commit.sha256):  # version 0.1 recorded none
+            return f"its evaluation is of other weights than those of its checkpoint {commit.name}"
+        return ""
+
     def step(self, name: str) -> StepRecord | None:
         return self._read(f"{STEPS}/{name}.json", StepRecord)
 
@@ -178,12 +187,16 @@ class Run:
         """Return the records of all steps, in the order in which they started."""
         names = [name for name in self.storage.list(f"{STEPS}/") if name.endswith(".json")]
         records = [self._read(name, StepRecord) for name in names]
-        return sorted((record for record in records if record), key=lambda record: record.started)
+        return sorted(filter(None, records), key=lambda record: record.started)
 
     def record(self) -> Record:
         """Return metrics and events; leave out lines that cannot be read, with a warning."""
         metrics = [line for line in read_lines(self.storage, METRICS) if isinstance(line.get("step"), int)]
         return Record(metrics, [line for line in read_lines(self.storage, EVENTS) if "event" in line])
+
+    def require_writable(self, name: str = EVALUATION) -> None:
+        """Raise `StorageError` where the file of this name cannot be written, before the work for it begins."""
+        self.storage.require_writable(name)
 
     def save_report(self, page: str) -> str:
         """Write the report; return its URI."""
@@ -197,6 +210,9 @@ class Run:
         from pirl.checkpoint import Checkpoints
 
         return Checkpoints(self.storage / CHECKPOINTS, **options)
+
+    def checkpoint_uri(self, name: str) -> str:
+        return f"{self.uri}/{CHECKPOINTS}/{name}"
 
     def commit(self) -> Commit:
         """Return what is recorded of the checkpoint named, or of the newest; `CheckpointError` where there is none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from pirl.evaluate import (
     evaluate,
     evaluate_bank,
     evaluate_run,
+    evaluate_trunk,
     extract,
     few_labels,
     linear_probe,
@@ -36,10 +38,13 @@ from pirl.evaluate import (
     nearest_neighbours,
     neighbours,
     probe,
-    split_checkpoint_uri,
+    require_finite,
     spread,
 )
-from pirl.model import build_model
+from pirl.evaluate.load import is_collapsed
+from pirl.model import build_model, weights_digest
+from pirl.results import PROBES, Evaluation, ProbeSettings
+from pirl.run import Run, split_checkpoint_uri
 from pirl.shards import ShardReader
 from pirl.storage import open_storage
 from pirl.training.loop import train
@@ -101,14 +106,16 @@ def test_probe_scales_features_by_the_training_set() -> None:
         features.x[:, 0] *= 1e6
         features.x[:, 1] = 7.0
     result = probe(train, test, 6, replace(QUICK, label_share=0.2))
-    assert result["linear"]["top1"]["mean"] == 1.0
-    assert result["linear_1pct"]["top1"]["mean"] == 1.0
-    assert len(result["linear"]["top1"]["runs"]) == 2
+    assert result["linear"].top1.mean == 1.0
+    assert result["linear_1pct"].top1.mean == 1.0
+    assert len(result["linear"].top1.runs) == 2
 
 
 def test_spread() -> None:
-    assert spread([0.5, 0.7]) == {"mean": pytest.approx(0.6), "std": pytest.approx(0.02**0.5), "runs": [0.5, 0.7]}
-    assert spread([0.5])["std"] == 0.0
+    assert spread([0.5, 0.7]).mean == pytest.approx(0.6)
+    assert spread([0.5, 0.7]).std == pytest.approx(0.02**0.5)
+    assert spread([0.5, 0.7]).runs == [0.5, 0.7]
+    assert spread([0.5]).std == 0.0
 
 
 # ---- few labels
@@ -214,25 +221,81 @@ def test_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return shards_of(folder_of_classes(root / "images", classes=3, images=5, width=20, height=24), root / "s")
 
 
-def without_seconds(result: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in result.items() if key != "seconds"}
+def without_seconds(result: Evaluation) -> Evaluation:
+    return result.model_copy(update={"seconds": 0.0})
 
 
 def test_an_evaluation_names_what_it_saw(run: str, shards: str, test_shards: str) -> None:
     result = evaluate(run, shards, test_shards, QUICK)
-    assert result["checkpoint"] == f"{run}/checkpoints/step-00000010"
-    assert result["train_data"] == ShardReader(shards).manifest.digest
-    assert result["test_data"] == ShardReader(test_shards).manifest.digest
-    assert (result["train_images"], result["test_images"]) == (IMAGES, 15)
-    assert result["classes"] == ["class0", "class1", "class2"]
-    assert result["protocol"]["resize"] == 16
-    for side in ("pretrained", "random"):
-        for name in ("linear", "linear_1pct", "knn"):
-            assert 0 <= result[side][name]["top1"]["mean"] <= 1
-        assert len(result[side]["linear"]["top1"]["runs"]) == 2
-        assert result[side]["linear"]["top5"]["mean"] == 1.0  # of three classes
-    json.dumps(result)
+    assert (result.checkpoint, result.commit) == ("step-00000010", Run.at(run).commit().sha256)
+    assert result.weights == weights_digest(load_trunk(run)[2].state_dict())
+    assert result.train_data == ShardReader(shards).manifest.digest
+    assert result.test_data == ShardReader(test_shards).manifest.digest
+    assert (result.train_uri, result.test_uri) == (shards, test_shards)
+    assert (result.train_images, result.test_images) == (IMAGES, 15)
+    assert result.classes == ["class0", "class1", "class2"]
+    assert result.to_json()["protocol"]["resize"] == 16
+    for scores in (result.pretrained, result.random):
+        assert all(0 <= scores[name].top1.mean <= 1 for name in PROBES)
+        assert len(scores["linear"].top1.runs) == 2
+        assert scores["linear"].top5
+        assert scores["linear"].top5.mean == 1.0  # of three classes
+    assert result.collapsed == []
+    assert Evaluation.parse(json.loads(json.dumps(result.to_json())), "itself") == result
     assert without_seconds(evaluate(run, shards, test_shards, QUICK)) == without_seconds(result)
+
+
+def test_a_digest_is_that_of_the_weights_wherever_they_lie(run: str, tmp_path: Path) -> None:
+    """A copied folder has the same, another value or name or shape another."""
+    state = load_trunk(run)[2].state_dict()
+    shutil.copytree(open_storage(run).path, tmp_path / "copy")  # type: ignore[attr-defined]
+    assert weights_digest(load_trunk(str(tmp_path / "copy" / "checkpoints"))[2].state_dict()) == weights_digest(state)
+    assert weights_digest(dict(reversed(state.items()))) == weights_digest(state)
+    value = state["conv1.weight"].clone()
+    value[0, 0, 0, 0] += 1e-6
+    changes = [{"conv1.weight": value}, {"more": value}, {"bn1.weight": state["bn1.weight"][None]}]
+    assert weights_digest(state) not in {weights_digest({**state, **change}) for change in changes}
+    strided = state["conv1.weight"].contiguous(memory_format=torch.channels_last)
+    assert weights_digest({**state, "conv1.weight": strided}) == weights_digest(state)
+
+
+def test_features_that_are_not_finite_name_the_image(run: str, shards: str, test_shards: str) -> None:
+    """They would count as the first class: its share, with a spread of 0."""
+    recipe, _, trunk = load_trunk(run)
+    trunk.bn1.running_var.fill_(-1.0)
+    name = ShardReader(shards).name(0)
+    with pytest.raises(CheckpointError) as caught:
+        evaluate_trunk(trunk, recipe, shards, test_shards, QUICK)
+    assert f"image 0 ({name}) of {shards}, {IMAGES} of {IMAGES} images" in str(caught.value)
+    features = torch.ones(4, 3)
+    features[2, 1] = float("inf")
+    with pytest.raises(CheckpointError, match=r"random trunk .* image 7 .* 1 of 4 images"):
+        require_finite(features, [3, 5, 7, 9], ShardReader(shards), "random")
+
+
+def test_collapsed_features_are_reported(run: str, shards: str, test_shards: str) -> None:
+    recipe, _, trunk = load_trunk(run)
+    lines: list[str] = []
+    with torch.no_grad():
+        for parameter in trunk.layer4.parameters():
+            parameter.zero_()
+    result = evaluate_trunk(trunk, recipe, shards, test_shards, QUICK, lines.append)
+    assert result.collapsed == ["pretrained"]
+    assert any("have collapsed" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("features", "collapsed"),
+    [
+        (torch.zeros(8, 3), True),
+        (torch.full((8, 3), 0.1) * (1 + 1e-7 * torch.arange(8.0)[:, None]), True),  # rounding
+        (torch.cat([torch.full((8, 1), 1e6), torch.arange(8.0)[:, None]], 1), False),  # a large constant one
+        (torch.arange(8.0)[:, None].expand(8, 3), False),
+        (torch.ones(1, 3), False),  # one image shows nothing
+    ],
+)
+def test_what_counts_as_collapsed(features: torch.Tensor, collapsed: bool) -> None:
+    assert is_collapsed(features) is collapsed
 
 
 def test_the_memory_bank_finds_what_brute_force_finds(run: str, shards: str, test_shards: str) -> None:
@@ -247,10 +310,11 @@ def test_the_memory_bank_finds_what_brute_force_finds(run: str, shards: str, tes
     rows = Features(memory, torch.tensor([train.label(id) for id in range(IMAGES)]))
     asked = Features(embeddings, torch.tensor([test.label(id) for id in range(15)]))
     expected = brute_force(rows, asked, 3, QUICK.neighbours, QUICK.knn_temperature)
-    found = evaluate_bank(run, shards, test_shards, QUICK)
-    assert found["bank"]["top1"]["mean"] == pytest.approx(expected)
-    assert (found["bank"]["rows"], found["bank"]["dim"]) == (IMAGES, 8)
-    assert evaluate(run, shards, test_shards, QUICK)["bank"] == found["bank"]
+    bank = evaluate_bank(run, shards, test_shards, QUICK).bank
+    assert bank
+    assert bank.top1.mean == pytest.approx(expected)
+    assert (bank.rows, bank.dim) == (IMAGES, 8)
+    assert evaluate(run, shards, test_shards, QUICK).bank == bank
 
 
 def test_the_memory_bank_of_fewer_images_has_their_labels(shards: str, tmp_path: Path) -> None:
@@ -264,12 +328,12 @@ def test_the_memory_bank_of_fewer_images_has_their_labels(shards: str, tmp_path:
     labels = torch.from_numpy(reader.labels())
     one = replace(QUICK, neighbours=1)
     itself = bank_neighbours(embedded[chosen], shards, recipe, Features(embedded[chosen], labels[chosen]), 3, one)
-    assert itself["top1"]["mean"] == 1.0
-    assert len(memory) == itself["rows"] == 20
+    assert itself.top1.mean == 1.0
+    assert len(memory) == itself.rows == 20
 
 
 def test_a_bank_of_other_images_is_not_asked(run: str, shards: str, test_shards: str) -> None:
-    assert "bank" not in evaluate(run, test_shards, shards, QUICK)
+    assert evaluate(run, test_shards, shards, QUICK).bank is None
     with pytest.raises(UsageError, match="no memory bank of the images"):
         evaluate_bank(run, test_shards, shards, QUICK)
 
@@ -277,7 +341,7 @@ def test_a_bank_of_other_images_is_not_asked(run: str, shards: str, test_shards:
 def test_random_is_the_trunk_before_its_first_step(run: str, shards: str, test_shards: str) -> None:
     """The checkpoint of step 0 must score as its own baseline does, in every number."""
     result = evaluate(f"{run}/checkpoints/step-00000000", shards, test_shards, QUICK)
-    assert result["pretrained"] == result["random"]
+    assert result.pretrained == result.random
     _, commit, trunk = load_trunk(f"{run}/checkpoints/step-00000000")
     assert commit.cursor.step == 0
     initial = build_model(tiny_recipe()).trunk.state_dict()
@@ -347,25 +411,49 @@ def test_a_test_set_without_some_classes_is_matched_by_name(
     (images / "class1").rmdir()
     without = evaluate(run, shards, shards_of(images, tmp_path / "without"), QUICK)
     assert "has no image of class1" in caplog.messages[-1]
-    assert without.pop("test_data") != with_folder.pop("test_data")
-    assert without_seconds(without) == without_seconds(with_folder)
-    assert without["classes"] == ["class0", "class1", "class2"]
+    assert without.test_data != with_folder.test_data
+    assert (without.pretrained, without.random) == (with_folder.pretrained, with_folder.random)
+    assert without.classes == ["class0", "class1", "class2"]
 
 
-def test_a_run_is_evaluated_once(run: str, shards: str, test_shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second time its `eval.json` is the answer, unless the data are others."""
+def test_a_run_is_evaluated_once(
+    run: str, shards: str, test_shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second time its `eval.json` is the answer, unless the weights or the data are others."""
     calls: list[tuple[Any, ...]] = []
 
-    def counted(*arguments: Any, progress: Any) -> dict[str, Any]:
+    def counted(*arguments: Any, progress: Any) -> Evaluation:
         calls.append(arguments)
         result = evaluate(*arguments, QUICK)
-        return {**result, "protocol": result["protocol"] | as_json(Protocol())}
+        return result.model_copy(update={"protocol": ProbeSettings(**{**dict(result.protocol), **as_json(Protocol())})})
 
-    monkeypatch.setattr(sys.modules["pirl.evaluate.probe"], "evaluate", counted)
-    first = evaluate_run(run, shards, test_shards)
-    assert open_storage(run).read_json("eval.json") == first
-    assert evaluate_run(run, shards, test_shards) == first
+    monkeypatch.setattr(sys.modules["pirl.evaluate.fast"], "evaluate", counted)
+    folder = tmp_path / "run"
+    shutil.copytree(open_storage(run).path, folder)  # type: ignore[attr-defined]
+    first = evaluate_run(str(folder), shards, test_shards)
+    assert Run.at(str(folder)).evaluation() == first
+    assert evaluate_run(f"{folder}/checkpoints", shards, test_shards) == first
     assert len(calls) == 1
-    evaluate_run(run, shards, shards)
+    folder = folder.rename(tmp_path / "moved")
+    assert evaluate_run(str(folder), shards, test_shards) == first
+    moved = tmp_path / "moved-shards"
+    shutil.copytree(open_storage(test_shards).path, moved)  # type: ignore[attr-defined]
+    again = evaluate_run(str(folder), shards, str(moved))
+    assert again == first.model_copy(update={"test_uri": open_storage(moved).uri})
+    assert Run.at(str(folder)).evaluation() == again
+    assert len(calls) == 1
+    evaluate_run(str(folder), shards, shards)
     assert len(calls) == 2
-    assert open_storage(run).read_json("eval.json")["test_data"] == ShardReader(shards).manifest.digest
+    evaluation = Run.at(str(folder)).evaluation()
+    assert evaluation
+    assert evaluation.test_data == ShardReader(shards).manifest.digest
+    Run.at(str(folder)).save_evaluation(evaluation.model_copy(update={"commit": "another training's"}))
+    evaluate_run(str(folder), shards, shards)
+    assert len(calls) == 3
+    (folder / "eval.json").write_text("{")
+    with pytest.warns(UserWarning, match="evaluated again"):
+        evaluate_run(str(folder), shards, shards)
+    named = evaluate_run(f"{folder}/checkpoints/step-00000000", shards, shards)
+    assert named.checkpoint == "step-00000000"
+    assert Run.at(str(folder)).evaluation() == named
+    assert not list((folder / "checkpoints").rglob("eval.json"))

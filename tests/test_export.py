@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import IMAGES, TINY, tiny_recipe
+from images import folder_of_classes
+from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_import import equal, here
 from torch import Tensor, nn
 from torchvision.models import resnet50
 from torchvision.models.resnet import Bottleneck, ResNet
-from vissl_files import LAYOUT, Values, checkpoint, optimizer_order, trunk_of, write
+from vissl_files import LAYOUT, Values, checkpoint, optimizer_order, stretched, trunk_of, write  # noqa: F401
 
 from pirl.checkpoint import Checkpoints, Commit, Cursor
 from pirl.config import Recipe, parse_recipe
@@ -25,10 +28,13 @@ from pirl.evaluate import load_trunk
 from pirl.export import examine, export, import_file, trunk_bytes
 from pirl.export.vissl import completed_epochs, our_name, to_vissl, vissl_name
 from pirl.model import build_model
+from pirl.report import write_preview
 from pirl.storage import open_storage
 from pirl.training.loop import train
 from pirl.training.spec import Options
 from pirl.world import World
+
+pytestmark = pytest.mark.usefixtures("stretched")
 
 
 def saved(run: Path | str) -> tuple[Any, dict[str, Any]]:
@@ -59,7 +65,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
 
 def test_resnet50_loads_it_and_misses_only_fc(zoo: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     run, content = zoo
-    path = export(str(run), tmp_path / "trunk.safetensors")
+    path = Path(export(str(run), tmp_path / "trunk.safetensors"))
     network = resnet50()
     missing, unexpected = network.load_state_dict(load_file(path), strict=False)
     assert missing == ["fc.weight", "fc.bias"]
@@ -201,7 +207,7 @@ def same_state(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 def test_ours_to_vissl_and_back_is_the_same_state(trained: Path, tmp_path: Path) -> None:
-    path = export(str(trained), tmp_path / "out.torch", "vissl")
+    path = Path(export(str(trained), tmp_path / "out.torch", "vissl"))
     found = import_file(path, str(tmp_path / "again"))
     assert found.lacks == []
     (commit, before), (again, after) = saved(trained), saved(tmp_path / "again")
@@ -225,7 +231,7 @@ def test_a_training_goes_on_as_if_it_had_never_been_a_vissl_file(tmp_path: Path,
     names = Checkpoints(open_storage(run) / "checkpoints").names()
     middle = "step-00000007"
     assert middle in names
-    path = export(f"{run}/checkpoints/{middle}", tmp_path / "middle.torch", "vissl")
+    path = Path(export(f"{run}/checkpoints/{middle}", tmp_path / "middle.torch", "vissl"))
     content = torch.load(path, weights_only=True)
     assert (content["train_phase_idx"], content["iteration"], content["iteration_num"]) == (0, 7, 2)
     again = tmp_path / "again"
@@ -238,7 +244,7 @@ def test_a_training_goes_on_as_if_it_had_never_been_a_vissl_file(tmp_path: Path,
 def test_the_first_checkpoint_of_a_training_goes_out_and_in(tmp_path: Path, trained: Path, shards: str) -> None:
     run = tmp_path / "run"
     train(tiny_recipe("train.epochs=1"), Options(data=shards, out=str(run), keep=9), World())
-    path = export(f"{run}/checkpoints/step-00000000", tmp_path / "first.torch", "vissl")
+    path = Path(export(f"{run}/checkpoints/step-00000000", tmp_path / "first.torch", "vissl"))
     found = import_file(path, str(tmp_path / "again"))
     assert (found.lacks, found.epochs, found.cursor) == ([], 0, Cursor())
     assert found.state["bank"]["z"].item() == -1
@@ -293,13 +299,35 @@ def test_a_wrong_name_or_no_run(tmp_path: Path, trained: Path, layout: Any, name
 
 def test_a_trunk_of_another_kind_goes_to_vissl_and_back(tmp_path: Path, trained: Path) -> None:
     """The recipe inside our file tells what names and shapes to expect."""
-    path = export(str(trained), tmp_path / "out.torch", "vissl")
+    path = Path(export(str(trained), tmp_path / "out.torch", "vissl"))
     found = examine(path)
     assert found.recipe == parse_recipe(TINY)
     assert found.candidates == ["tiny"]
     recipe, _, trunk = load_trunk(str(trained))
     assert all(equal(found.state["model"][f"trunk.{name}"], tensor) for name, tensor in trunk.state_dict().items())
     assert recipe == found.recipe
+
+
+def test_what_goes_to_s3_is_written_there(
+    trained: Path,
+    tmp_path: Path,
+    bucket: str,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not into a folder that is called "s3:"."""
+    monkeypatch.chdir(tmp_path)
+    out = f"{bucket}/models/trunk.safetensors"
+    assert export(str(trained), out) == out
+    recipe, _, trunk = load_trunk(str(trained))
+    assert open_storage(f"{bucket}/models").read_bytes("trunk.safetensors") == trunk_bytes(trunk, recipe)
+    images = folder_of_classes(tmp_path / "images", classes=1, images=2)
+    sheet = write_preview(parse_recipe(TINY), str(images), f"{bucket}/sheets/sheet.html", count=1)
+    assert sheet == f"{bucket}/sheets/sheet.html"
+    assert b"<html" in open_storage(f"{bucket}/sheets").read_bytes("sheet.html")
+    assert os.listdir(tmp_path) == ["images"]
+    for uri in (f"{bucket}/", "s3://trunk.safetensors", "gs://bucket/trunk.safetensors"):
+        with pytest.raises(UsageError):
+            export(str(trained), uri)
 
 
 def test_an_exported_trunk_is_the_same_bytes_in_every_process() -> None:

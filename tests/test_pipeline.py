@@ -97,7 +97,7 @@ def test_repeating_it_trains_nothing_again_and_registers(
 
 
 def test_registering_again_gives_the_same_version(promoted: Storage, arguments: dict[str, Any]) -> None:
-    from pirl.registry import register_run
+    from pirl.gate import register_run
 
     before = promoted.read_json("registered.json")
     assert register_run(promoted.uri, f"{arguments['root']}/registry", "pirl").version == before["version"]

@@ -54,12 +54,12 @@ def register(registry: Registry, run: str, *, promote: bool = False, model: str 
 
 
 def pointers(registry: Registry, model: str = "pirl-demo") -> tuple[str | None, str | None]:
-    """(champion, latest)"""
-    found: list[str | None] = []
-    for name in ("champion", "latest"):
-        place = registry.storage / model
-        found.append(place.read_json(f"{name}.json")["version"] if place.exists(f"{name}.json") else None)
-    return found[0], found[1]
+    """Return (champion, latest); the copies that people and version 0.1 read say the same."""
+    place = registry.storage / model
+    names = ("champion", "latest")
+    copies = [place.read_json(f"{name}.json")["version"] if place.exists(f"{name}.json") else None for name in names]
+    assert copies == [registry.pointer(model, name) for name in names]
+    return copies[0], copies[1]
 
 
 def message(call: Callable[[], object], kind: type[PirlError]) -> str:
@@ -100,6 +100,8 @@ class TestRegister:
         register(registry, "run-1")
         text = message(lambda: register(registry, "run-1", files={"trunk.safetensors": b"other!!"}), RegistryError)
         assert "'run-1' is registered as pirl-demo v0001 with other files: trunk.safetensors" in text
+        assert "mv" in text
+        assert "--model" in text
         assert [version.version for version in registry.versions("pirl-demo")] == ["v0001"]
 
     def test_models(self, registry: Registry) -> None:
@@ -135,8 +137,8 @@ class TestRegister:
                     f"pirl-demo/versions/{version}/{name}", open_storage(place).read_bytes(name)
                 )
         assert [version.version for version in registry.versions("pirl-demo")] == ["v0001", "v9999", "v10000"]
-        register(registry, "run-1", promote=True)
-        assert pointers(registry) == ("v10000", "v10000")
+        assert register(registry, "run-2", promote=True).version == "v0002"
+        assert pointers(registry)[1] == "v10000"
 
 
 class Interrupted(Exception):
@@ -200,7 +202,7 @@ class TestCrash:
             assert pointers(whole) == ("v0002", "v0002")
             assert [version.version for version in whole.versions("pirl-demo")] == ["v0001", "v0002"]
             deaths += 1
-        assert deaths == 8  # model.json, claims, trunk, card, COMMIT, GATE, champion, latest
+        assert deaths == 9  # model.json, claims, trunk, card, COMMIT, GATE, the move, champion, latest
 
     def test_a_half_version_is_passed_by(self, root: str) -> None:
         registry = Registry(root)
@@ -334,8 +336,56 @@ class TestPointers:
         register(registry, "run-2", promote=True)
         (registry.storage / "pirl-demo/versions/v0002").delete("COMMIT.json")
         assert "points to v0002" in message(lambda: registry.get("pirl-demo"), RegistryError)
-        (registry.storage / "pirl-demo").write_bytes("champion.json", b"{}")
-        assert "champion.json" in message(lambda: registry.get("pirl-demo"), RegistryError)
+
+    @pytest.mark.parametrize("damage", [b"{}", b"{", b"[]", b""])
+    def test_a_damaged_pointer_is_repaired_by_promoting(self, registry: Registry, damage: bytes) -> None:
+        """Also one of version 0.1, which had champion.json alone; the versions are listed all the same."""
+        register(registry, "run-1", promote=True)
+        place = registry.storage / "pirl-demo"
+        for name in ("champion/00000001.json", "champion.json"):
+            place.write_bytes(name, damage)
+            text = message(lambda: registry.get("pirl-demo"), RegistryError)
+            assert "is damaged" in text
+            assert "pirl promote pirl-demo" in text
+            assert [version.version for version in registry.versions("pirl-demo")] == ["v0001"]
+            registry.promote("pirl-demo", "v0001")
+            assert pointers(registry) == ("v0001", "v0001")
+            for move in place.list("champion/"):
+                place.delete(move)
+
+    def test_the_pointer_of_version_0_1_is_read_and_moved(self, registry: Registry) -> None:
+        register(registry, "run-1", promote=True)
+        register(registry, "run-2", promote=True)
+        place = registry.storage / "pirl-demo"
+        for move in place.list("champion/"):
+            place.delete(move)
+        assert pointers(registry) == ("v0002", "v0002")
+        registry.promote("pirl-demo", "v0001")
+        assert pointers(registry) == ("v0001", "v0002")
+
+    def test_a_damaged_version_does_not_hide_the_others(self, registry: Registry) -> None:
+        for number in (1, 2):
+            register(registry, f"run-{number}")
+        (registry.storage / "pirl-demo/versions/v0001").write_bytes("model.json", b"{")
+        with pytest.warns(UserWarning, match="v0001 is left out"):
+            assert [version.version for version in registry.versions("pirl-demo")] == ["v0002"]
+
+    def test_the_move_is_asked_for_again_when_another_was_quicker(self, registry: Registry) -> None:
+        """While v0001 asks, v0002 becomes the champion: v0001 asks again, about that one."""
+        answers: list[str | None] = []
+
+        def ask() -> bool:
+            champion = registry.pointer("pirl-demo", "champion")
+            answers.append(champion)
+            if champion is None:
+                registry.register("pirl-demo", run_id="quick", files=FILES, record=RECORD, promote=False)
+                registry._move_champion("pirl-demo", "v0002", 0)
+            return champion is None
+
+        slow = registry.register("pirl-demo", run_id="slow", files=FILES, record=RECORD, promote=True, ask=ask)
+        assert answers == [None, "v0002"]
+        assert slow.version == "v0001"
+        assert registry.pointer("pirl-demo", "champion") == "v0002"
 
 
 class TestWrongNamesAndDamage:

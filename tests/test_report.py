@@ -31,6 +31,7 @@ from pirl.report import render_report, views_sheet, write_preview, write_report
 from pirl.report.charts import MOST_POINTS, Line, line_chart, number, short, thinned, ticks
 from pirl.report.neighbours import choose_queries, find_neighbours
 from pirl.report.sheet import draw_views
+from pirl.run import Run
 from pirl.shards import ShardReader, decode_image
 from pirl.storage import open_storage
 from pirl.training.loop import train
@@ -86,7 +87,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
     return tiny_recipe(
-        'name="<b>tiny</b>"', 'loss.kind="cross_entropy"', "views.grid=3", "views.patch_crop_size=15", "train.epochs=2"
+        'name="<b>tiny<b>"', 'loss.kind="cross_entropy"', "views.grid=3", "views.patch_crop_size=15", "train.epochs=2"
     )
 
 
@@ -120,8 +121,8 @@ def evaluated(trained: Path, data: tuple[str, str], tmp_path_factory: pytest.Tem
     shutil.copytree(trained, run)
     storage = open_storage(run)
     result = evaluate(str(run), *data, Protocol(epochs=1, min_steps=20, neighbours=5))
-    result["classes"] = [*result["classes"], "d", "e", "f"]  # so that top-5 says something
-    storage.write_json("eval.json", result)
+    classes = [*result.classes, "d", "e", "f"]  # so that top-5 says something
+    Run(storage).save_evaluation(result.model_copy(update={"classes": classes}))
     storage.write_json("gate.json", {"promote": True, "reasons": ["it was good <enough>"]})
     root = open_storage(run.parent / "registry" / "v0007")
     found, _, trunk = load_trunk(str(run))
@@ -179,7 +180,7 @@ def test_the_page_needs_nothing_else(page: Page, evaluated: Path) -> None:
 
 
 def test_text_from_outside_is_escaped(page: Page) -> None:
-    for text in (*CLASSES, "<b>tiny</b>", "<i>", "it was good <enough>", "m & m"):
+    for text in (*CLASSES, "<b>tiny<b>", "<i>", "it was good <enough>", "m & m"):
         assert text in page.text()
     assert not {tag for tag, _ in page.elements} & {"script", "enough"}
     assert all(attributes.get("class") for attributes in page.find("i"))  # the table's dots, and no file name
@@ -201,7 +202,7 @@ def test_header_and_verdict(page: Page, evaluated: Path, data: tuple[str, str]) 
 def test_the_table_is_eval_json(page: Page, evaluated: Path) -> None:
     result = json.loads((evaluated / "eval.json").read_text())
     told = page.text("results")
-    rows = [(probe, rate) for probe, found in result["pretrained"].items() for rate in found]
+    rows = [(probe, rate) for probe, scores in result["pretrained"].items() for rate in scores]
     assert rows == [
         ("linear", "top1"),
         ("linear", "top5"),
@@ -315,7 +316,7 @@ def test_the_code_that_it_shows_runs(
     monkeypatch.chdir(tmp_path)
     picture(3, 40, 30).save("image.png")
     names: dict[str, Any] = {}
-    exec(code[code.index("import torch") :], names)
+    exec(code[code.index("from pathlib") :], names)
     assert names["features"].shape == (1, load_trunk(str(evaluated))[2].features)
     torch.testing.assert_close(names["trunk"].state_dict(), load_trunk(str(evaluated))[2].state_dict())
 
@@ -376,7 +377,59 @@ def test_another_checkpoint_than_was_evaluated(evaluated: Path, data: tuple[str,
     result = json.loads((evaluated / "eval.json").read_text())
     result["checkpoint"] = "file:///elsewhere/checkpoints/step-00000003"
     page = Page(render_report(str(changed(evaluated, tmp_path / "run", eval=result)), data[0]))
-    assert "Measured on file:///elsewhere/checkpoints/step-00000003 ; the newest checkpoint" in page.text("results")
+    told = page.text("results")
+    assert "Measured on step-00000003 , not on the weights of this run" in told
+    assert "its evaluation is of step-00000003, its checkpoint is step-00000010" in told
+
+
+def test_an_evaluation_of_other_weights_says_so(
+    page: Page, evaluated: Path, data: tuple[str, str], tmp_path: Path
+) -> None:
+    """Another training at the place of the one that was evaluated, at the same step."""
+    assert "Measured on" not in page.text("results")
+    result = json.loads((evaluated / "eval.json").read_text())
+    other = changed(evaluated, tmp_path / "run", eval={**result, "commit": "another training's"})
+    assert "other weights than those of its checkpoint" in Page(render_report(str(other), data[0])).text("results")
+
+
+def test_a_report_on_other_images_than_the_evaluation_says_so(
+    page: Page, evaluated: Path, data: tuple[str, str]
+) -> None:
+    assert "measured on other" not in page.text("results")
+    other = Page(render_report(str(evaluated), data[0], data[0]))
+    assert "These rates were measured on other test images" in other.text("results")
+
+
+def test_collapsed_features_are_in_the_verdict_and_the_results(
+    evaluated: Path, data: tuple[str, str], tmp_path: Path
+) -> None:
+    result = json.loads((evaluated / "eval.json").read_text())
+    run = changed(evaluated, tmp_path / "run", eval={**result, "collapsed": ["pretrained"]}, registered=None)
+    page = Page(render_report(str(run), data[0]))
+    assert "The features have collapsed" in page.text("verdict")
+    assert "features of the pretrained trunk have collapsed" in page.text("results")
+    assert "bad" in page.find("p", "helped")[0]["class"].split()
+
+
+@pytest.mark.parametrize("name", ["DONE.json", "eval.json", "gate.json", "registered.json", "steps/gate.json"])
+def test_a_damaged_file_does_not_hide_the_rest(
+    evaluated: Path, data: tuple[str, str], tmp_path: Path, name: str
+) -> None:
+    run = changed(evaluated, tmp_path / "run")
+    (run / name).write_text('{"half')
+    page = Page(render_report(str(run), data[0]))
+    assert f"Left out: {open_storage(run).uri}/{name} is not valid JSON" in page.text()
+    assert len(page.find("svg", "chart")) == 6
+
+
+def test_a_log_that_is_cut_off_shows_its_whole_lines(evaluated: Path, data: tuple[str, str], tmp_path: Path) -> None:
+    run = changed(evaluated, tmp_path / "run")
+    for name in ("metrics.jsonl", "events.jsonl"):
+        with (run / name).open("a") as file:
+            file.write('{"step": 11, "lo')
+    with pytest.warns(UserWarning, match="1 line that cannot be read"):
+        page = Page(render_report(str(run), data[0]))
+    assert "10 logged intervals" in page.text("training")
 
 
 def test_other_data_is_said(trained: Path, other_shards: str) -> None:
@@ -552,13 +605,15 @@ def test_preview_of_a_folder(tmp_path: Path) -> None:
     (folder / os.fsdecode(b"z\xff.jpg")).write_bytes(truncated_jpeg())
     picture(9, 20, 20).save(folder / os.fsdecode(b"y\xff.jpg"))
     out = write_preview(tiny_recipe(), str(folder), tmp_path / "sheet.html", count=99)
-    page = Page(out.read_text())
+    assert out == str(tmp_path / "sheet.html")
+    page = Page(Path(out).read_text())
     assert len(page.find("article", "example")) == 6  # the truncated one is passed over
     assert "<3>.png" in page.text()
     assert "y\\udcff.jpg" in page.text()
     assert not [a for a in page.find("image") if not a["href"].startswith("data:image/")]
-    assert write_preview("demo", str(folder), tmp_path / "new" / "sheet.png", count=2).read_bytes()[:4] == b"\x89PNG"
-    few = Page(write_preview(tiny_recipe(), str(folder), tmp_path / "few.html", count=2).read_text())
+    png = Path(write_preview("demo", str(folder), tmp_path / "new" / "sheet.png", count=2))
+    assert png.read_bytes()[:4] == b"\x89PNG"
+    few = Page(Path(write_preview(tiny_recipe(), str(folder), tmp_path / "few.html", count=2)).read_text())
     assert len(few.find("article", "example")) == 2
 
 

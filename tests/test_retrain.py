@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,14 +21,23 @@ from conftest import tiny_recipe, training
 from images import folder_of_classes, jpeg
 
 from pirl.backends import LocalBackend
-from pirl.checkpoint import Checkpoints
+from pirl.checkpoint import Checkpoints, Cursor
 from pirl.config import Recipe
+from pirl.errors import EXIT_PREEMPTED, PreemptedError, UsageError
+from pirl.gate import question
 from pirl.memory import MemoryBank
-from pirl.programs import Training
-from pirl.registry import Registry, data_uri, decide_retrain
+from pirl.model import build_model
+from pirl.programs import Program, Training
+from pirl.registry import Registry
+from pirl.results import Evaluation, GateDecision, Score, Scores
+from pirl.retraining import Gating, data_uri, decide_retrain
+from pirl.retraining.retrain import Retraining, keep_up_to_date
+from pirl.retraining.warm import WarmStart, only_added, same_images, warm_start
+from pirl.run import Run
 from pirl.shards import Manifest, ShardReader, open_source, write_shards
 from pirl.storage import open_storage
-from pirl.warm import WarmStart, only_added, same_images, warm_start
+from pirl.training.loop import train
+from pirl.world import World
 
 
 def shard(source: Path, out: str) -> str:
@@ -62,32 +77,44 @@ def champion(root: Path, data: str, recipe: Recipe, **lineage: str) -> str:
     return registry
 
 
+def reject(run: Run, gating: Gating) -> None:
+    """Leave what a run has after the gate rejected it: an evaluation and the decision about it."""
+    digest = Manifest.load(open_storage(gating.test_data)).digest
+    scores = dict.fromkeys(("linear", "linear_1pct", "knn"), Scores(top1=Score(mean=0.5, std=0)))
+    evaluation = Evaluation(
+        checkpoint="step-00000001", weights="w", train_data="d", test_data=digest, pretrained=scores, random=scores
+    )
+    run.save_evaluation(evaluation)
+    asked = question(evaluation, gating.registry, gating.model, gating.metric, gating.min_gain, None)
+    run.save_gate(GateDecision(promote=False, reasons=["no better"], **asked.model_dump()))
+
+
 class TestDecision:
     @pytest.fixture
     def data(self, tmp_path: Path) -> str:
         return shard(photos(tmp_path / "photos"), f"{tmp_path}/data/train-1")
 
     def test_the_first_of_all(self, tmp_path: Path, data: str, tiny: Recipe) -> None:
-        decision = decide_retrain(str(tmp_path), f"{tmp_path}/registry", "pirl", tiny, data)
+        decision = decide_retrain(str(tmp_path), Gating(f"{tmp_path}/registry", "pirl"), tiny, data)
         assert decision.retrain
         assert decision.reasons == ["pirl has no champion yet"]
 
     def test_the_same_again(self, tmp_path: Path, data: str, tiny: Recipe) -> None:
         registry = champion(tmp_path, data, tiny)
-        decision = decide_retrain(str(tmp_path), registry, "pirl", tiny, data)
+        decision = decide_retrain(str(tmp_path), Gating(registry, "pirl"), tiny, data)
         assert not decision.retrain
         assert "pirl v0001 was made of the same data, recipe and code" in decision.reasons[0]
 
     def test_a_champion_of_version_0_1_is_recognised(self, tmp_path: Path, data: str, tiny: Recipe) -> None:
         (older,) = tiny.digests() - {tiny.digest()}
         registry = champion(tmp_path, data, tiny, recipe_digest=older)
-        assert not decide_retrain(str(tmp_path), registry, "pirl", tiny, data).retrain
+        assert not decide_retrain(str(tmp_path), Gating(registry, "pirl"), tiny, data).retrain
 
     @pytest.mark.parametrize("what", ["data", "recipe", "code"])
     def test_each_change_alone(self, tmp_path: Path, data: str, tiny: Recipe, what: str) -> None:
         field = {"data": "data_digest", "recipe": "recipe_digest", "code": "code_version"}[what]
         registry = champion(tmp_path, data, tiny, **{field: "other"})
-        decision = decide_retrain(str(tmp_path), registry, "pirl", tiny, data)
+        decision = decide_retrain(str(tmp_path), Gating(registry, "pirl"), tiny, data)
         assert decision.retrain
         assert len(decision.reasons) == 1
         assert decision.reasons[0].startswith(f"champion v0001: {what} changed (other -> ")
@@ -96,7 +123,7 @@ class TestDecision:
         champion(tmp_path, data, tiny, data_digest="before")
         registry = champion(tmp_path, data, tiny)
         Registry(registry).promote("pirl", "v0001")
-        decision = decide_retrain(str(tmp_path), registry, "pirl", tiny, data)
+        decision = decide_retrain(str(tmp_path), Gating(registry, "pirl"), tiny, data)
         assert not decision.retrain
         assert "v0002 was made of the same" in decision.reasons[0]
         assert "the champion is v0001" in decision.reasons[0]
@@ -104,21 +131,70 @@ class TestDecision:
     def test_a_run_that_did_not_pass_is_not_repeated_until_something_changes(
         self, tmp_path: Path, data: str, tiny: Recipe
     ) -> None:
-        registry = f"{tmp_path}/registry"
-        run = decide_retrain(str(tmp_path), registry, "pirl", tiny, data).run
-        open_storage(run).write_json("gate.json", {"promote": False, "reasons": ["no better"]})
-        decision = decide_retrain(str(tmp_path), registry, "pirl", tiny, data)
+        gating = Gating(f"{tmp_path}/registry", "pirl", test_data=data)
+        run = Run.at(decide_retrain(str(tmp_path), gating, tiny, data).run)
+        reject(run, gating)
+        decision = decide_retrain(str(tmp_path), gating, tiny, data)
         assert not decision.retrain
         assert "did not pass the gate: no better" in decision.reasons[-1]
-        assert decide_retrain(str(tmp_path), registry, "pirl", tiny_recipe("train.seed=5"), data).retrain
+        assert decide_retrain(str(tmp_path), gating, tiny_recipe("train.seed=5"), data).retrain
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"metric": "knn"},
+            {"min_gain": 0.001},
+            {"model": "other"},
+            {"registry": "elsewhere"},
+            {"test_data": "others"},
+        ],
+    )
+    def test_a_rejection_counts_for_its_question_only(
+        self, tmp_path: Path, data: str, tiny: Recipe, change: dict[str, Any]
+    ) -> None:
+        """A lower threshold, another metric, model, registry or test set: the gate decides again, on the same run."""
+        gating = Gating(f"{tmp_path}/registry", "pirl", test_data=data)
+        first = decide_retrain(str(tmp_path), gating, tiny, data)
+        reject(Run.at(first.run), gating)
+        if "registry" in change:
+            change = {"registry": f"{tmp_path}/elsewhere"}
+        if "test_data" in change:
+            change = {"test_data": shard(photos(tmp_path / "others", 3), f"{tmp_path}/data/test-2")}
+        decision = decide_retrain(str(tmp_path), replace(gating, **change), tiny, data)
+        assert (decision.retrain, decision.run) == (True, first.run)
+        assert "decides again" in decision.reasons[-1]
+        assert not decide_retrain(str(tmp_path), gating, tiny, data).retrain
+
+    def test_a_rejection_does_not_count_once_the_champion_is_another(
+        self, tmp_path: Path, data: str, tiny: Recipe
+    ) -> None:
+        gating = Gating(f"{tmp_path}/registry", "pirl", test_data=data)
+        reject(Run.at(decide_retrain(str(tmp_path), gating, tiny, data).run), gating)
+        champion(tmp_path, data, tiny, data_digest="other")
+        assert decide_retrain(str(tmp_path), gating, tiny, data).retrain
+
+    def test_a_rejection_of_version_0_1_is_made_again(self, tmp_path: Path, data: str, tiny: Recipe) -> None:
+        gating = Gating(f"{tmp_path}/registry", "pirl", test_data=data)
+        run = Run.at(decide_retrain(str(tmp_path), gating, tiny, data).run)
+        reject(run, gating)
+        run.storage.write_json("gate.json", {"promote": False, "metric": "knn", "min_gain": 0.01, "reasons": ["no"]})
+        assert decide_retrain(str(tmp_path), gating, tiny, data).retrain
 
     def test_one_that_broke_off_before_the_registry_goes_on_with_the_same_run(
         self, tmp_path: Path, data: str, tiny: Recipe
     ) -> None:
         registry = f"{tmp_path}/registry"
-        first = decide_retrain(str(tmp_path), registry, "pirl", tiny, data)
-        open_storage(first.run).write_json("gate.json", {"promote": True, "reasons": []})
-        assert decide_retrain(str(tmp_path), registry, "pirl", tiny, data) == first
+        first = decide_retrain(str(tmp_path), Gating(registry, "pirl"), tiny, data)
+        Run.at(first.run).save_gate(GateDecision(promote=True, reasons=[]))
+        assert decide_retrain(str(tmp_path), Gating(registry, "pirl"), tiny, data) == first
+
+    @pytest.mark.parametrize(("setting", "value"), [("min_gain", math.nan), ("min_gain", math.inf), ("metric", "kn")])
+    def test_what_the_gate_would_refuse_is_refused_before_the_training(
+        self, tmp_path: Path, tiny_toml: Path, setting: str, value: Any
+    ) -> None:
+        wanted = Retraining("nowhere", "nowhere", str(tmp_path), f"{tmp_path}/registry", "m", str(tiny_toml))
+        with pytest.raises(UsageError, match=r"not a finite number|Did you mean 'knn'"):
+            keep_up_to_date(replace(wanted, **{setting: value}))
 
     def test_another_state_of_a_source_has_another_place(self, tmp_path: Path) -> None:
         folder = photos(tmp_path / "photos")
@@ -126,6 +202,15 @@ class TestDecision:
         assert before == data_uri("r", "train", open_source(str(folder)))
         add_image(folder)
         assert before != data_uri("r", "train", open_source(str(folder)))
+
+
+def checkpoint_of(run: Run, recipe: Recipe) -> str:
+    """Save a checkpoint with the initial weights of a recipe; return its commit's digest."""
+    checkpoints = run.checkpoints()
+    state = {"model": build_model(recipe).state_dict(), "recipe": recipe.to_toml()}
+    checkpoints.save(state, Cursor(step=1), recipe.digest(), "data")
+    assert checkpoints.wait() is None
+    return run.commit().sha256
 
 
 class TestWarmStart:
@@ -180,36 +265,129 @@ class TestWarmStart:
         assert (commit.cursor.epoch, commit.cursor.samples, commit.cursor.step) == (0, 0, 0)
 
         assert launch(tiny_toml, data, tmp_path / "warm", ["train.epochs=2"]) == 0
-        done = open_storage(f"{tmp_path}/warm").read_json("DONE.json")
-        assert done["images_seen"] == 2 * 21
+        completion = Run.at(f"{tmp_path}/warm").completion()
+        assert completion
+        assert completion.images_seen == 2 * 21
 
     def test_only_where_images_were_added_and_nothing_else(self, tmp_path: Path, folder: Path, tiny: Recipe) -> None:
         root = str(tmp_path)
         data = shard(folder, f"{root}/data/train-1")
-        registry = champion(tmp_path, data, tiny)
+        checkpoint = f"file://{root}/runs/old/checkpoints/step-00000001"
+        commit = checkpoint_of(Run.at(f"{root}/runs/old"), tiny)
+        registry = champion(tmp_path, data, tiny, checkpoint=checkpoint, commit=commit)
         add_image(folder)
         more = shard(folder, f"{root}/data/train-2")
-        decision = decide_retrain(root, registry, "pirl", tiny, more, warm_epochs=1)
-        assert decision.warm == WarmStart(f"{root}/runs/old", "step-00000001", data)
+        decision = decide_retrain(root, Gating(registry, "pirl"), tiny, more, warm_epochs=1)
+        assert decision.warm == WarmStart(f"file://{root}/runs/old", "step-00000001", data)
         assert decision.recipe.train.epochs == 1
-        assert decide_retrain(root, registry, "pirl", tiny, more).warm is None
+        assert decide_retrain(root, Gating(registry, "pirl"), tiny, more).warm is None
         other = tiny_recipe("train.seed=5")
-        assert decide_retrain(root, registry, "pirl", other, more, warm_epochs=1).warm is None
+        assert decide_retrain(root, Gating(registry, "pirl"), other, more, warm_epochs=1).warm is None
+        shutil.rmtree(f"{root}/runs/old")
+        decision = decide_retrain(root, Gating(registry, "pirl"), tiny, more, warm_epochs=1)
+        assert decision.warm is None
+        assert "a cold start: there is no complete checkpoint" in decision.reasons[-1]
+        checkpoint_of(Run.at(f"{root}/runs/old"), tiny_recipe("train.seed=3"))
+        decision = decide_retrain(root, Gating(registry, "pirl"), tiny, more, warm_epochs=1)
+        assert decision.warm is None
+        assert "holds other weights than the champion's" in decision.reasons[-1]
         (folder / "class1" / "003.jpg").unlink()
         less = shard(folder, f"{root}/data/train-3")
-        decision = decide_retrain(root, registry, "pirl", tiny, less, warm_epochs=1)
+        decision = decide_retrain(root, Gating(registry, "pirl"), tiny, less, warm_epochs=1)
         assert decision.warm is None
         assert "removed or changed" in decision.reasons[-1]
         shutil.rmtree(f"{root}/data/train-1")
-        decision = decide_retrain(root, registry, "pirl", tiny, more, warm_epochs=1)
+        decision = decide_retrain(root, Gating(registry, "pirl"), tiny, more, warm_epochs=1)
         assert decision.warm is None
         assert "the champion's shards are gone" in decision.reasons[-1]
 
     def test_a_champion_made_by_a_warm_start_is_up_to_date(self, tmp_path: Path, folder: Path, tiny: Recipe) -> None:
         data = shard(folder, f"{tmp_path}/data/train-1")
         registry = champion(tmp_path, data, tiny_recipe("train.epochs=1"))
-        assert not decide_retrain(str(tmp_path), registry, "pirl", tiny, data, warm_epochs=1).retrain
-        assert decide_retrain(str(tmp_path), registry, "pirl", tiny, data).retrain
+        assert not decide_retrain(str(tmp_path), Gating(registry, "pirl"), tiny, data, warm_epochs=1).retrain
+        assert decide_retrain(str(tmp_path), Gating(registry, "pirl"), tiny, data).retrain
+
+
+def retraining(tmp_path: Path, tiny_toml: Path, **settings: Any) -> Retraining:
+    for split, count in (("train", 24), ("test", 8)):
+        if not (tmp_path / split).exists():
+            photos(tmp_path / split, count)
+    root = str(tmp_path / "root")
+    wanted = Retraining(
+        str(tmp_path / "train"), str(tmp_path / "test"), root, f"{root}/registry", "pirl", str(tiny_toml)
+    )
+    return replace(wanted, backend=ThisProcess(), overrides=("train.epochs=1",), **settings)
+
+
+class ThisProcess(LocalBackend):
+    """Trains in this process: starting ranks takes seconds, and is not what is tested."""
+
+    def run(self, program: Program, labels: Mapping[str, str] | None = None) -> int:
+        assert isinstance(program, Training)
+        train(program.spec.recipe, program.spec, World())
+        return 0
+
+
+def test_spoiled_images_do_not_replace_a_better_champion(
+    tmp_path: Path, tiny_toml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The images change, the new network is worse on them: the champion stays. A lower threshold decides again."""
+    assert keep_up_to_date(retraining(tmp_path, tiny_toml, min_gain=-1.0)) == 0
+    registry = Registry(f"{tmp_path}/root/registry")
+    first = registry.get("pirl")
+    assert "linear_1pct top-1 is" in capsys.readouterr().out  # the reasons are printed on promotion, too
+    add_image(tmp_path / "train")
+    wanted = retraining(tmp_path, tiny_toml, min_gain=-1.0)
+    with pytest.MonkeyPatch.context() as patch:  # the new network finds no class, by any probe
+        patch.setattr("pirl.evaluate.fast.probe_trunks", spoiled(sys.modules["pirl.evaluate.fast"].probe_trunks))
+        assert keep_up_to_date(wanted) == 0
+        shown = capsys.readouterr().out
+        assert "evaluating the champion pirl v0001 on the same images" in shown
+        assert "measured on the same images now, more" in shown
+        assert "not registered" in shown
+        assert registry.get("pirl") == first
+        assert keep_up_to_date(wanted) == 0
+        assert capsys.readouterr().out.endswith("nothing to do\n")
+        lower = replace(wanted, min_gain=-2.0)
+        assert keep_up_to_date(lower) == 0
+        assert "decides again" in capsys.readouterr().out
+    assert [version.version for version in registry.versions("pirl")] == ["v0001"]
+
+
+def spoiled(probe_trunks: Any) -> Any:
+    """Make every score of a run's own evaluation 0, and leave that of the champion as it is."""
+
+    def changed(trunks: dict[str, Any], *arguments: Any) -> Any:
+        scores, collapsed, features = probe_trunks(trunks, *arguments)
+        if "random" in trunks:
+            zero = Scores(top1=Score(mean=0.0, std=0.0))
+            scores = {name: dict.fromkeys(found, zero) for name, found in scores.items()}
+        return scores, collapsed, features
+
+    return changed
+
+
+def test_a_sigterm_during_the_evaluation_ends_cleanly_and_is_resumed(
+    tmp_path: Path, tiny_toml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the training before has left as a handler, the message is one of ours, and nothing is done twice."""
+    from pirl.retraining import retrain
+
+    def stopped(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(30)
+        raise AssertionError("the signal was swallowed")
+
+    before = signal.getsignal(signal.SIGTERM)
+    wanted = retraining(tmp_path, tiny_toml, min_gain=-1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(retrain, "evaluate_run", stopped)
+        with pytest.raises(PreemptedError, match="the training is saved in") as caught:
+            keep_up_to_date(wanted)
+    assert caught.value.exit_code == EXIT_PREEMPTED
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert keep_up_to_date(wanted) == 0
+    assert Registry(f"{tmp_path}/root/registry").get("pirl").version == "v0001"
 
 
 @pytest.mark.slow

@@ -9,6 +9,8 @@ from rich.table import Table
 
 from ..backends import open_backend
 from ..config import Recipe, load_recipe
+from ..errors import PirlError
+from ..run import REPORT, Run, Workspace
 from ..settings import join_items
 from ..storage import local_path, open_storage
 from ..text import count, score
@@ -101,48 +103,48 @@ def run_dag(
         console.print(note, soft_wrap=True, markup=False, highlight=False)
     name = run_name(root, resolved)
     schedule = f"{count(resolved.train.epochs, 'epoch')} of {count(resolved.rows(len(train)), 'image')}"
-    console.print(f"run: {root}/runs/{name} ({schedule})")
-    check_run_output(f"{root}/runs/{name}", [train, test])
-    check_registry(arguments.get("registry") or f"{root}/registry", [train, test])
+    workspace = Workspace(root)
+    console.print(f"run: {workspace.run_uri(name)} ({schedule})")
+    check_run_output(workspace.run_uri(name), [train, test])
+    check_registry(arguments.get("registry") or workspace.registry, [train, test])
     if dry_run:
         return
     from pipelines.local import run_local
 
     texts = {"overrides": join_items(overrides or []), "options": join_items(options.items())}
     done = run_local(root=root, run=name, recipe=recipe, **texts, **arguments)
-    show_result(done)
+    show_result(Run(done))
 
 
 def run_name(root: str, recipe: Recipe) -> str:
     """Return the name of the run of a recipe: that of an existing run of version 0.1, or by the recipe's digest."""
     names = [f"{recipe.name}-{digest[:8]}" for digest in sorted(recipe.digests(), key=recipe.digest().__ne__)]
-    runs = open_storage(f"{root}/runs")
-    return next((name for name in names if runs.exists(f"{name}/config.toml")), names[0])
+    return next((name for name in names if Workspace(root).run(name).exists()), names[0])
 
 
-def show_result(run: Any) -> None:
-    """The table of a finished run, the gate's verdict, and where the report is."""
+def show_result(run: Run) -> None:
+    """Print the table of a finished run, the gate's decision, and the location of the report."""
     from ..storage import local_path
 
-    result, gate = run.read_json("eval.json"), run.read_json("gate.json")
+    result, gate, registered = run.evaluation(), run.gate(), run.registered()
+    if result is None or gate is None:
+        raise PirlError(f"{run.uri} has no evaluation or no decision of the gate", "run the same command again")
     table = Table(title="top-1 of the frozen trunk, in %")
     for column in ("", "pretrained", "random weights", "gain"):
         table.add_column(column, justify="left" if not column else "right")
-    names = {"linear": "linear, all labels", "linear_1pct": "linear, 1 % of the labels", "knn": "nearest neighbours"}
-    for key, label in names.items():
-        ours, random = (result[trunk][key]["top1"] for trunk in ("pretrained", "random"))
-        table.add_row(
-            label,
-            *(score(value["mean"], value["std"]) for value in (ours, random)),
-            f"{100 * (ours['mean'] - random['mean']):+.2f}",
-        )
+    labels = {"linear": "linear, all labels", "linear_1pct": "linear, 1 % of the labels", "knn": "nearest neighbours"}
+    for key, label in labels.items():
+        trained, random = result.pretrained[key].top1, result.random[key].top1
+        scores = (score(side.mean, side.std) for side in (trained, random))
+        table.add_row(label, *scores, f"{100 * (trained.mean - random.mean):+.2f}")
     show_table(table)
-    steps = [run.read_json(name) for name in run.list("steps/")]
-    steps.sort(key=lambda step: step["started"])
-    console.print("seconds: " + ", ".join(f"{step['step']} {step['seconds']:.0f}" for step in steps))
-    if gate["promote"]:
-        version = run.read_json("registered.json")
-        console.print(f"registered as {version['model']} {version['version']}: {version['uri']}")
+    for name in result.collapsed:
+        console.print(f"the features of the {name} trunk have collapsed: they are the same for all training images")
+    console.print("seconds: " + ", ".join(f"{step.step} {step.seconds:.0f}" for step in run.steps()))
+    if gate.promote and registered:
+        console.print(f"registered as {registered.model} {registered.version}: {registered.uri}")
     else:
-        console.print(f"not registered: {'; '.join(gate['reasons'])}")
-    console.print(f"report: {local_path(run) or run.uri}/report.html")
+        console.print("not registered")
+    for reason in gate.reasons:
+        console.print(f"  {reason}")
+    console.print(f"report: {local_path(run.storage) or run.uri}/{REPORT}")

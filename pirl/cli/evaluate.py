@@ -10,7 +10,8 @@ from rich.table import Table
 
 from .. import logs
 from ..errors import UsageError, did_you_mean
-from ..text import count
+from ..results import Evaluation
+from ..text import count, percent
 from .app import Json, app, console, show_table
 
 PROTOCOLS = ("fast", "zoo", "bank")
@@ -47,8 +48,10 @@ def evaluate(
         from ..evaluate import ZooProtocol, evaluate_layers
 
         settings = ZooProtocol() if epochs is None else ZooProtocol(epochs=epochs)
-        result = evaluate_layers(run, data, test, settings, workers, tell)
-    elif protocol == "bank":
+        layers = evaluate_layers(run, data, test, settings, workers, tell)
+        print(json.dumps(layers)) if as_json else show_layers(layers)
+        return
+    if protocol == "bank":
         from ..evaluate import evaluate_bank
 
         result = evaluate_bank(run, data, test)
@@ -56,17 +59,19 @@ def evaluate(
         from ..evaluate import evaluate_run
 
         result = evaluate_run(run, data, test, progress=tell)
-    if as_json:
-        logs.output(f"{json.dumps(result)}\n")
-    elif protocol == "zoo":
-        show_layers(result)
-    else:
-        for trunk in ("pretrained", "random"):
-            if trunk in result:
-                found = [f"{name} {100 * value['top1']['mean']:.2f} %" for name, value in result[trunk].items()]
-                console.print(f"{trunk}: {', '.join(found)}")
-        if bank := result.get("bank"):
-            console.print(f"memory bank: knn {100 * bank['top1']['mean']:.2f} % among its {count(bank['rows'], 'row')}")
+    logs.output(f"{json.dumps(result.to_json())}\n") if as_json else show_scores(result)
+
+
+def show_scores(result: Evaluation) -> None:
+    """Print the scores of the protocols fast and bank."""
+    for trunk, scores in (("pretrained", result.pretrained), ("random", result.random)):
+        if scores:
+            rates = [f"{name} {percent(score.top1.mean)} %" for name, score in scores.items()]
+            console.print(f"{trunk}: {', '.join(rates)}")
+        if trunk in result.collapsed:
+            console.print(f"{trunk}: the features have collapsed: they are the same for all training images")
+    if bank := result.bank:
+        console.print(f"memory bank: knn {percent(bank.top1.mean)} % among its {count(bank.rows, 'row')}")
 
 
 def show_layers(result: dict[str, Any]) -> None:

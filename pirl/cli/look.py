@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -81,7 +80,7 @@ def show(recipe: RecipeName, overrides: Overrides = None) -> None:
 def preview(
     recipe: RecipeName,
     images: Annotated[str, typer.Argument(help="Folder of images, or any source that `pirl shard` takes.")],
-    out: Annotated[Path, typer.Option(help="File to write.")] = Path("preview.html"),
+    out: Annotated[str, typer.Option(help="File to write: a path or an s3:// URI.")] = "preview.html",
     count: Annotated[int, typer.Option(help="Images.", min=1)] = 8,
     background: Background = "white",
     exif: Exif = "apply",
@@ -94,8 +93,8 @@ def preview(
     from ..report import write_preview
     from ..shards import decoding_settings
 
-    write_preview(recipe, images, out, count=count, decoding=decoding_settings(background, exif, max_pixels))
-    console.print(str(out))
+    decoding = decoding_settings(background, exif, max_pixels)
+    console.print(write_preview(recipe, images, out, count=count, decoding=decoding))
 
 
 @app.command()

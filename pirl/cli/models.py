@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from ..errors import EXIT_FAILURE
+from ..errors import EXIT_FAILURE, RegistryError
+from ..registry import Registry
 from .app import DEFAULT_ROOT, DRY_RUN_HELP, Json, Overrides, app, console, show_rows
 
 
@@ -24,18 +26,18 @@ def register(
 
     Example: pirl register runs/mine --registry runs/registry
     """
+    from ..gate import decide, register_run
     from ..outputs import check_registry
-    from ..registry import decide, register_run
 
     if not dry_run:
         check_registry(registry)
-    promote = decide(run, registry, model, metric, min_gain)
-    if dry_run or not promote:
-        from ..storage import open_storage
-
-        reasons = "; ".join(open_storage(run).read_json("gate.json")["reasons"])
-        console.print(f"{'would be registered' if promote else 'not registered'}: {reasons}")
-        raise typer.Exit(0 if promote else EXIT_FAILURE)
+    decision = decide(run, registry, model, metric, min_gain, dry_run)
+    if dry_run or not decision.promote:
+        console.print("would be registered:" if decision.promote else "not registered:")
+    for reason in decision.reasons:
+        console.print(f"  {reason}")
+    if dry_run or not decision.promote:
+        raise typer.Exit(0 if decision.promote else EXIT_FAILURE)
     version = register_run(run, registry, model)
     console.print(f"{version.model} {version.version}: {version.uri}")
 
@@ -54,20 +56,29 @@ def models(
     known = open_registry(registry)
     rows = []
     for name in known.models():
-        pointers = {pointer: known.pointer(name, pointer) for pointer in ("champion", "latest")}
+        pointers = {pointer: _pointer(known, name, pointer) for pointer in ("champion", "latest")}
         for version in known.versions(name):
-            scores = version.record.get("metrics", {}).get("pretrained", {})
+            scores = version.evaluation.pretrained if version.evaluation else {}
             rows.append(
                 {
                     "model": name,
                     "version": version.version,
                     "is": " ".join(pointer for pointer, at in pointers.items() if at == version.version),
-                    **{f"{key}_top1": round(value["top1"]["mean"], 4) for key, value in scores.items()},
+                    **{f"{key}_top1": round(value.top1.mean, 4) for key, value in scores.items()},
                     "created": version.record["created"],
                     "uri": version.uri,
                 }
             )
     show_rows(rows, as_json)
+
+
+def _pointer(registry: Registry, model: str, pointer: str) -> str | None:
+    """Return the version that a pointer names; a damaged one is left out, with a warning."""
+    try:
+        return registry.pointer(model, pointer)
+    except RegistryError as error:
+        warnings.warn(f"left out: {error}", stacklevel=2)
+        return None
 
 
 @app.command("import")
@@ -99,7 +110,9 @@ def import_checkpoint(
 @app.command()
 def export(
     checkpoint: Annotated[str, typer.Argument(help="URI of a run or of one of its checkpoints.")],
-    out: Annotated[Path, typer.Argument(help="File to write: .safetensors, or .torch for VISSL.")],
+    out: Annotated[
+        str, typer.Argument(help="File to write, a path or an s3:// URI: .safetensors, or .torch for VISSL.")
+    ],
     layout: Annotated[
         Literal["torchvision", "vissl"], typer.Option(help="A trunk for torchvision, or all of a training for VISSL.")
     ] = "torchvision",
@@ -110,4 +123,4 @@ def export(
     """
     from ..export import export as write
 
-    console.print(str(write(checkpoint, out, layout)))
+    console.print(write(checkpoint, out, layout))

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..backends import BACKENDS, open_backend
+from ..errors import RegistryError
 from ..training.spec import TrainingOptions
 from .app import DEFAULT_ROOT, DRY_RUN_HELP, Overrides, app, console
 from .options import items_from, options_of
@@ -62,7 +63,7 @@ def retrain(
 
     Example: pirl retrain --train-source photos/train --test-source photos/test --root runs
     """
-    from ..retrain import Retraining, keep_up_to_date
+    from ..retraining.retrain import Retraining, keep_up_to_date
 
     given = {"nodes": nodes or "", "gpus": gpus, "processes": options.processes}
     wanted = Retraining(
@@ -97,8 +98,12 @@ def promote(
     from ..registry import CHAMPION, open_registry
 
     known = open_registry(registry)
-    found = known.get(model, version, verify=True)
-    before = known.pointer(model, CHAMPION)
+    chosen = known.get(model, version, verify=True)
+    try:
+        before = known.pointer(model, CHAMPION) or "none"
+    except RegistryError as error:  # promoting repairs it
+        console.print(f"{error.what}", markup=False, highlight=False)
+        before = "unknown"
     if not dry_run:
-        known.promote(model, found.version)
-    console.print(f"{model}: champion {before or 'none'} -> {found.version}{' (not done)' if dry_run else ''}")
+        known.promote(model, chosen.version)
+    console.print(f"{model}: champion {before} -> {chosen.version}{' (not done)' if dry_run else ''}", markup=False)

@@ -1,4 +1,4 @@
-"""What a frozen trunk knows, by two protocols.
+"""Evaluations of a frozen trunk, by two protocols.
 
 `probe` is the fast one: features once, a linear probe and nearest neighbours, beside the same trunk's initial weights;
 and nearest neighbours in the memory bank, for which the training images need not be looked at again.
@@ -7,6 +7,8 @@ and nearest neighbours in the memory bank, for which the training images need no
 
 from __future__ import annotations
 
+from pirl.evaluate.fast import evaluate, evaluate_bank, evaluate_run, evaluate_trunk
+from pirl.evaluate.load import load_model, load_trunk, require_finite
 from pirl.evaluate.probe import (
     Features,
     Protocol,
@@ -15,19 +17,13 @@ from pirl.evaluate.probe import (
     centre_crop,
     check_labels,
     embed,
-    evaluate,
-    evaluate_bank,
-    evaluate_run,
     extract,
     few_labels,
     linear_probe,
-    load_model,
     load_pixels,
-    load_trunk,
     nearest_neighbours,
     neighbours,
     probe,
-    split_checkpoint_uri,
     spread,
 )
 from pirl.evaluate.zoo import ZooProtocol, evaluate_layers
@@ -45,6 +41,7 @@ __all__ = [
     "evaluate_bank",
     "evaluate_layers",
     "evaluate_run",
+    "evaluate_trunk",
     "extract",
     "few_labels",
     "linear_probe",
@@ -54,6 +51,6 @@ __all__ = [
     "nearest_neighbours",
     "neighbours",
     "probe",
-    "split_checkpoint_uri",
+    "require_finite",
     "spread",
 ]

@@ -9,8 +9,6 @@ optimiser. Compare like with like.
 from __future__ import annotations
 
 import logging
-import re
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,13 +19,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from pirl.checkpoint import Checkpoints, Commit
-from pirl.config import Recipe, parse_recipe
+from pirl.config import Recipe
 from pirl.data import CropDataset
-from pirl.errors import CheckpointError, UsageError
-from pirl.model import PIRL, Trunk, build_model
-from pirl.shards import Manifest, ShardReader, check_same_decoding, listed
-from pirl.storage import open_storage
+from pirl.errors import UsageError
+from pirl.model import PIRL
+from pirl.results import BankScores, Score, Scores
+from pirl.shards import ShardReader, check_same_decoding, listed
 
 log = logging.getLogger(__name__)
 
@@ -50,132 +47,15 @@ class Protocol:
     knn_temperature: float = 0.07
 
 
+FAST = Protocol()
+
+
 @dataclass
 class Features:
     """(n, D) float32 features and (n,) int64 labels of one data set."""
 
     x: Tensor
     y: Tensor
-
-
-def split_checkpoint_uri(uri: str) -> tuple[str, str | None]:
-    """The run and the checkpoint's name of `RUN`, `RUN/checkpoints` or `RUN/checkpoints/step-N`."""
-    found = re.fullmatch(r"(.+?)(?:(?<!/)/checkpoints(?:/(step-[^/]+))?)?", uri.rstrip("/"))
-    return (found[1], found[2]) if found else (uri, None)
-
-
-def load_model(uri: str) -> tuple[Recipe, Commit, PIRL, Tensor]:
-    """The network of a run's newest checkpoint, or of the checkpoint named, in evaluation mode on the CPU, and the rows
-    of its memory bank, (N, D) float32."""
-    recipe, commit, model, saved = _load(uri)
-    return recipe, commit, model, saved["bank"]["memory"]
-
-
-def load_trunk(uri: str) -> tuple[Recipe, Commit, Trunk]:
-    """`load_model`, the trunk alone."""
-    recipe, commit, model, _ = _load(uri)
-    return recipe, commit, model.trunk
-
-
-def _load(uri: str) -> tuple[Recipe, Commit, PIRL, dict[str, Any]]:
-    run, name = split_checkpoint_uri(uri)
-    storage = open_storage(run)
-    found = Checkpoints(storage / "checkpoints").load(name)
-    if found is None:
-        raise CheckpointError(f"{run} has no checkpoint", "give the --out of a `pirl train` that has started")
-    commit, saved = found
-    recipe = parse_recipe(saved["recipe"], origin=f"the recipe inside {commit.name}")
-    model = build_model(recipe)
-    model.load_state_dict(saved["model"])
-    return recipe, commit, model.eval(), saved
-
-
-def evaluate(
-    checkpoint: str,
-    train_data: str,
-    test_data: str,
-    protocol: Protocol = Protocol(),
-    progress: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
-    """Probe a checkpoint's trunk and the same trunk with its initial weights. Returns the content of `eval.json`.
-
-    All rates are shares of 1. The spread is the standard deviation over the probe's seeds; for nearest neighbours,
-    which have no seed, the standard error of a share. Where the bank is of the training images, `bank` is what its own
-    rows tell of the test images; random weights have no counterpart to it.
-    """
-    started = time.perf_counter()
-    recipe, commit, model, memory = load_model(checkpoint)
-    train_reader, test_reader = (ShardReader(uri) for uri in (train_data, test_data))
-    result = introduce(checkpoint, commit, recipe, train_reader, test_reader, protocol)
-    classes = result["classes"]
-    pixels = [load_pixels(reader, recipe) for reader in (train_reader, test_reader)]
-    for name, candidate in (("pretrained", model.trunk), ("random", build_model(recipe).trunk.eval())):
-        progress(f"features of the {name} trunk")
-        train, test = (
-            Features(extract(candidate, images, recipe), torch.from_numpy(reader.labels()))
-            for images, reader in zip(pixels, (train_reader, test_reader))
-        )
-        progress(f"probes on the {name} trunk")
-        result[name] = probe(train, test, len(classes), protocol)
-        if candidate is model.trunk and commit.data_digest == train_reader.manifest.digest:
-            embedded = Features(embed(model, test.x), test.y)
-            result["bank"] = bank_neighbours(memory, train_data, recipe, embedded, len(classes), protocol)
-    result["seconds"] = round(time.perf_counter() - started, 1)
-    return result
-
-
-def evaluate_bank(checkpoint: str, train_data: str, test_data: str, protocol: Protocol = Protocol()) -> dict[str, Any]:
-    """Only the `bank` of `evaluate`: the training images are not read, and each test image goes through the trunk once.
-
-    `UsageError` where the checkpoint has no bank of these training images.
-    """
-    started = time.perf_counter()
-    recipe, commit, model, memory = load_model(checkpoint)
-    train_reader, test_reader = (ShardReader(uri) for uri in (train_data, test_data))
-    result = introduce(checkpoint, commit, recipe, train_reader, test_reader, protocol)
-    if commit.data_digest != train_reader.manifest.digest:
-        raise UsageError(
-            f"{result['checkpoint']} has no memory bank of the images in {train_data}",
-            "give the --data that it was trained on, or use --protocol fast, which needs no bank",
-        )
-    features = extract(model.trunk, load_pixels(test_reader, recipe), recipe)
-    test = Features(embed(model, features), torch.from_numpy(test_reader.labels()))
-    result["bank"] = bank_neighbours(memory, train_data, recipe, test, len(result["classes"]), protocol)
-    result["seconds"] = round(time.perf_counter() - started, 1)
-    return result
-
-
-def introduce(
-    checkpoint: str, commit: Commit, recipe: Recipe, train: ShardReader, test: ShardReader, protocol: Protocol
-) -> dict[str, Any]:
-    """What a result says first: of which checkpoint it is, on which images, by which settings."""
-    return {
-        "checkpoint": f"{split_checkpoint_uri(checkpoint)[0]}/checkpoints/{commit.name}",
-        "train_data": train.manifest.digest,
-        "test_data": test.manifest.digest,
-        "train_images": len(train),
-        "test_images": len(test),
-        "classes": check_labels(train, test),
-        "protocol": {**as_json(protocol), "resize": recipe.eval.resize, "crop": recipe.eval.crop},
-    }
-
-
-def evaluate_run(
-    run: str, train_data: str, test_data: str, progress: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
-    """Evaluate the newest checkpoint of a run into its `eval.json`; what is there already for the same is kept."""
-    storage = open_storage(run)
-    checkpoints = Checkpoints(storage / "checkpoints")
-    digests = [Manifest.load(open_storage(uri)).digest for uri in (train_data, test_data)]
-    if storage.exists("eval.json"):
-        before = storage.read_json("eval.json")
-        same = [before["checkpoint"].rpartition("/")[2], before["train_data"], before["test_data"]]
-        if same == [checkpoints.newest(), *digests] and before["protocol"] | as_json(Protocol()) == before["protocol"]:
-            return before
-    storage.require_writable("eval.json")
-    result = evaluate(run, train_data, test_data, progress=progress)
-    storage.write_json("eval.json", result)
-    return result
 
 
 def as_json(protocol: Protocol) -> dict[str, Any]:
@@ -202,8 +82,8 @@ def check_labels(train: ShardReader, test: ShardReader) -> list[str]:
     return train.manifest.classes
 
 
-def probe(train: Features, test: Features, classes: int, protocol: Protocol) -> dict[str, Any]:
-    """Linear probes with all labels and with few, and nearest neighbours."""
+def probe(train: Features, test: Features, classes: int, protocol: Protocol) -> dict[str, Scores]:
+    """Return the scores of linear probes with all labels and with few, and of nearest neighbours."""
     mean, std = train.x.mean(0), train.x.std(0).clamp_min(1e-6)
     scaled = Features((train.x - mean) / std, train.y)
     scaled_test = Features((test.x - mean) / std, test.y)
@@ -213,23 +93,23 @@ def probe(train: Features, test: Features, classes: int, protocol: Protocol) -> 
     ]
     full = [linear_probe(scaled, scaled_test, classes, protocol, seed) for seed in protocol.seeds]
     return {
-        "linear": {"top1": spread([top1 for top1, _ in full]), "top5": spread([top5 for _, top5 in full])},
-        "linear_1pct": {"top1": spread([top1 for top1, _ in few]), "top5": spread([top5 for _, top5 in few])},
-        "knn": {"top1": share_of(nearest_neighbours(train, test, classes, protocol), len(test.y))},
+        "linear": Scores(top1=spread([top1 for top1, _ in full]), top5=spread([top5 for _, top5 in full])),
+        "linear_1pct": Scores(top1=spread([top1 for top1, _ in few]), top5=spread([top5 for _, top5 in few])),
+        "knn": Scores(top1=share_of(nearest_neighbours(train, test, classes, protocol), len(test.y))),
     }
 
 
 def bank_neighbours(
     memory: Tensor, train_data: str, recipe: Recipe, test: Features, classes: int, protocol: Protocol
-) -> dict[str, Any]:
+) -> BankScores:
     """Nearest neighbours among the rows `memory` (N, D) of the bank, for embeddings `test` (n, D).
 
     Each row is the mean embedding of a training image over the last epochs, so that none of these is looked at again.
     """
     images = CropDataset(train_data, recipe)
     labels = torch.from_numpy(images.reader.labels()[images.image_ids(np.arange(len(memory)))])
-    found = nearest_neighbours(Features(memory, labels), test, classes, protocol)
-    return {"top1": share_of(found, len(test.y)), "rows": len(memory), "dim": memory.shape[1]}
+    share = nearest_neighbours(Features(memory, labels), test, classes, protocol)
+    return BankScores(top1=share_of(share, len(test.y)), rows=len(memory), dim=memory.shape[1])
 
 
 @torch.no_grad()
@@ -238,14 +118,14 @@ def embed(model: PIRL, features: Tensor) -> Tensor:
     return model.image_head(features)
 
 
-def share_of(hits: float, count: int) -> dict[str, Any]:
-    """A share of `count` images beside its standard error, as `spread` has it for several runs."""
-    return {"mean": hits, "std": (hits * (1 - hits) / count) ** 0.5, "runs": [hits]}
+def share_of(hits: float, count: int) -> Score:
+    """Return a share of `count` images with its standard error, as `spread` does for several runs."""
+    return Score(mean=hits, std=(hits * (1 - hits) / count) ** 0.5, runs=[hits])
 
 
-def spread(runs: list[float]) -> dict[str, Any]:
-    """Mean and standard deviation (n - 1) of a few runs."""
-    return {"mean": float(np.mean(runs)), "std": float(np.std(runs, ddof=1)) if len(runs) > 1 else 0.0, "runs": runs}
+def spread(runs: list[float]) -> Score:
+    """Return mean and standard deviation (n - 1) of a few runs."""
+    return Score(mean=float(np.mean(runs)), std=float(np.std(runs, ddof=1)) if len(runs) > 1 else 0.0, runs=runs)
 
 
 def linear_probe(train: Features, test: Features, classes: int, protocol: Protocol, seed: int) -> tuple[float, float]:

@@ -28,14 +28,16 @@ from pirl.config import Recipe
 from pirl.errors import DataError, TrainingError, UsageError
 from pirl.evaluate.crops import FLIP, RATIO, SCALE, Chunk, LabelledCrops
 from pirl.evaluate.layers import LAYERS, FrozenLayers, Shapes
-from pirl.evaluate.probe import check_labels, load_trunk, split_checkpoint_uri
+from pirl.evaluate.load import load_trunk, require_finite
+from pirl.evaluate.probe import check_labels
+from pirl.model import weights_digest
 from pirl.optim import set_learning_rate
 from pirl.order import epoch_order
+from pirl.run import LAYERS as LAYERS_RESULT
+from pirl.run import Run
 from pirl.shards import ShardReader
-from pirl.storage import open_storage
 from pirl.text import duration
 
-RESULT = "eval_zoo.json"
 ZOO_EPOCHS, ZOO_DROPS = 28, (8, 16, 24)
 ZOO_RESIZE, ZOO_CROP = 256, 224
 CHUNK = 32  # images that go through the trunk at a time: it is frozen, so this changes no statistics
@@ -162,8 +164,9 @@ class CentreFeatures:
             yield from self.kept
             return
         chunks: list[Chunk] = [(None, ids) for ids in _chunks(np.arange(len(self.crops)))]
-        for pixels, labels in self.crops.load(chunks, self.workers):
+        for (_, ids), (pixels, labels) in zip(chunks, self.crops.load(chunks, self.workers)):
             part = self.layers(pixels), labels.to(self.layers.device)
+            require_finite(part[0]["res5avg"], ids, self.crops.reader, "pretrained")
             if self.kept is not None:
                 self.kept.append(part)
             yield part
@@ -286,9 +289,9 @@ def evaluate_layers(
     What is there already for the same checkpoint, data and protocol is kept.
     """
     started = time.monotonic()
-    recipe, commit, trunk = load_trunk(run)
-    storage = open_storage(split_checkpoint_uri(run)[0])
-    storage.require_writable("eval_zoo.json")
+    folder = Run.at(run)
+    folder.require_writable(LAYERS_RESULT)
+    recipe, commit, trunk = load_trunk(folder)
     readers = [ShardReader(uri) for uri in (train_data, test_data)]
     classes = check_labels(*readers)
     if len(readers[0]) < 2:
@@ -296,7 +299,8 @@ def evaluate_layers(
     layers = FrozenLayers(trunk, recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     applied, differences = describe(protocol, recipe, layers, len(readers[0]))
     result: dict[str, Any] = {
-        "checkpoint": f"{storage.uri}/checkpoints/{commit.name}",
+        "checkpoint": commit.name,
+        "weights": weights_digest(trunk.state_dict()),
         "train_data": readers[0].manifest.digest,
         "test_data": readers[1].manifest.digest,
         "train_images": len(readers[0]),
@@ -305,10 +309,9 @@ def evaluate_layers(
         "protocol": applied,
         "differences": differences,
     }
-    if storage.exists(RESULT):
-        before = storage.read_json(RESULT)
-        if all(before.get(key) == value for key, value in result.items()):
-            return before
+    before = folder.layers()
+    if before and all(before.get(key) == value for key, value in result.items()):
+        return before
     for difference in differences:
         progress(f"not as in the zoo: {difference}")
     heads = build_heads(layers.shapes, len(classes), protocol.seed)
@@ -316,5 +319,5 @@ def evaluate_layers(
     epochs = train_heads(heads, layers, train, test, protocol, workers, progress)
     result |= {name: epochs[-1][name] for name in ("top1", "top5")}
     result |= {"epochs": epochs, "seconds": round(time.monotonic() - started, 1)}
-    storage.write_json(RESULT, result)
+    folder.save_layers(result)
     return result

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 from safetensors.torch import save
 
-from pirl.checkpoint import Checkpoints
 from pirl.config import Recipe, parse_recipe
-from pirl.errors import CheckpointError, UsageError
-from pirl.evaluate import load_trunk, split_checkpoint_uri
+from pirl.errors import UsageError
+from pirl.evaluate import load_trunk
 from pirl.export.importing import Import, examine, import_file
 from pirl.export.vissl import to_vissl, vissl_bytes
 from pirl.model import Trunk
 from pirl.outputs import check_file_output
-from pirl.storage import LocalStorage, open_storage
+from pirl.run import Run
+from pirl.storage import split_file_uri, write_file
 
 __all__ = ["Import", "examine", "export", "import_file", "trunk_bytes"]
 
@@ -43,21 +43,20 @@ def _settled(data: bytes) -> bytes:
     return data[:8] + text.ljust(end - 8) + data[end:]
 
 
-def export(checkpoint: str, out: Path, layout: Literal["torchvision", "vissl"] = "torchvision") -> Path:
-    """Write a checkpoint to the file `out`: its trunk as safetensors for torchvision, or all of it for VISSL."""
-    if out.suffix != SUFFIXES[layout]:
+def export(checkpoint: str, out: str | Path, layout: Literal["torchvision", "vissl"] = "torchvision") -> str:
+    """Write a checkpoint to the file at `out`, a path or a URI. Return where it is.
+
+    That is its trunk as safetensors for torchvision, or all of it for VISSL.
+    """
+    _, name = split_file_uri(out)
+    if PurePath(name).suffix != SUFFIXES[layout]:
         raise UsageError(f"{out} should end in {SUFFIXES[layout]}", f"that is what {layout}'s files are called")
     check_file_output(out)
     if layout == "torchvision":
         recipe, _, trunk = load_trunk(checkpoint)
         data = trunk_bytes(trunk, recipe)
     else:
-        run, name = split_checkpoint_uri(checkpoint)
-        found = Checkpoints(open_storage(run) / "checkpoints").load(name)
-        if found is None:
-            raise CheckpointError(f"{run} has no checkpoint", "give the --out of a `pirl train` that has started")
-        commit, saved = found
+        commit, saved = Run.at(checkpoint).load()
         recipe = parse_recipe(saved["recipe"], origin=f"the recipe inside {commit.name}")
         data = vissl_bytes(to_vissl(saved, recipe, commit))
-    LocalStorage(out.absolute().parent).write_bytes(out.name, data)
-    return out
+    return write_file(out, data)

@@ -43,7 +43,11 @@ def identify(
     fitting = {name: recipe for name, recipe in fitting.items() if len(_misfits(contents, recipe)) == fewest}
     long_enough = {name: recipe for name, recipe in fitting.items() if recipe.train.epochs >= contents.epochs}
     fitting = long_enough or fitting
-    found = {name: load_recipe(name, [*_told(contents, recipe), *overrides]) for name, recipe in fitting.items()}
+    given = {item.partition("=")[0].strip() for item in overrides}  # these win over what the file says
+    found = {}
+    for name, recipe in fitting.items():
+        told = [item for item in _told(contents, recipe) if item.partition("=")[0] not in given]
+        found[name] = load_recipe(name, [*told, *overrides])
     by_rate = [name for name, recipe in found.items() if _had_learning_rate(contents, recipe)]
     by_epochs = [name for name, recipe in found.items() if recipe.train.epochs == contents.epochs]
     candidates = by_rate or by_epochs or list(found)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pirl import __version__
-from pirl.checkpoint import Checkpoints, Cursor
+from pirl.checkpoint import Cursor
 from pirl.config import Recipe
 from pirl.errors import CheckpointError, UsageError
 from pirl.export.identify import check, identify
@@ -22,6 +22,8 @@ from pirl.metrics import Log
 from pirl.model import PIRL, build_model
 from pirl.optim import build_optimizer, parameter_groups
 from pirl.outputs import check_run_output
+from pirl.results import Completion
+from pirl.run import Run
 from pirl.shards import Manifest
 from pirl.storage import open_storage, sha256_file
 from pirl.text import count
@@ -68,40 +70,40 @@ def import_file(
     path: Path, out: str, data: str | None = None, recipe: str | None = None, overrides: Sequence[str] = ()
 ) -> Import:
     """Make a run of a checkpoint file. Nothing is written unless all of the file is good."""
-    run = open_storage(out)
-    if run.exists("config.toml"):
+    run = Run.at(out)
+    if run.exists():
         raise UsageError(f"{out} holds a run already", "give another --out: an import never writes over a run")
     check_run_output(out, data=data)
     found = examine(path, data, recipe, overrides)
     found.state["imported"] = {"file": path.name, "sha256": sha256_file(path), "lacks": found.lacks}
-    checkpoints = Checkpoints(run / "checkpoints")
+    checkpoints = run.checkpoints()
     checkpoints.save(found.state, found.cursor, found.recipe.digest(), found.data_digest)
     if error := checkpoints.wait():
         raise error
-    log = Log(run)
+    log = Log(run.storage)
     log.event("import", **found.state["imported"], recipe=found.recipe.name, version=__version__)
     log.flush()
     if not found.lacks and found.epochs >= found.recipe.train.epochs:
-        run.write_json("DONE.json", _done(found, f"{checkpoints.storage.uri}/{checkpoints.newest()}"))
-    run.write_bytes("config.toml", found.recipe.to_toml().encode())  # last: before it, there is no run
+        run.complete(_completion(found, run.checkpoint_uri(run.commit().name)))
+    run.save_recipe(found.recipe)  # last: before it, there is no run
     found.uri = run.uri
     return found
 
 
-def _done(found: Import, checkpoint: str) -> dict[str, Any]:
-    return {
-        "steps": found.cursor.step,
-        "epochs": found.recipe.train.epochs,
-        "images_seen": found.epochs * len(found.state["bank"]["memory"]),
-        "seconds": found.cursor.seconds,
-        "checkpoint": checkpoint,
-        "recipe": found.recipe.name,
-        "recipe_digest": found.recipe.digest(),
-        "data_digest": found.data_digest,
-        "ranks": 0,  # not told
-        "version": __version__,
-        "imported": found.state["imported"]["file"],
-    }
+def _completion(found: Import, checkpoint: str) -> Completion:
+    return Completion(
+        steps=found.cursor.step,
+        epochs=found.recipe.train.epochs,
+        images_seen=found.epochs * len(found.state["bank"]["memory"]),
+        seconds=found.cursor.seconds,
+        checkpoint=checkpoint,
+        recipe=found.recipe.name,
+        recipe_digest=found.recipe.digest(),
+        data_digest=found.data_digest,
+        ranks=0,  # the file does not say
+        version=__version__,
+        imported=found.state["imported"]["file"],
+    )
 
 
 def examine(path: Path, data: str | None = None, recipe: str | None = None, overrides: Sequence[str] = ()) -> Import:

@@ -4,8 +4,9 @@
                                   trunk.safetensors  and whatever else was given
                                   README.md          the model card, made from the record
                                   COMMIT.json        written last: from here on the version is visible
-                                  GATE.json          there when the version came through the gate
-    <root>/<model>/champion.json, latest.json        {"version", "updated"}
+                                  GATE.json          present when the version came through the gate
+    <root>/<model>/champion/00000001.json            {"version", "updated"}: one for each move, the last one counts
+    <root>/<model>/champion.json, latest.json        {"version", "updated"}: the first is a copy, for people and 0.1
     <root>/<model>/claims.json                       which run has which number: only spares reading every model.json
 
 A version that a crash left without COMMIT.json is invisible and is completed by registering the same run again.
@@ -17,21 +18,25 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pirl.errors import RegistryError, StorageNotFoundError, UsageError, did_you_mean
+from pirl.errors import RegistryError, StorageError, StorageNotFoundError, UsageError, did_you_mean
 from pirl.registry.card import model_card
+from pirl.results import Evaluation, Lineage
 from pirl.storage import Storage, encode_json, open_storage, sha256_file
 
 CHAMPION = "champion"
 LATEST = "latest"
+TRUNK = "trunk.safetensors"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _NUMBER = re.compile(r"v(\d{4,})")
+_MOVE = re.compile(rf"{CHAMPION}/(\d{{8}})\.json")
 _RECORD, _CARD, _COMMIT, _GATE = "model.json", "README.md", "COMMIT.json", "GATE.json"
 _CLAIMS = "claims.json"
 _CHUNK_BYTES = 16 << 20
@@ -49,6 +54,16 @@ class Version:
     record: dict[str, Any]
     gated: bool
 
+    @property
+    def lineage(self) -> Lineage:
+        return Lineage.parse(self.record.get("lineage") or {}, f"the lineage in {self.uri}/{_RECORD}")
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """What was measured before it was registered; None where nothing was."""
+        metrics = self.record.get("metrics")
+        return Evaluation.parse(metrics, f"the evaluation in {self.uri}/{_RECORD}") if metrics else None
+
 
 class Registry:
     """Versions of models under `root`. Safe for any number of processes at once, without a server or a lock."""
@@ -65,12 +80,16 @@ class Registry:
         files: Mapping[str, Path | bytes],
         record: Mapping[str, Any],
         promote: bool,
+        ask: Callable[[], bool] | None = None,
     ) -> Version:
         """Store `files` and `record` as the version of this run; with `promote` it also becomes latest and champion.
 
         The same run gives the same version, however often it is registered and wherever an earlier attempt broke off;
         the record of the first attempt stays. `RegistryError` when the run was registered with other files.
         Promotion never moves a pointer back: an older version, or one that was promoted before, moves nothing.
+        `ask` is called before each attempt to move the champion's pointer, which succeeds only if no other process has
+        moved it since; where it returns False, the version stays registered and is not promoted. Without it, the newer
+        of two versions that are registered at once becomes the champion.
         """
         check_name(model, "model")
         for name in files:
@@ -94,8 +113,7 @@ class Registry:
             place.write_bytes(_CARD, model_card(json.loads(claim)).encode())
             self._commit(model, version, _sha256(claim))
         if promote:
-            self._pass_gate(model, version)
-            self._advance(model)
+            self._advance(model, version, ask)
         return self._load(model, version)
 
     def _claim(self, model: str, run_id: str, stamps: dict[str, Any], record: dict[str, Any]) -> tuple[str, bytes]:
@@ -152,11 +170,20 @@ class Registry:
         return bool(self._with(model, _COMMIT))
 
     def versions(self, model: str) -> list[Version]:
-        """All visible versions, oldest first. `UsageError` for a model that is not there."""
-        return [self._load(model, version) for version in self._require(model)]
+        """Return all visible versions, oldest first; leave out damaged ones, with a warning.
+
+        `UsageError` for a model that does not exist.
+        """
+        versions = []
+        for number in self._require(model):
+            try:
+                versions.append(self._load(model, number))
+            except (RegistryError, StorageNotFoundError) as error:
+                warnings.warn(f"{model} {number} is left out: {error.what}", stacklevel=2)
+        return versions
 
     def get(self, model: str, version: str = CHAMPION, *, verify: bool = False) -> Version:
-        """A version by number, or the one that "champion" or "latest" points to.
+        """Return a version by number, or the one that "champion" or "latest" points to.
 
         `verify` reads all its files and compares their digests (`RegistryError` names the one that changed).
         """
@@ -188,43 +215,80 @@ class Registry:
         return found
 
     def promote(self, model: str, version: str) -> Version:
-        """Make this version the champion, also to go back to an older one."""
-        found = self.get(model, version)
-        self._point(model, CHAMPION, found.version)
-        return found
+        """Make this version the champion, also to go back to an older one, or to repair a damaged pointer."""
+        chosen = self.get(model, version)
+        while not self._move_champion(model, chosen.version, self._moves(model)):
+            pass  # another process has moved it just now
+        return chosen
 
-    def _advance(self, model: str) -> None:
-        """Point latest and champion to the newest gated version, unless that was done before.
+    def is_newer(self, version: Version) -> bool:
+        """Return whether a version is newer than `latest`, so that registering it again would move the pointers."""
+        latest = self.pointer(version.model, LATEST)
+        return latest is None or order(version.version) > order(latest)
 
-        `latest` is written last and so tells whether it was done. Of two that register at once the slower may write
-        an older version over a newer one; the newer one's gate was there before, so looking again finds it.
+    def _advance(self, model: str, version: str, ask: Callable[[], bool] | None) -> None:
+        """Make a version champion and latest, unless that was done before or `ask` says no.
+
+        `latest` is written last and so shows whether it was done. Of two that register at once the slower may write an
+        older version to it than the newer one has; the newer one's gate was written before, so a second look finds it.
         """
-        written: str | None = None
-        while True:
-            newest = self._with(model, _COMMIT, _GATE)[-1]
-            if written == newest:
+        latest = self.pointer(model, LATEST)
+        if latest is not None and order(latest) >= order(version):
+            return
+        for attempt in itertools.count():
+            moves = self._moves(model)
+            if ask and not ask():
                 return
-            latest = self.pointer(model, LATEST)
-            if written is None and latest is not None and order(latest) >= order(newest):
+            if not ask and attempt and order(self.pointer(model, CHAMPION) or "") > order(version):
                 return
-            self._point(model, CHAMPION, newest)
+            self._pass_gate(model, version)
+            if self._move_champion(model, version, moves):
+                break
+        written = ""
+        while written != (newest := self._with(model, _COMMIT, _GATE)[-1]):
             self._point(model, LATEST, newest)
             written = newest
+
+    def _moves(self, model: str) -> Any:
+        """Return the state of the champion's pointer, which `_move_champion` compares: how often it was moved."""
+        return max((number for number, _ in self._moved(model)), default=0)
+
+    def _moved(self, model: str) -> list[tuple[int, str]]:
+        """Return the numbers and names of the moves of the champion's pointer."""
+        names = (self.storage / model).list(f"{CHAMPION}/")
+        return [(int(match[1]), name) for name in names if (match := _MOVE.fullmatch(name))]
+
+    def _move_champion(self, model: str, version: str, moves: Any) -> bool:
+        """Point to this version if the pointer is as `_moves` saw it; of several processes one succeeds."""
+        place, number = self.storage / model, moves + 1
+        name = f"{CHAMPION}/{number:08d}.json"
+        if not place.create(name, encode_json({"version": version, "updated": _now()})):
+            return False
+        written = 0
+        while written < number:  # the copy of a slow process must not stay over that of a faster one
+            place.write_bytes(f"{CHAMPION}.json", place.read_small(name))
+            written, (number, name) = number, max(self._moved(model))
+        return True
 
     def _point(self, model: str, pointer: str, version: str) -> None:
         (self.storage / model).write_json(f"{pointer}.json", {"version": version, "updated": _now()})
 
     def pointer(self, model: str, pointer: str) -> str | None:
-        """The version that "champion" or "latest" points to; None before the first came through the gate."""
+        """Return the version that "champion" or "latest" points to; None before the first came through the gate."""
         place = self.storage / model
+        name = f"{pointer}.json"
+        if pointer == CHAMPION and (moved := self._moved(model)):
+            name = max(moved)[1]
         try:
-            return str(place.read_json(f"{pointer}.json")["version"])
+            return str(place.read_json(name)["version"])
         except StorageNotFoundError:
             return None
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, StorageError) as error:
+            if isinstance(error, StorageError) and not isinstance(error.__cause__, ValueError):
+                raise  # the storage has failed, the pointer has not
             raise RegistryError(
-                f"{place.uri}/{pointer}.json is damaged: it names no version.",
-                f'Write {{"version": "v0001"}} (the right number) into it; {model}/versions has what there is.',
+                f"{place.uri}/{name} is damaged: it names no version.",
+                f"`pirl promote {model} VERSION --registry {self.uri}` writes it again.",
             ) from error
 
     def _place(self, model: str, version: str) -> Storage:
@@ -273,7 +337,8 @@ def require_same_files(record: Mapping[str, Any], stamps: dict[str, Any], versio
         raise RegistryError(
             f"Run {record['run_id']!r} is registered as {record.get('name')} {version} with other files: "
             f"{', '.join(_differing(record['files'], stamps))}.",
-            "A version never changes. Give the new training its own run id.",
+            "A version never changes. Move this training to a folder of its own (mv, or aws s3 mv), then register it "
+            "from there; or give another --model.",
         )
 
 

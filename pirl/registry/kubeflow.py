@@ -51,6 +51,17 @@ class KubeflowRegistry(Registry):
         found = self._model(model)
         return (_get(found, f"pirl_{pointer}") or None) if found else None
 
+    def _moves(self, model: str) -> Any:
+        return self.pointer(model, embedded.CHAMPION)
+
+    def _move_champion(self, model: str, version: str, moves: Any) -> bool:
+        """Point to this version if the pointer is as `_moves` saw it. The API has no conditional write: between the
+        last look and the request another process may still move it."""
+        if self.pointer(model, embedded.CHAMPION) != moves:
+            return False
+        self._point(model, embedded.CHAMPION, version)
+        return True
+
     def _point(self, model: str, pointer: str, version: str) -> None:
         self._set("registered_models", self._model(model) or {}, {f"pirl_{pointer}": version})
 

@@ -20,8 +20,8 @@ from pirl.report.facts import RunFacts, curves, header, rates, read_run, scale, 
 from pirl.report.neighbours import Neighbours, find_neighbours
 from pirl.report.page import render
 from pirl.report.sheet import Example, draw_views, views_sheet, write_preview
+from pirl.run import REPORT, Run
 from pirl.shards import Manifest, ShardReader
-from pirl.storage import open_storage
 
 __all__ = ["render_report", "views_sheet", "write_preview", "write_report"]
 
@@ -46,27 +46,26 @@ def write_report(run: str, train_data: str, test_data: str | None = None) -> str
 
     Neighbours need `test_data`. Raises `StorageNotFoundError` where there is no run, `DataError` where no shards are.
     """
-    storage = open_storage(run)
-    storage.require_writable("report.html")
-    page = render_report(run, train_data, test_data)
-    storage.write_bytes("report.html", page.encode())
-    return f"{storage.uri}/report.html"
+    folder = Run.at(run)
+    folder.require_writable(REPORT)
+    return folder.save_report(render_report(run, train_data, test_data))
 
 
 def render_report(run: str, train_data: str, test_data: str | None = None) -> str:
     """The text of the page."""
-    facts = read_run(open_storage(run))
+    facts = read_run(Run.at(run))
     dataset = CropDataset(train_data, facts.recipe)
     train = dataset.reader
     found: Neighbours | None = None
     why_not = ""
-    if test_data is None:
+    test = ShardReader(test_data) if test_data else None
+    if test is None:
         why_not = "No test images were given to this report: name their shards with --test."
     elif not facts.checkpoints:
         why_not = "The run has no checkpoint yet."
     else:
         try:
-            found = find_neighbours(run, train, ShardReader(test_data))
+            found = find_neighbours(run, train, test)
         except CheckpointError as error:
             why_not = f"No checkpoint can be read: {error.what}."
     rows = rates(facts.evaluation) if facts.evaluation else []
@@ -77,9 +76,9 @@ def render_report(run: str, train_data: str, test_data: str | None = None) -> st
         verdict=verdict(facts),
         header=header(facts),
         train=DataSet(train.storage.uri, train.manifest),
+        other_data=other_data(facts, train, test),
         rates=rows,
         scale=scale(rows) if rows else None,
-        newest=facts.newest,
         most_points=MOST_POINTS,
         curves=curves(facts),
         examples=first_examples(dataset),
@@ -87,6 +86,17 @@ def render_report(run: str, train_data: str, test_data: str | None = None) -> st
         why_no_neighbours=why_not,
         usage=usage(facts),
     )
+
+
+def other_data(run: RunFacts, train: ShardReader, test: ShardReader | None) -> list[str]:
+    """Return the data sets of this report that are not those of the evaluation."""
+    if not run.evaluation:
+        return []
+    pairs = {
+        "training": (run.evaluation.train_data, train.manifest.digest),
+        "test": (run.evaluation.test_data, test.manifest.digest if test else run.evaluation.test_data),
+    }
+    return [name for name, (measured, given) in pairs.items() if measured != given]
 
 
 def first_examples(dataset: CropDataset) -> list[Example]:
@@ -118,7 +128,7 @@ from pirl.model import Trunk
 from pirl.shards import decode_image
 from pirl.storage import open_storage
 
-version = open_storage({run.registered["uri"]!r})
+version = open_storage({run.registered.uri!r})
 trunk = Trunk(ModelConfig({trunk}))
 trunk.load_state_dict(load(version.read_bytes("trunk.safetensors")))
 trunk.eval()

@@ -1,21 +1,23 @@
-"""What a run directory tells about a run: read once, missing parts as None or empty, and what follows from them."""
+"""The content of a run's folder, read once, and what follows from it: verdict, table of results, curves."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from pirl.checkpoint import Checkpoints, Commit
-from pirl.config import Recipe, parse_recipe
-from pirl.errors import CheckpointError, StorageNotFoundError
-from pirl.metrics import read_lines
+from pirl.config import Recipe
+from pirl.errors import CheckpointError, StorageError
 from pirl.report.charts import Chart, Line, line_chart, number, ticks
-from pirl.storage import Storage
+from pirl.results import Completion, Evaluation, GateDecision, Registered, Score, StepRecord
+from pirl.run import Run
 from pirl.text import count, duration
 
+T = TypeVar("T")
 PROBES = {"linear": "Linear classifier", "linear_1pct": "Linear, few labels", "knn": "Nearest neighbours"}
 
 
@@ -29,59 +31,69 @@ class RunFacts:
     """The text of config.toml, short arrays on one line."""
     metrics: list[dict[str, Any]]
     events: list[dict[str, Any]]
-    done: dict[str, Any] | None
-    evaluation: dict[str, Any] | None
-    gate: dict[str, Any] | None
-    registered: dict[str, Any] | None
-    steps: list[dict[str, Any]]
+    done: Completion | None
+    evaluation: Evaluation | None
+    gate: GateDecision | None
+    registered: Registered | None
+    steps: list[StepRecord]
     checkpoints: list[Commit | str]
     """The complete ones, oldest first; for a damaged one, what is wrong with it."""
-
-    @property
-    def newest(self) -> str:
-        """Name of the newest checkpoint that is not damaged, empty where there is none."""
-        return next((entry.name for entry in reversed(self.checkpoints) if isinstance(entry, Commit)), "")
+    mismatch: str = ""
+    """Why the evaluation is not of the newest checkpoint; empty where it is."""
+    problems: tuple[str, ...] = ()
+    """Of the files that could not be read and are left out."""
 
     @property
     def data_digest(self) -> str | None:
         """Of the images that it was trained on."""
         if self.done:
-            return self.done["data_digest"]
+            return self.done.data_digest
         return next((entry.data_digest for entry in self.checkpoints if isinstance(entry, Commit)), None)
 
 
-def read_run(run: Storage) -> RunFacts:
-    """Everything but the checkpoints' states. `StorageNotFoundError` where there is no run."""
-    try:
-        config = run.read_bytes("config.toml").decode()
-    except StorageNotFoundError:
-        raise StorageNotFoundError(
-            f"there is no run at {run.uri}: it has no config.toml",
-            "give the --out of a `pirl train` that has started; `pirl runs` lists runs",
-        ) from None
-    checkpoints = Checkpoints(run / "checkpoints")
-    steps = [run.read_json(name) for name in run.list("steps/") if name.endswith(".json")]
+def read_run(run: Run) -> RunFacts:
+    """Return everything but the checkpoints' states; raise `StorageNotFoundError` where there is no run.
+
+    A file that is damaged is left out and named in `problems`: it does not hide the rest.
+    """
+    recipe, text, record = run.recipe(), run.recipe_text(), run.record()
+    problems: list[str] = []
+
+    def readable(read: Callable[[], T]) -> T | None:
+        try:
+            return read()
+        except StorageError as error:
+            problems.append(error.what)
+            return None
+
+    checkpoints = run.checkpoints()
+    evaluation = readable(run.evaluation)
     return RunFacts(
         uri=run.uri,
-        recipe=parse_recipe(config, origin=f"{run.uri}/config.toml"),
-        config=re.sub(r"\[\n([^\[\]\"]*)\n\]", _one_line, config),
-        metrics=read_lines(run, "metrics.jsonl"),
-        events=read_lines(run, "events.jsonl"),
-        done=_maybe(run, "DONE.json"),
-        evaluation=_maybe(run, "eval.json"),
-        gate=_maybe(run, "gate.json"),
-        registered=_maybe(run, "registered.json"),
-        steps=sorted(steps, key=lambda step: step["started"]),
+        recipe=recipe,
+        config=re.sub(r"\[\n([^\[\]\"]*)\n\]", _one_line, text),
+        metrics=record.metrics,
+        events=record.events,
+        done=readable(run.completion),
+        evaluation=evaluation,
+        gate=readable(run.gate),
+        registered=readable(run.registered),
+        steps=readable(run.steps) or [],
         checkpoints=[_commit(checkpoints, name) for name in checkpoints.names()],
+        mismatch=_mismatch(run, evaluation) if evaluation else "",
+        problems=tuple(problems),
     )
+
+
+def _mismatch(run: Run, evaluation: Evaluation) -> str:
+    try:
+        return run.mismatch(evaluation)
+    except CheckpointError as error:
+        return error.what
 
 
 def _one_line(array: re.Match[str]) -> str:
     return f"[{' '.join(array[1].split()).rstrip(',')}]"
-
-
-def _maybe(run: Storage, name: str) -> Any:
-    return run.read_json(name) if run.exists(name) else None
 
 
 def _commit(checkpoints: Checkpoints, name: str) -> Commit | str:
@@ -104,10 +116,10 @@ class Verdict:
 
 def verdict(run: RunFacts) -> Verdict:
     """Whether the trunk was registered and why, and, in the same place, whether pretraining helped at all."""
-    reasons = list(run.gate["reasons"]) if run.gate else []
+    reasons = list(run.gate.reasons) if run.gate else []
     if run.registered:
-        tone, title = "good", f"Registered as {run.registered['model']} {run.registered['version']}"
-    elif run.gate and run.gate["promote"]:
+        tone, title = "good", f"Registered as {run.registered.model} {run.registered.version}"
+    elif run.gate and run.gate.promote:
         tone, title = "open", "Passed the gate, not registered yet"
     elif run.gate:
         tone, title = "bad", "Not registered: it did not pass the gate"
@@ -122,6 +134,8 @@ def _helped(run: RunFacts) -> tuple[str, str]:
         return "open", f"Not evaluated yet, so nothing is known about its use. Training {started}."
     rows = [row for row in rates(run.evaluation) if row.rate == "top1"]
     told = "; ".join(f"{row.title[0].lower()}{row.title[1:]} ({row.detail}) {row.gain_text}" for row in rows)
+    if "pretrained" in run.evaluation.collapsed:
+        return "bad", f"The features have collapsed: they are the same for all training images. Rates: {told}."
     better, worse = ([row for row in rows if row.tone == tone] for tone in ("good", "bad"))
     if len(better) == len(rows):
         return "good", f"Pretraining helped, in points over random weights: {told}."
@@ -138,17 +152,17 @@ class Rate:
     rate: str
     title: str
     detail: str
-    pretrained: dict[str, Any]
-    random: dict[str, Any]
+    pretrained: Score
+    random: Score
 
     @property
     def gain(self) -> float:
-        return self.pretrained["mean"] - self.random["mean"]
+        return self.pretrained.mean - self.random.mean
 
     @property
     def tone(self) -> str:
         """good or bad where the difference exceeds both spreads together (the gate's rule), else open."""
-        if abs(self.gain) <= self.pretrained["std"] + self.random["std"]:
+        if abs(self.gain) <= self.pretrained.std + self.random.std:
             return "open"
         return "good" if self.gain > 0 else "bad"
 
@@ -157,20 +171,25 @@ class Rate:
         return points(self.gain) + (", within the spread" if self.tone == "open" else "")
 
 
-def rates(evaluation: dict[str, Any]) -> list[Rate]:
-    """The lines of the table. Top-5 of five classes or fewer is always 100 % and left out."""
-    protocol = evaluation["protocol"]
+def rates(evaluation: Evaluation) -> list[Rate]:
+    """Return the lines of the table. Top-5 of five classes or fewer is always 100 % and left out."""
     details = {
-        "linear": f"all {evaluation['train_images']:,} labels",
-        "linear_1pct": f"{protocol['label_share'] * 100:g}\N{NO-BREAK SPACE}% of the labels",
-        "knn": f"{protocol['neighbours']} neighbours vote",
+        "linear": f"all {evaluation.train_images:,} labels",
+        "linear_1pct": f"{evaluation.protocol.label_share * 100:g}\N{NO-BREAK SPACE}% of the labels",
+        "knn": f"{evaluation.protocol.neighbours} neighbours vote",
     }
-    few = len(evaluation["classes"]) <= 5
-    return [
-        Rate(probe, rate, PROBES.get(probe, probe), details.get(probe, ""), value, evaluation["random"][probe][rate])
-        for probe, found in evaluation["pretrained"].items()
-        for rate, value in found.items()
+    few = len(evaluation.classes) <= 5
+    pairs = [
+        (probe, rate, score, evaluation.random[probe].rates().get(rate))
+        for probe, scores in evaluation.pretrained.items()
+        if probe in evaluation.random
+        for rate, score in scores.rates().items()
         if not (few and rate == "top5")
+    ]
+    return [
+        Rate(probe, rate, PROBES.get(probe, probe), details.get(probe, ""), score, random)
+        for probe, rate, score, random in pairs
+        if random
     ]
 
 
@@ -191,9 +210,7 @@ class Scale:
 
 def scale(rows: list[Rate]) -> Scale:
     """An axis that holds all rates with their spreads. It need not start at 0: it carries dots, not bars."""
-    ends = [
-        100 * (side["mean"] + sign * side["std"]) for r in rows for side in (r.pretrained, r.random) for sign in (-1, 1)
-    ]
+    ends = [100 * (side.mean + sign * side.std) for r in rows for side in (r.pretrained, r.random) for sign in (-1, 1)]
     marks = ticks(min(ends), max(ends), 4)
     low, high = marks[0], marks[-1]
     return Scale(low, high, [(100 * (mark - low) / (high - low), number(mark, marks)) for mark in marks])
@@ -221,8 +238,8 @@ def header(run: RunFacts) -> list[tuple[str, str]]:
         facts.append(
             (
                 "Training",
-                f"{count(run.done['epochs'], 'epoch')}, {count(run.done['steps'], 'step')}, "
-                f"{count(run.done['images_seen'], 'image')} seen in {duration(run.done['seconds'])}",
+                f"{count(run.done.epochs, 'epoch')}, {count(run.done.steps, 'step')}, "
+                f"{count(run.done.images_seen, 'image')} seen in {duration(run.done.seconds)}",
             )
         )
     elif last:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pirl.evaluate import centre_crop, extract, load_trunk, neighbours
+from pirl.evaluate import centre_crop, extract, load_trunk, neighbours, require_finite
 from pirl.model import build_model
 from pirl.order import epoch_order
 from pirl.report.pictures import Picture, picture
@@ -61,7 +61,10 @@ def find_neighbours(run: str, train: ShardReader, test: ShardReader) -> Neighbou
     def features(reader: ShardReader, ids: Sequence[int]) -> list[torch.Tensor]:
         images = [reader.image(id) for id in ids]
         pixels = torch.from_numpy(np.stack([centre_crop(image, recipe) for image in images]))
-        return [extract(trunk, lambda: iter([pixels]), recipe) for trunk in trunks]
+        extracted = [extract(trunk, lambda: iter([pixels]), recipe) for trunk in trunks]
+        for name, values in zip(("pretrained", "random"), extracted):
+            require_finite(values, ids, reader, name)
+        return extracted
 
     queries = choose_queries(test, recipe.train.seed)
     wanted = features(test, queries)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from pirl.outputs import check_file_output
 from pirl.report.page import render, writable
 from pirl.report.pictures import Picture, picture
 from pirl.shards import DEFAULT, Decoding, decode_image, open_source
-from pirl.storage import LocalStorage, expand_home
+from pirl.storage import split_file_uri, write_file
 from pirl.views import apply_photometrics, crop_batch, denormalise, draw_geometry, draw_photometrics
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -191,16 +191,16 @@ def _shorten(text: str, most: int) -> str:
 
 
 def write_preview(
-    recipe: Recipe | str, folder: str, out_path: str | Path, count: int = 8, decoding: Decoding = DEFAULT
-) -> Path:
-    """Write the views of `count` images of a folder, evenly spaced, to a `.html` or `.png` file.
+    recipe: Recipe | str, folder: str, out: str | Path, count: int = 8, decoding: Decoding = DEFAULT
+) -> str:
+    """Write the views of `count` images of a folder, evenly spaced, to a `.html` or `.png` file. Return where it is.
 
     `recipe` is a recipe or the name of one; `folder` may be anything that `pirl shard` takes. Unreadable images are
     passed over; `DataError` where none can be read.
     """
-    out = expand_home(out_path).absolute()
-    if out.suffix not in (".html", ".png"):
-        raise UsageError(f"{out_path} is neither a .html nor a .png file", "name it e.g. sheet.html")
+    suffix = PurePath(split_file_uri(out)[1]).suffix
+    if suffix not in (".html", ".png"):
+        raise UsageError(f"{out} is neither a .html nor a .png file", "name it e.g. sheet.html")
     if count < 1:
         raise UsageError(f"{count} images make no sheet", "ask for 1 or more")
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -218,9 +218,8 @@ def write_preview(
         raise DataError(f"no image of {folder} could be read: {problem}", "check the files")
     names = [source.names[index] for index in chosen]
     examples = draw_views(resolved, list(chosen.values()), list(chosen), names=names)
-    if out.suffix == ".png":
+    if suffix == ".png":
         data = paint(examples, resolved)
     else:
         data = render("preview.html.j2", recipe=resolved, source=folder, examples=examples).encode()
-    LocalStorage(out.parent).write_bytes(out.name, data)
-    return out
+    return write_file(out, data)

@@ -36,6 +36,8 @@ __all__ = [
     "open_storage",
     "retries",
     "sha256_file",
+    "split_file_uri",
+    "write_file",
 ]
 
 
@@ -61,6 +63,26 @@ def open_storage(uri: str | Path) -> Storage:
         f"{without_login(text)!r} is no storage location." + ("" if known else did_you_mean(scheme[1], ("s3", "file"))),
         "Use a path, file:///path or s3://bucket/prefix.",
     )
+
+
+def split_file_uri(uri: str | Path) -> tuple[Storage, str]:
+    """Return the storage and the name of the file at a path or a URI, such as s3://bucket/folder/file.html."""
+    text = str(uri)
+    folder, _, name = text.rpartition("/")
+    if isinstance(uri, Path) or not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):
+        path = expand_home(text).absolute()
+        return LocalStorage(path.parent), path.name
+    if not name or not folder.strip("/").partition("://")[2]:
+        raise UsageError(f"{without_login(text)!r} names no file.", "Write s3://bucket/folder/file, or a path.")
+    return open_storage(folder), name
+
+
+def write_file(uri: str | Path, data: bytes) -> str:
+    """Write the file at a path or a URI; return where it is: a path, or the URI of another storage."""
+    folder, name = split_file_uri(uri)
+    folder.write_bytes(name, data)
+    path = local_path(folder)
+    return str(path / name) if path else f"{folder.uri}/{name}"
 
 
 def local_path(storage: Storage) -> Path | None:

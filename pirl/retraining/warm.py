@@ -11,21 +11,21 @@ The result is a checkpoint of step 0 in the new run: training resumes from it li
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from .checkpoint import Checkpoints, Cursor
-from .config import Recipe
-from .data import CropDataset
-from .errors import CheckpointError
-from .memory import MemoryBank
-from .model import build_model
-from .optim import build_optimizer
-from .shards import ShardReader
-from .storage import open_storage
-from .training.state import TrainState
+from pirl.checkpoint import Cursor
+from pirl.config import Recipe
+from pirl.data import CropDataset
+from pirl.errors import CheckpointError
+from pirl.memory import MemoryBank
+from pirl.model import build_model
+from pirl.optim import build_optimizer
+from pirl.results import WarmRecord
+from pirl.run import Run
+from pirl.shards import ShardReader
+from pirl.training.state import TrainState
 
 
 def same_images(old: ShardReader, new: ShardReader) -> np.ndarray:
@@ -53,16 +53,14 @@ def warm_start(start: WarmStart, data: str, out: str, recipe: Recipe) -> tuple[i
 
     `CheckpointError` when that checkpoint's bank is not one of that data's images.
     """
-    found = Checkpoints(open_storage(start.run) / "checkpoints").load(start.checkpoint)
-    if found is None:
-        raise CheckpointError(f"{start.run} has no checkpoint", "start without --warm-start, or restore that run")
-    saved: dict[str, Any] = found[1]
+    origin = Run(Run.at(start.run).storage, start.checkpoint or None)
+    commit, saved = origin.load()
     before, after = CropDataset(start.data, recipe), CropDataset(data, recipe)
     memory = saved["bank"]["memory"]
     if len(memory) != before.rows:
         raise CheckpointError(
             f"{start.run} has a memory bank of {len(memory):,} rows, {start.data} has {before.rows:,} images",
-            "these are not the shards that it was trained on; start without --warm-start",
+            "these are not the shards that it was trained on; set --warm-epochs -1 for a cold start",
         )
     old_row = np.full(len(before.reader), -1, np.int64)  # of every old id; -1 where the recipe left the image out
     old_row[before.image_ids(np.arange(before.rows))] = np.arange(before.rows)
@@ -78,14 +76,12 @@ def warm_start(start: WarmStart, data: str, out: str, recipe: Recipe) -> tuple[i
     digest = after.reader.manifest.digest
     scaler = torch.amp.GradScaler("cpu", enabled=recipe.train.precision == "fp16")
     state = TrainState(model, bank, build_optimizer(model, recipe), scaler)
-    run = open_storage(out)
-    checkpoints = Checkpoints(run / "checkpoints")
+    run = Run.at(out)
+    checkpoints = run.checkpoints()
     checkpoints.save(state.to_dict(recipe, digest), Cursor(), recipe.digest(), digest)
     if error := checkpoints.wait():
         raise error
-    run.write_json(
-        "warm.json", {"from": f"{start.run}/checkpoints/{found[0].name}", "rows": after.rows, "kept": len(kept)}
-    )
+    run.save_warm_start(WarmRecord(source=origin.checkpoint_uri(commit.name), rows=after.rows, kept=len(kept)))
     return len(kept), after.rows - len(kept)
 
 

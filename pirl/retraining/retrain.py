@@ -1,4 +1,4 @@
-"""From "something has changed" to a registered model: what a schedule runs.
+"""From "something has changed" to a registered model, as a schedule runs it.
 
     decide --> shard --> train --> evaluate --> gate --> register
       `-> nothing to do                           `-> not registered, and not trained again until something changes
@@ -9,22 +9,28 @@ broke off, or started twice at once: with a job on a cluster the second finds th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
-from .backends import Backend, LocalBackend
-from .config import load_recipe
-from .errors import EXIT_DONE
-from .evaluate import evaluate_run
-from .logs import say
-from .outputs import check_outside, check_registry
-from .programs import Training
-from .registry import Decision, data_uri, decide, decide_retrain, register_run
-from .shards import Source, compare_sources, open_source, summary, write_shards
-from .storage import open_storage
-from .text import count
-from .training.spec import TrainingOptions, TrainingSpec
-from .warm import warm_start
+from pirl.backends import Backend, LocalBackend
+from pirl.config import load_recipe
+from pirl.errors import EXIT_DONE, PreemptedError
+from pirl.evaluate import evaluate_run
+from pirl.gate import METRIC, MIN_GAIN, RejectedError, check_question, decide, register_run
+from pirl.logs import say
+from pirl.outputs import check_outside, check_registry
+from pirl.programs import Training
+from pirl.retraining.changes import Decision, Gating, data_uri, decide_retrain
+from pirl.retraining.warm import warm_start
+from pirl.run import Run
+from pirl.shards import MANIFEST, Source, compare_sources, open_source, summary, write_shards
+from pirl.storage import open_storage
+from pirl.text import count
+from pirl.training.spec import TrainingOptions, TrainingSpec
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,8 @@ class Retraining:
     model: str
     recipe: str
     overrides: tuple[str, ...] = ()
-    metric: str = "linear_1pct"
-    min_gain: float = 0.01
+    metric: str = METRIC
+    min_gain: float = MIN_GAIN
     warm_epochs: int | None = None
     """Epochs of a warm start where images were only added; 0: the recipe's, None: never one."""
     options: TrainingOptions = field(default_factory=TrainingOptions)
@@ -53,10 +59,11 @@ class Retraining:
 
 
 def keep_up_to_date(wanted: Retraining, dry_run: bool = False) -> int:
-    """Train, evaluate, register if there is anything new, else say why not. Returns the exit code of the training.
+    """Train, evaluate, register if there is anything new, else print why not. Return the exit code of the training.
 
-    `dry_run` says what would be done, as far as that can be known without making shards.
+    `dry_run` prints what would be done, as far as that can be known without making shards.
     """
+    check_question(wanted.metric, wanted.min_gain)
     sources = {"train": open_source(wanted.train_source), "test": open_source(wanted.test_source)}
     for split, source in sources.items():
         for line in summary(source):
@@ -69,12 +76,13 @@ def keep_up_to_date(wanted: Retraining, dry_run: bool = False) -> int:
     data = {split: data_uri(wanted.root, split, source) for split, source in sources.items()}
     if not dry_run:
         write_shards(sources["train"], open_storage(data["train"]))
-    elif not open_storage(data["train"]).exists("manifest.json"):
+    elif not open_storage(data["train"]).exists(MANIFEST):
         say(f"new images: {len(sources['train']):,} would be sharded to {data['train']} and compared")
         say(f"what is new would be trained {wanted.backend.where}")
         return EXIT_DONE
     recipe = load_recipe(wanted.recipe, wanted.overrides)
-    decision = decide_retrain(wanted.root, wanted.registry, wanted.model, recipe, data["train"], wanted.warm_epochs)
+    gating = Gating(wanted.registry, wanted.model, wanted.metric, wanted.min_gain, data["test"])
+    decision = decide_retrain(wanted.root, gating, recipe, data["train"], wanted.warm_epochs)
     for reason in decision.reasons:
         say(reason)
     if not decision.retrain:
@@ -83,25 +91,52 @@ def keep_up_to_date(wanted: Retraining, dry_run: bool = False) -> int:
     say(f"{'would train' if dry_run else 'training'} {decision.run} {wanted.backend.where}")
     if dry_run:
         return EXIT_DONE
-    return _train(wanted, decision, data["train"]) or _register(wanted, decision.run, data, sources["test"])
+    if code := _train(wanted, decision, data["train"]):
+        return code
+    with ending_on_sigterm(f"the training is saved in {decision.run}"):
+        _register(wanted, decision.run, data, sources["test"])
+    return EXIT_DONE
+
+
+@contextmanager
+def ending_on_sigterm(saved: str) -> Iterator[None]:
+    """Turn a SIGTERM into a `PreemptedError` that names what is `saved`. Outside of the main thread a no-op."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: Any) -> None:
+        raise PreemptedError(f"stopped by SIGTERM; {saved}", "run the same command again to continue")
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _train(wanted: Retraining, decision: Decision, data: str) -> int:
-    """To the end of the recipe, from the champion where the decision says so. Returns the exit code."""
-    if decision.warm and not open_storage(decision.run).list("checkpoints/"):
+    """Train to the end of the recipe, from the champion where the decision says so. Return the exit code."""
+    if decision.warm and not Run.at(decision.run).checkpoints().names():
         kept, fresh = warm_start(decision.warm, data, decision.run, decision.recipe)
         say(f"from {decision.warm.run}: {count(kept, 'row')} of the bank kept, {fresh:,} new")
     spec = TrainingSpec(recipe=decision.recipe, data=data, out=decision.run, **dict(wanted.options))
     return wanted.backend.run(Training(spec), wanted.labels)
 
 
-def _register(wanted: Retraining, run: str, data: dict[str, str], test: Source) -> int:
+def _register(wanted: Retraining, run: str, data: dict[str, str], test: Source) -> None:
     """Evaluate, and register what passes the gate. What does not is no failure."""
     write_shards(test, open_storage(data["test"]))
-    evaluate_run(run, data["train"], data["test"])
-    if decide(run, wanted.registry, wanted.model, wanted.metric, wanted.min_gain):
+    evaluate_run(run, data["train"], data["test"], say)
+    decision = decide(run, wanted.registry, wanted.model, wanted.metric, wanted.min_gain)
+    for reason in decision.reasons:
+        say(reason)
+    if not decision.promote:
+        say("not registered")
+        return
+    try:
         version = register_run(run, wanted.registry, wanted.model)
-        say(f"{version.model} {version.version}: {version.uri}")
-    else:
-        say(f"not registered: {'; '.join(open_storage(run).read_json('gate.json')['reasons'])}")
-    return EXIT_DONE
+    except RejectedError as error:  # another version has become the champion meanwhile
+        say(f"not registered: {error.what}")
+        return
+    say(f"{version.model} {version.version}: {version.uri}")

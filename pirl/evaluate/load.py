@@ -1,0 +1,62 @@
+"""Loading a run's network for an evaluation, an export or a report, and refusing features that say nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pirl.checkpoint import Commit
+from pirl.config import Recipe, parse_recipe
+from pirl.errors import CheckpointError
+from pirl.model import PIRL, Trunk, build_model
+from pirl.run import Run
+from pirl.shards import ShardReader
+
+COLLAPSED = 1e-8  # share of a feature's mean square that is variance; rounding alone makes about 1e-14
+
+
+def load_model(uri: str | Run) -> tuple[Recipe, Commit, PIRL, Tensor]:
+    """Return the network of a run's newest checkpoint, or of the one named, and the (N, D) rows of its memory bank.
+
+    The network is in evaluation mode, on the CPU.
+    """
+    recipe, commit, model, saved = _load(uri)
+    return recipe, commit, model, saved["bank"]["memory"]
+
+
+def load_trunk(uri: str | Run) -> tuple[Recipe, Commit, Trunk]:
+    """Return what `load_model` does, of the network its trunk alone."""
+    recipe, commit, model, _ = _load(uri)
+    return recipe, commit, model.trunk
+
+
+def _load(uri: str | Run) -> tuple[Recipe, Commit, PIRL, dict[str, Any]]:
+    run = uri if isinstance(uri, Run) else Run.at(uri)
+    commit, saved = run.load()
+    recipe = parse_recipe(saved["recipe"], origin=f"the recipe inside {commit.name}")
+    model = build_model(recipe)
+    model.load_state_dict(saved["model"])
+    return recipe, commit, model.eval(), saved
+
+
+def require_finite(features: Tensor, ids: Sequence[int] | np.ndarray, reader: ShardReader, trunk: str) -> None:
+    """Raise `CheckpointError` naming the first image whose features, one row of `features` each, are not finite."""
+    finite = torch.isfinite(features).flatten(1).all(1)
+    bad = (~finite).nonzero().flatten().tolist()
+    if bad:
+        id = int(ids[bad[0]])
+        raise CheckpointError(
+            f"features of the {trunk} trunk are NaN or infinite: image {id} ({reader.name(id)}) of "
+            f"{reader.storage.uri}, {len(bad):,} of {len(features):,} images",
+            "evaluate an older checkpoint (RUN/checkpoints/step-N); `pirl report RUN` shows how the training went",
+        )
+
+
+def is_collapsed(features: Tensor) -> bool:
+    """Return whether (n, D) features are the same for all images, but for rounding."""
+    wide = features.double()
+    return len(wide) > 1 and bool((wide.var(0, correction=0) <= COLLAPSED * wide.square().mean(0)).all())
