@@ -1,4 +1,4 @@
-"""Run every benchmark, each in a process of its own; exits 1 where a goal was missed."""
+"""All benchmarks, each in a process of its own; the exit code is 1 if a goal was missed."""
 
 from __future__ import annotations
 

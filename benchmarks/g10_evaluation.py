@@ -1,12 +1,13 @@
-"""G10: the fast evaluation beside the linear protocol of the model zoo, on the same trunk and images.
+"""G10: the fast evaluation compared with the linear protocol of the model zoo, on the same backbone and images.
 
-Fashion-MNIST, found as `make demo` finds it; the demo's trunk with its initial weights, as neither protocol's cost
-depends on them. Counted: how many images go through the trunk, for the memory bank's neighbours too.
+The images are Fashion-MNIST, from the folders of `make demo`. The backbone is the demo's with its initial weights,
+because the cost of neither protocol depends on them. Counted: the images that pass the backbone, also for the bank's
+neighbours.
 
-Compared too: the fast probe's SGD with the optimum of the same objective, found by L-BFGS on the same features. With
-the probe's own weight decay the objective is so flat that SGD is far from its optimum when it ends, and the better for
-it on test images. So they must agree where the decay lets SGD arrive (`CONVERGED_DECAY`); beside it is told how far it
-gets with its own decay, in its own steps and in ten times as many.
+A second comparison: the fast probe's SGD with the optimum of the same objective, by L-BFGS on the same features. With
+the probe's own weight decay the objective is so flat that SGD ends far from the optimum, and scores higher on test
+images for that. So both must agree with a decay at which SGD converges (`CONVERGED_DECAY`). The accuracy with the
+probe's own decay, in its own steps and in ten times as many, is printed next to it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from pirl.storage import open_storage
 
 TRAIN, TEST, CLASSES = 6000, 2000, 10
 CONVERGED_DECAY = 1e-3  # ten times the probe's
-POINTS = 0.3  # by which the probe's top-1 may miss the optimum's, in percentage points
+POINTS = 0.3  # largest difference of the probe's top-1 from the optimum's, in percentage points
 
 
 class Sides:
@@ -68,7 +69,7 @@ class Sides:
         self.forwards += len(inputs[0])
 
     def augmented(self) -> dict[str, Any]:
-        """The zoo's: seven heads, each image cropped anew and sent through the trunk in every epoch."""
+        """Run the zoo's protocol: seven heads, each image cropped and sent through the backbone in every epoch."""
         layers = FrozenLayers(self.trunk, self.recipe, torch.device("cpu"))
         train, test = (LabelledCrops(reader, self.recipe, self.zoo.seed) for reader in (self.train, self.test))
         return train_heads(build_heads(layers.shapes, CLASSES, self.zoo.seed), layers, train, test, self.zoo)[-1]
@@ -82,7 +83,7 @@ class Sides:
         ]
 
     def by_bank(self) -> dict[str, Any]:
-        """Neighbours in a bank: its rows cost nothing, and here they hold nothing."""
+        """Run the neighbours in a bank, whose rows cost nothing and hold nothing in this benchmark."""
         rows = CropDataset(self.train.storage.uri, self.recipe).rows
         bank = MemoryBank(rows, self.recipe.model.embedding_dim, self.recipe.memory)
         features = extract(self.trunk, load_pixels(self.test, self.recipe), self.recipe)
@@ -90,20 +91,20 @@ class Sides:
         return bank_neighbours(bank.memory, self.train.storage.uri, self.recipe, test, CLASSES, Protocol())
 
     def check_forwards(self) -> None:
-        """One pass over all images for the fast protocol, one over the test images for the bank's neighbours."""
+        """Raise unless features make one pass over all images, and the bank's neighbours one over the test images."""
         for work, images in ((self.features, len(self.train) + len(self.test)), (self.by_bank, len(self.test))):
             self.forwards = 0
             work()
             assert self.forwards == images
 
     def fast(self) -> dict[str, Any]:
-        """Each image once; linear probes with all and with few labels from three seeds, and nearest neighbours."""
+        """Run the fast protocol: linear probes with all and with few labels from three seeds, and neighbours."""
         train, test = self.features()
         return probe(train, test, CLASSES, Protocol())
 
 
 def optimum(train: Features, test: Features, weight_decay: float) -> float:
-    """Top-1 of the linear layer that L-BFGS finds for the probe's own objective, in up to 1,000 iterations."""
+    """Return top-1 of the linear layer by L-BFGS on the probe's own objective, in up to 1,000 iterations."""
     layer = nn.Linear(train.x.shape[1], CLASSES)
     optimizer = torch.optim.LBFGS(
         layer.parameters(), max_iter=1000, tolerance_grad=1e-5, tolerance_change=0, line_search_fn="strong_wolfe"
@@ -122,7 +123,7 @@ def optimum(train: Features, test: Features, weight_decay: float) -> float:
 
 
 def solvers(train: Features, test: Features) -> dict[str, Any]:
-    """Top-1 in percent of the probe's SGD and of L-BFGS. Raises where they differ although SGD arrives."""
+    """Return top-1 in percent of the probe's SGD and of L-BFGS; raise if they differ although SGD converges."""
     mean, std = train.x.mean(0), train.x.std(0).clamp_min(1e-6)
     train, test = (Features((each.x - mean) / std, each.y) for each in (train, test))
     own = Protocol()
@@ -158,7 +159,7 @@ def main() -> Result:
 
         return compare(
             goal="G10",
-            title=f"fast evaluation beside the zoo's 28 epochs, {TRAIN} + {TEST} images of Fashion-MNIST",
+            title=f"fast evaluation compared with the zoo's 28 epochs, {TRAIN} + {TEST} images of Fashion-MNIST",
             sides={"reference": sides.augmented, "ours": sides.fast},
             required=10,
             parity=check,

@@ -1,8 +1,8 @@
-"""G1: shards of photographs that were checked before, beside `tar cf` of the same files and webdataset's writer.
+"""G1: shards of checked photographs, compared with `tar cf` of the same files and webdataset's writer.
 
-All in memory (tmpfs). `tar` and `webdataset.ShardWriter` are one process, as they come; ours are `PROCESSES`, which
-the check of all images, always done first, has started. With hashes is what `pirl shard` does; without tells what they
-cost. What one of our processes alone reaches is printed beside, with no goal.
+All files are in memory (tmpfs). `tar` and `webdataset.ShardWriter` are one process. This library has `PROCESSES`,
+which the check of all images has started before. `pirl shard` hashes; the side without hashes shows their cost. The
+time of a single process is printed too, without a goal.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SCRATCH = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 class NoDigest:
-    """Stands for SHA-256 where the writing alone is measured."""
+    """Stand-in for SHA-256, to measure the writing alone."""
 
     def update(self, data: memoryview, /) -> None:
         pass
@@ -50,7 +50,7 @@ class Unhashed(PartWorker):
 
 
 class Ours:
-    """Pass 2 of `write_shards`, in processes that are there."""
+    """Second pass of `write_shards`, in processes that run already."""
 
     def __init__(self, worker: PartWorker, processes: int) -> None:
         self.folder = Path(worker.uri)
@@ -85,7 +85,7 @@ def samples(folder: Path) -> list[tuple[str, bytes, bytes]]:
 
 
 def check(source: FileSource, ours: list[Ours], theirs: Path, archive: Path) -> None:
-    """webdataset reads the same samples from all shards; tar's archive holds the same files."""
+    """Raise unless webdataset reads the same samples from all shards, and tar's archive holds the same files."""
     tar(source.root, archive)
     shard_writer(source, theirs)
     expected = [(source.root / name).read_bytes() for name in source.names]
@@ -102,7 +102,7 @@ def check(source: FileSource, ours: list[Ours], theirs: Path, archive: Path) -> 
 
 
 def parts(source: FileSource, out: Path) -> dict[str, Any]:
-    """Where one process's time goes, in ms for 1,000 images: each part of the work alone."""
+    """Return the time of one process, in ms for 1,000 images, of each part of the work alone."""
     buffer = memoryview(bytearray(2**20))
     loaded = [bytes(source.load_into(i, buffer)) for i in range(1000)]
 
@@ -167,12 +167,12 @@ def main() -> list[Result]:
                 results.append(
                     compare(
                         goal=f"G1-{name}{suffix}",
-                        title=f"{PHOTOGRAPHS} photographs, {megabytes} MB, into {SHARDS} shards, {how}, beside {title}",
+                        title=f"{PHOTOGRAPHS} photographs, {megabytes} MB, into {SHARDS} shards, {how}, and {title}",
                         sides={"reference": reference, "ours": side},
                         required=least,
                         repeats=5,
                         unit="s",
-                        parity=lambda: None,  # checked above, once for all
+                        parity=lambda: None,  # checked above, once for all sides
                         facts=facts,
                         between=clear,
                     )

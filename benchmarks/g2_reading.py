@@ -1,6 +1,7 @@
-"""G2: encoded images with their labels out of shards, not decoded: by id in random order, beside webdataset's stream.
+"""G2: encoded images with their labels from shards, by id in random order, compared with webdataset's stream.
 
-One process each, everything in memory (tmpfs). G2-order: our random order beside our sequential one.
+Nothing is decoded. Each side is one process, with all files in memory (tmpfs). G2-order compares this library's
+random order with its sequential one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SCRATCH = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 def write_files(folder: Path) -> None:
-    """COPIES of each photograph, in ten classes."""
+    """Write COPIES of each photograph, in ten classes."""
     once = folder / "class0"
     once.mkdir(parents=True)
     pieces = [(once / f"{k:04}.jpg").read_bytes() for k in range(write_photographs(once, DIFFERENT))]
@@ -33,7 +34,7 @@ def write_files(folder: Path) -> None:
 
 
 class Stream:
-    """webdataset, in the order of the shards."""
+    """Stream of webdataset, in the order of the shards."""
 
     def __init__(self, shards: Path) -> None:
         self.urls = sorted(str(path) for path in shards.glob("*.tar"))
@@ -47,7 +48,7 @@ class Stream:
 
 
 class ById:
-    """Our reader, in a given order of ids."""
+    """Reader of this library, in a given order of ids."""
 
     def __init__(self, shards: Path, shuffled: bool) -> None:
         self.reader = ShardReader(shards)
@@ -84,7 +85,7 @@ def main() -> list[Result]:
         return [
             compare(
                 goal="G2",
-                title=f"{manifest.images} images by id in random order, not decoded, beside webdataset's stream",
+                title=f"{manifest.images} images by id in random order, not decoded, and webdataset's stream",
                 sides={"reference": stream, "ours": shuffled},
                 required=5.0,
                 parity=check,
@@ -92,7 +93,7 @@ def main() -> list[Result]:
             ),
             compare(
                 goal="G2-order",
-                title="Our random order beside our sequential one",
+                title="random order and sequential order of this library",
                 sides={"reference": in_order, "ours": shuffled},
                 required=0.8,
                 parity=check,

@@ -1,6 +1,6 @@
-"""G3: from JPEG files of photographs to a batch that is ready to train on, beside the reference's chain of PIL calls.
+"""G3: from JPEG files of photographs to a batch for training, compared with the reference's chain of PIL calls.
 
-G3a: uint8 crops, the rest is left to the device. G3b: all photometric transforms on the CPU. Both sides have the same
+G3a: uint8 crops; the device does the rest. G3b: all photometric transforms on the CPU. Both sides have the same
 number of loading processes, which are started once.
 """
 
@@ -36,7 +36,7 @@ SCRATCH = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 class Files(Dataset[Any]):
-    """The reference's side: one file, all of its views."""
+    """Side of the reference: one file, all of its views."""
 
     def __init__(self, folder: Path) -> None:
         self.files = sorted(folder.iterdir())
@@ -76,8 +76,10 @@ def our_batches(shards: Path, recipe: Recipe, photometric: bool) -> Iterator[Any
 
 
 class Side:
-    """Takes `BATCHES` at a call. Between two calls its loading processes are stopped: what they would do in advance
-    would take time from the other side, and be a present to their own."""
+    """One side, with `BATCHES` for each call.
+
+    Its loading processes are stopped between two calls: work in advance would take time from the other side.
+    """
 
     def __init__(self, batches: Iterator[Any]) -> None:
         others = set(multiprocessing.active_children())
@@ -107,7 +109,7 @@ class Side:
 
 
 def check(shards: Path, recipe: Recipe) -> None:
-    """With the same boxes, jitter, order and parameters, PIL gives the same pixels, crops and tensors."""
+    """Raise unless PIL gives the same pixels, crops and tensors for the same boxes, jitter, order and parameters."""
     reader, views, ids = ShardReader(shards), recipe.views, np.arange(4)
     batch = CropDataset(str(shards), recipe)[0, ids]
     images = [decode_image(reader.read(int(id)), "") for id in ids]

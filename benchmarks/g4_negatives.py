@@ -1,7 +1,7 @@
-"""G4a: the loss against 2 x 32 x 32,000 drawn rows of a bank of 1.28 million, forward, backward and update, on the CPU.
+"""G4a: the loss with 2 x 32 x 32,000 drawn rows of a bank of 1.28 million: forward, backward and update, on the CPU.
 
-Both sides draw for every sample and every view, in float32. Temporary memory is the growth of a fresh process's largest
-resident set over one step.
+Both sides draw for every sample and every view, in float32. Temporary memory is the growth of the largest resident
+set of a new process over one step.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class Sides:
         return result.loss.detach()
 
     def check(self) -> None:
-        """The same drawn rows on both sides: the same loss, gradients and bank.
+        """Raise unless the same drawn rows give both sides the same loss, gradients and bank.
 
-        Gradients to 1e-4 of the largest: against float64 the reference's are 2e-5 off, ours 2e-7.
+        Gradients to 1e-4 of the largest: compared with float64 the reference's are off by 2e-5, this library's by 2e-7.
         """
         drawn = self.draw()
         theirs, ours = self.embeddings(), self.embeddings()
@@ -91,7 +91,7 @@ class Sides:
 
 
 def peak_memory(side: str) -> int:
-    """Bytes by which one step of a side makes this process grow at its largest. Linux."""
+    """Return the bytes by which one step of a side raises the peak memory of this process. Linux only."""
     small = Sides(images=1000, batch=2, negatives=100)  # loads what the first call loads
     getattr(small, f"{side}_step")()
     sides = Sides()

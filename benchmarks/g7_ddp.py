@@ -1,8 +1,8 @@
-"""G7: two ranks that train together, beside two processes that train alone on the same two cores.
+"""G7: two ranks that train together, compared with two processes that train separately on the same two cores.
 
-The same step on both sides, on synthetic views, in processes of one thread. What the ranks do more than the others is
-what is measured: gradients are summed over the ranks, and the bank's new rows gathered. Before that, 200 steps of a
-small network, after which both ranks must hold the same bank, bit by bit.
+Both sides make the same step, on synthetic views, in processes of one thread. The ranks also sum their gradients and
+gather the bank's new rows: that difference is measured. Before it, both ranks make 200 steps of a small network and
+must then have the same bank, bit by bit.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ R18 = (
 
 
 class Training:
-    """One process's part of a training: of a group of `world.size`, or alone on as many images."""
+    """Training of one process: a rank in a group of `world.size`, or alone on as many images."""
 
     def __init__(self, recipe: Recipe, world: World) -> None:
         self.recipe, self.world = recipe, world
@@ -84,14 +84,14 @@ class Training:
         train_step(self.recipe, self.network, self.state, self.world, 0, share, Batch(ids, ids, *self.pixels))
 
     def count_bytes(self) -> dict[str, int]:
-        """What one step hands to the collectives: this rank's gradients and, of all ranks, the bank's new rows."""
+        """Return the bytes of one step's collectives: this rank's gradients, and the bank's new rows of all ranks."""
         sent, gather = {"gradients": 0, "rows": 0}, pirl_world.gather_single
 
         def gather_counted(out: Any, mine: Any) -> Any:
             sent["rows"] += out.nbytes
             return gather(out, mine)
 
-        def sum_counted(group, bucket):  # DDP would compare annotations with types, which they are not here
+        def sum_counted(group, bucket):  # no annotations: DDP compares them with types
             sent["gradients"] += bucket.buffer().nbytes
             return allreduce_hook(group, bucket)
 
@@ -108,7 +108,7 @@ class Training:
 
 
 def serve(pipe: Connection, setting: tuple[str, list[str]], rank: int, port: int) -> None:
-    """Do what is asked through the pipe: one process of a side. Port 0: alone."""
+    """Serve the requests of the pipe, as one process of a side; port 0 means alone."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if port:
@@ -143,7 +143,7 @@ class Side:
             self.processes.append(process)
 
     def ask(self, name: str, *arguments: Any) -> list[Any]:
-        """The same of both at once; their answers."""
+        """Send one request to both processes at once, and return their answers."""
         for pipe in self.pipes:
             pipe.send((name, arguments))
         return [pipe.recv() for pipe in self.pipes]
@@ -156,7 +156,7 @@ class Side:
 
 
 def efficiency(goal: str, title: str, recipe: str, overrides: list[str], required: float, repeats: int) -> Result:
-    counting = Side((recipe, overrides), together=True)  # of its own, as counting slows down
+    counting = Side((recipe, overrides), together=True)  # in processes of its own, because counting is slow
     sent = counting.ask("count_bytes")[0]
     counting.end()
     together, alone = (Side((recipe, overrides), both) for both in (True, False))
@@ -168,7 +168,7 @@ def efficiency(goal: str, title: str, recipe: str, overrides: list[str], require
             assert sent["rows"] < MORE_THAN_GRADIENTS, sent
             assert len(set(together.ask("bank_hash"))) == 1
 
-        # the ratio is that of times: how much of the speed of two who are alone the two together have
+        # the ratio of times is the throughput of the two ranks as a share of that of the two separate processes
         result = compare(
             goal=goal,
             title=title,
@@ -186,7 +186,7 @@ def efficiency(goal: str, title: str, recipe: str, overrides: list[str], require
 
 
 def same_bank_after_many_steps() -> None:
-    """Both ranks' banks, by hash, after 200 steps of a small network."""
+    """Return the hash of both ranks' banks after 200 steps of a small network; raise if they differ."""
     side = Side(("demo", ["train.batch_size=8", "loss.negatives=64", "train.precision=fp32"]), together=True)
     started = time.perf_counter()
     for _ in range(MANY_STEPS):
@@ -201,7 +201,7 @@ if __name__ == "__main__":
     same_bank_after_many_steps()
     finish(
         [
-            efficiency("G7", "ResNet-50, 8 images a process: two ranks beside two who are alone", *R50, repeats=5),
+            efficiency("G7", "ResNet-50, 8 images a process: two ranks and two separate processes", *R50, repeats=5),
             efficiency("G7-r18", "ResNet-18 on 64 pixels, 16 images a process, the same", *R18, repeats=7),
         ]
     )

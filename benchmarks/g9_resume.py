@@ -1,13 +1,12 @@
 """G9: from `kill -9` in the middle of an epoch to the first step on images that were not trained on before the kill.
 
-The reference keeps a checkpoint of the epoch's start: it lists the folder of images, loads that with `torch.load`, and
-trains again on what it had already seen of the epoch. Ours is `pirl.train`: it reads the manifest and the newest
-checkpoint, which is a few steps old, and goes on there. Both are one process each, of the same recipe, images, order,
-decoder, views and step: so the reference's time holds nothing but its way to start again. A launcher, the same for
-both, is left out.
+The reference has a checkpoint of the epoch's start. It lists the folder of images, loads that checkpoint with
+`torch.load`, and repeats the epoch up to the kill. `pirl.train` reads the manifest and the newest checkpoint, which
+is a few steps old, and resumes there. Each side is one process, of the same recipe, images, order, decoder, views and
+step, so the reference's time contains only its way to restart. A launcher, the same for both, is omitted.
 
-How much the reference has to redo is a matter of where the kill comes: here after `STEPS` steps, where half an epoch of
-ImageNet has 625. What it needs without that is among the facts.
+How much the reference repeats depends on the kill: in this benchmark it comes after `STEPS` steps; half an epoch of
+ImageNet has 625. The time without the repeated steps is among the facts.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ RECIPE = (
 )
 SCRATCH = "/dev/shm" if Path("/dev/shm").is_dir() else None
 PICTURES = 200
-LOST_STEPS = 4  # that ours is killed after a checkpoint, at least
+LOST_STEPS = 4  # at least, from a checkpoint to the kill of pirl.train
 SAVE_EVERY_S = 5.0
 LONG_S = 900.0
 
@@ -106,7 +105,7 @@ def train_reference(folder: Path, recipe: Recipe) -> None:
 
 
 class Notes:
-    """A line for each step, with the ids of its images, where a kill cannot take it away."""
+    """Record of one line for each step, with the ids of its images, which survives a kill."""
 
     def __init__(self, path: Path) -> None:
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -116,11 +115,11 @@ class Notes:
         os.write(self.file, json.dumps(ids.tolist()).encode() + b"\n")
 
 
-# ---- who kills them
+# ---- the process that kills them
 
 
 class Side:
-    """A training that stands still but while it is measured or made ready."""
+    """Training that is stopped except while it is measured or prepared."""
 
     def __init__(self, name: str, folder: Path, recipe: tuple[str, list[str]]) -> None:
         self.name, self.folder, self.recipe = name, folder, recipe
@@ -137,7 +136,7 @@ class Side:
             return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
     def starts(self) -> list[list[list[int]]]:
-        """Of each start, the ids of each step; a line that is being written does not count."""
+        """Return the ids of each step, for each start; an incomplete line does not count."""
         text = self.notes.read_text() if self.notes.exists() else ""
         blocks = text[: text.rfind("\n") + 1].split("start\n")[1:]
         return [[json.loads(line) for line in block.splitlines()] for block in blocks]
@@ -163,7 +162,7 @@ class Side:
         self.process.wait()
 
     def resume(self) -> None:
-        """Kill, start again, and wait for the first new step: what is measured."""
+        """Kill, restart, and wait for the first new step; this is what is measured."""
         before = self.starts()
         seen = {tuple(ids) for steps in before for ids in steps}
         killed = time.perf_counter()
@@ -176,8 +175,10 @@ class Side:
         self.redone.append(sum(tuple(ids) in seen for ids in self.starts()[-1]))
 
     def check(self, order: np.ndarray) -> int:
-        """Every start goes on somewhere in what was done, and from there in order: no id left out, none twice. Returns
-        how many ids the epoch has seen."""
+        """Return the number of ids that the epoch has seen.
+
+        Raise unless every start resumes within what was done, and continues in order: no id left out, none twice.
+        """
         place = {int(id): at for at, id in enumerate(order)}
         reached = 0
         for steps in self.starts():
@@ -191,7 +192,7 @@ class Side:
 
 
 class Saved:
-    """Whether a checkpoint of ours was completed since the last restart, and `LOST_STEPS` more steps were made."""
+    """Condition that a checkpoint is complete since the last restart, and `LOST_STEPS` more steps are made."""
 
     def __init__(self, folder: Path) -> None:
         self.checkpoints = Checkpoints(open_storage(folder / "run") / "checkpoints")
@@ -206,7 +207,7 @@ class Saved:
 
 
 def write_data(folder: Path, files: int) -> None:
-    """A folder of `files` small images, `PICTURES` different ones, and shards of it."""
+    """Write a folder of `files` small images, `PICTURES` different ones, and shards of it."""
     images = folder / "images" / "all"
     images.mkdir(parents=True)
     draws = np.random.default_rng(0).integers(0, 256, (PICTURES, 9, 12, 3), np.uint8)

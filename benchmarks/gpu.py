@@ -1,7 +1,7 @@
 """G4b, G5, G6 and G8 on one GPU, in less than 8 minutes: `python -m benchmarks.gpu`.
 
-Writes results/G4b-32.json and so on, and the table results/gpu.md. Where there is no GPU it says so and runs all of it
-in tiny on the CPU, which shows that both sides work and agree, and measures nothing.
+It writes results/G4b-32.json and so on, and the table results/gpu.md. Without a GPU it prints that and runs all of it
+in tiny on the CPU: this checks that both sides work and agree, and measures nothing.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def synchronize(scale: Scale) -> None:
 
 
 def steps(scale: Scale, step: Callable[[], object]) -> None:
-    """As many steps as one measured time has, to their end."""
+    """Run as many steps as one measured time has, to their end."""
     for _ in range(scale.steps):
         step()
     synchronize(scale)
 
 
 def peak_bytes(scale: Scale, step: Callable[[], object]) -> int:
-    """Temporary memory of one step on the device."""
+    """Return the temporary memory of one step on the device."""
     if scale.device != "cuda":
         return 0
     synchronize(scale)
@@ -52,7 +52,7 @@ def peak_bytes(scale: Scale, step: Callable[[], object]) -> int:
 
 
 def copy_bandwidth(scale: Scale) -> float:
-    """Bytes per second read and written by a copy on the device."""
+    """Return the bytes per second read and written by a copy on the device."""
     source = torch.randn((1 << 28) if scale.device == "cuda" else 1 << 16, device=scale.device)
     target = torch.empty_like(source)
     times = []
@@ -66,7 +66,7 @@ def copy_bandwidth(scale: Scale) -> float:
 
 
 def negatives(scale: Scale, batch: int) -> Result:
-    """G4b: the loss alone."""
+    """Measure the loss alone (G4b)."""
     sides = Sides(scale.images, batch, scale.negatives, scale.device)
     temporary = {
         side: peak_bytes(scale, step) for side, step in (("reference", sides.reference_step), ("ours", sides.our_step))
@@ -92,7 +92,7 @@ def negatives(scale: Scale, batch: int) -> Result:
 
 
 def train_step(scale: Scale, batch: int) -> list[Result]:
-    """G5: the whole step, as `pirl train` runs it and as a CUDA graph; for the smaller batch G6 too."""
+    """Measure the step after the photometrics, eager and as a CUDA graph (G5); for the smaller batch G6 too."""
     reference, eager = ReferenceStep(scale, batch), OurStep(scale, batch, "eager")
     on_gpu = scale.device == "cuda"
     parity = partial(same_step, scale, batch)
@@ -120,11 +120,11 @@ def train_step(scale: Scale, batch: int) -> list[Result]:
 
 
 def same_step(scale: Scale, batch: int) -> None:
-    """From the same weights on the same rows, the losses of both sides agree as far as bfloat16 lets them."""
+    """Raise unless both sides' losses agree to bfloat16's precision, from the same weights on the same rows."""
     theirs, ours = ReferenceStep(scale, batch), OurStep(scale, batch, "eager")
     rows = [torch.randint(scale.images, (batch, scale.negatives), device=scale.device) for _ in range(2)]
     with_own = [torch.cat([theirs.inputs.ids[:, None], each], dim=1) for each in rows]
-    for _ in range(2):  # the second one sees what the first has changed
+    for _ in range(2):  # the second step depends on the first one's changes
         expected, found = theirs((with_own[0], with_own[1])), ours.step((rows[0], rows[1]))
         torch.testing.assert_close(found.view(1), expected.view(1), rtol=0.02, atol=0)
     moved, expected_rows = (each.inputs.bank.memory[theirs.inputs.ids] for each in (ours, theirs))
@@ -134,11 +134,11 @@ def same_step(scale: Scale, batch: int) -> None:
 def host_overhead(
     scale: Scale, reference: ReferenceStep, eager: OurStep, best: OurStep, parity: Callable[[], object]
 ) -> Result:
-    """G6: no step waits for the device; how long the host needs to ask for one, and how long the device idles."""
+    """Raise if a step waits for the device; measure the host's time to queue one, and the device's idle time (G6)."""
     facts: dict[str, Any] = {**device_facts(scale), "host_syncs_a_step": 0}
     if scale.device == "cuda":
         facts["reference_host_syncs_a_step"] = count_syncs(reference)
-        torch.cuda.set_sync_debug_mode("error")  # raises where anything waits
+        torch.cuda.set_sync_debug_mode("error")  # raises if a call waits
         try:
             eager()
             best()
@@ -148,9 +148,9 @@ def host_overhead(
         facts["eager_launch_ms"] = round(launch_ms(scale, eager), 3)
     return compare(
         goal="G6",
-        title="host time to ask for one training step",
+        title="host time to queue one training step",
         sides={"reference": reference, "ours": best},
-        required=10.0 * scale.demand,  # 1 ms beside the 10 of an eager step
+        required=10.0 * scale.demand,  # 1 ms, compared with the 10 ms of an eager step
         parity=parity,
         repeats=scale.repeats,
         facts=facts,
@@ -181,7 +181,7 @@ def launch_ms(scale: Scale, step: Callable[[], object]) -> float:
 
 
 def idle_share(scale: Scale, step: Callable[[], object]) -> float:
-    """Of a step's time, in which the device runs nothing: kernels' times by the profiler, time without it."""
+    """Return the share of a step's time in which the device is idle: kernels by the profiler, the step without it."""
     synchronize(scale)
     started = time.perf_counter()
     steps(scale, step)
@@ -193,11 +193,11 @@ def idle_share(scale: Scale, step: Callable[[], object]) -> float:
 
 
 def compiled(scale: Scale, batch: int) -> Result:
-    """Whether `torch.compile` pays: the same step of ours without and with it."""
+    """Compare this library's step with and without `torch.compile`."""
     plain, other = OurStep(scale, batch, "eager"), OurStep(scale, batch, "compile")
     return compare(
         goal=f"compile-{batch}",
-        title=f"our training step on {batch} images without and with torch.compile",
+        title=f"this library's training step on {batch} images without and with torch.compile",
         sides={"reference": partial(steps, scale, plain), "ours": partial(steps, scale, other)},
         required=1.0 * scale.demand,
         parity=partial(same_step, scale, batch),
@@ -208,7 +208,7 @@ def compiled(scale: Scale, batch: int) -> Result:
 
 
 def checkpoint_stall(scale: Scale) -> Result:
-    """G8: how long training stands still for a checkpoint, beside `torch.save` of the same state to the same place."""
+    """Measure the stall of training for a checkpoint, compared with `torch.save` of the same state (G8)."""
     batch = scale.batches[0]
     step = OurStep(scale, batch, "eager")
     step()
@@ -260,7 +260,7 @@ def checkpoint_stall(scale: Scale) -> Result:
 def speed_while_saving(
     scale: Scale, step: Callable[[], object], save: Callable[[], None], settle: Callable[[], None]
 ) -> float:
-    """Steps per second while a save is written, beside those without."""
+    """Return the steps per second while a save is written, as a share of those without."""
 
     def seconds() -> float:
         started = time.perf_counter()
@@ -315,7 +315,7 @@ def release(scale: Scale) -> None:
 def main() -> int:
     if torch.cuda.is_available():
         return int(not all(result.reached for result in run(full_scale())))
-    print("no GPU here: nothing is measured; a check in tiny that all of it works follows", flush=True)
+    print("no GPU: nothing is measured; a check in tiny that all of it works follows", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         run(tiny_scale(Path(folder)))
     print("the check is done: both sides work and agree", flush=True)

@@ -1,4 +1,4 @@
-"""The two sides of a training step on a GPU, and how large they are made."""
+"""Two sides of a training step on a GPU, and their scale."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pirl.world import World
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is."""
+    """Sizes of a measurement."""
 
     device: str
     recipe: str
@@ -35,7 +35,7 @@ class Scale:
     """In one measured time."""
     repeats: int
     demand: float
-    """Of the required ratios: 1, or 0 where nothing is measured."""
+    """Factor of the required ratios: 1, or 0 if nothing is measured."""
     results: Path
 
     def load(self, batch: int) -> Recipe:
@@ -56,7 +56,7 @@ def tiny_scale(results: Path) -> Scale:
 
 
 class Inputs:
-    """A model, a bank and synthetic views that are already on the device: never zeros, which are faster."""
+    """Model, bank and synthetic views on the device; never zeros, which are faster."""
 
     def __init__(self, scale: Scale, batch: int) -> None:
         self.recipe, self.device = scale.load(batch), torch.device(scale.device)
@@ -75,7 +75,7 @@ class Inputs:
 
 
 class ReferenceStep:
-    """Eager, channels first, float32 with cuDNN's default TF32, the reference's loss, and its look for NaNs."""
+    """Step of the reference: eager, channels first, float32 with cuDNN's default TF32, its loss and NaN check."""
 
     def __init__(self, scale: Scale, batch: int) -> None:
         self.inputs = Inputs(scale, batch)
@@ -93,7 +93,7 @@ class ReferenceStep:
 
 
 class OurStep:
-    """What `pirl.train` does after the photometrics: channels last, autocast, rows read in place, one fused optimiser.
+    """Step of `pirl train` after the photometrics: channels last, autocast, rows in place, one fused optimiser.
 
     `how`: "eager", "compile" (the network, by `torch.compile`), or "graph" (the whole step as a CUDA graph).
     """

@@ -21,7 +21,7 @@ SCALE = {"s": 1.0, "ms": 1e3, "us": 1e6}
 
 @dataclass(frozen=True)
 class Result:
-    """One goal, its measured times in `unit`, and how many times faster `ours` is than `reference`, by medians."""
+    """Measured times of one goal in `unit`, and how many times faster `ours` is than `reference`, by medians."""
 
     goal: str
     title: str
@@ -89,12 +89,12 @@ def compare(
 
 
 def finish(results: Sequence[Result]) -> None:
-    """End the program: with 1 where a goal was missed."""
+    """End the program, with 1 if a goal was missed."""
     sys.exit(not all(result.reached for result in results))
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on, and the load at this moment."""
+    """Return what the figures depend on, and the present load."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

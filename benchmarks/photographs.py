@@ -1,4 +1,4 @@
-"""Photographs of ImageNet's size to measure with, cut from those at hand."""
+"""Photographs of ImageNet's size for benchmarks, cut from larger ones of this machine."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pirl.errors import UsageError
 PACKAGES = "mate-backgrounds plasma-workspace-wallpapers gnome-backgrounds"
 FOLDERS = (Path("/usr/share/backgrounds"), Path("/usr/share/wallpapers"))
 WIDTH, HEIGHT, QUALITY = 500, 375, 95
-LEAST_BYTES = 30_000  # of a cut's file: below, there is nothing but sky in it
+LEAST_BYTES = 30_000  # of a cut's file: a smaller one shows only sky
 SOURCE_BYTES, SOURCE_WIDTH, SOURCE_HEIGHT = 100_000, 1500, 750  # of a photograph that is cut
 
 
 def write_photographs(folder: Path, most: int) -> int:
-    """Write up to `most` JPEGs of 500x375 into `folder`; returns how many.
+    """Write up to `most` JPEGs of 500x375 into `folder`, and return how many.
 
-    Taken from `PIRL_PHOTOGRAPHS` (a folder of JPEGs, cut in the same way), else from Debian's wallpaper packages. Each
-    photograph is reduced to a width of 1500 and cut into pieces that do not overlap.
+    They are taken from `PIRL_PHOTOGRAPHS` (a folder of JPEGs, cut in the same way), else from Debian's wallpaper
+    packages. Each photograph is reduced to a width of 1500 and cut into pieces that do not overlap.
     """
     given = os.environ.get("PIRL_PHOTOGRAPHS")
     roots = [Path(given)] if given else [root for root in FOLDERS if root.is_dir()]

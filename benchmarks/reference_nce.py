@@ -1,4 +1,4 @@
-"""What the reference does for its loss, written anew from its description: the slow side of a comparison.
+"""Loss of the reference, written from its description: the slow side of a comparison.
 
 For each view it draws (B, K+1) rows by the alias method, gathers them, multiplies, and leaves the gradient to autograd,
 which holds both gathered (B, K+1, D) tensors until the backward pass. Constants and formulas are those of `pirl.loss`.
@@ -14,13 +14,13 @@ EPSILON = 1.1920929e-07
 
 
 class ReferenceNCE:
-    """The bank `memory` (N, D) float32, changed in place, and one step of the loss against it."""
+    """Bank `memory` (N, D) float32, changed in place, and one step of the loss with it."""
 
     def __init__(self, memory: Tensor, negatives: int, temperature: float, momentum: float, z: float) -> None:
         self.memory = memory
         device = memory.device
         self.params = torch.tensor([negatives, temperature, z, momentum], device=device)
-        # the alias tables of equal weights: every cell keeps its own number
+        # alias tables of equal weights: every cell has its own index
         self.probability = torch.ones(len(memory), device=device)
         self.alias = torch.zeros(len(memory), dtype=torch.int64, device=device)
 
@@ -30,7 +30,7 @@ class ReferenceNCE:
         return cell.mul(keep) + self.alias.index_select(0, cell).mul(1 - keep)
 
     def probabilities(self, ids: Tensor, embeddings: Tensor, indices: Tensor | None) -> Tensor:
-        """(B, K+1): of the own row, then of the drawn ones."""
+        """Return (B, K+1): of the own row, then of the drawn ones."""
         negatives, temperature, z = int(self.params[0].item()), self.params[1].item(), self.params[2].item()
         batch, dim = embeddings.shape
         if indices is None:
@@ -57,9 +57,9 @@ class ReferenceNCE:
     def step(
         self, ids: Tensor, patches: Tensor, images: Tensor, indices: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """The loss (1,) of (B, D) embeddings; gradients are left in them, and the bank is moved towards the images.
+        """Return the loss (1,) of (B, D) embeddings; leave gradients in them, and move the bank towards the images.
 
-        `indices`: the rows to use, two (B, K+1), column 0 is overwritten; without, they are drawn.
+        `indices`: the rows to use, two (B, K+1), column 0 is overwritten; drawn if None.
         """
         patch_indices, image_indices = indices if indices else (None, None)
         patch_term = self.criterion(self.probabilities(ids, F.normalize(patches), patch_indices))

@@ -1,4 +1,4 @@
-"""What the reference does to an image file, written anew from its description: the slow side of a comparison.
+"""Views of an image file as the reference makes them, written from its description: the slow side of a comparison.
 
 Every step is done on PIL images, one after another: two random crops, nine patches, then for each of the ten elements
 colour jitter, posterize + sharpness + solarize + autocontrast, gray, flip, a float tensor, and normalisation.
@@ -31,7 +31,7 @@ def random_photometric(image: Image.Image) -> Image.Image:
 
 
 class ReferenceViews:
-    """From an encoded image to (3, 224, 224) and (9, 3, 64, 64) normalised float32 tensors."""
+    """Transform of an encoded image into (3, 224, 224) and (9, 3, 64, 64) normalised float32 tensors."""
 
     def __init__(self) -> None:
         self.image_crop = transforms.RandomResizedCrop(224)
@@ -67,7 +67,7 @@ class ReferenceViews:
 
 
 def collate(views: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(B, 3, 224, 224) images and (9 B, 3, 64, 64) patches."""
+    """Return (B, 3, 224, 224) images and (9 B, 3, 64, 64) patches."""
     images, patches = zip(*views)
     return torch.stack(images), torch.cat(patches)
 
@@ -80,7 +80,7 @@ def seed_worker(worker: int) -> None:
 
 
 def transformed(image: Image.Image, params: Photometrics, row: int) -> Image.Image:
-    """The base chain with given parameters, to compare with."""
+    """Return the base chain with given parameters, to compare with."""
     for op in params.order[row] if params.jitter[row] else ():
         name = ("brightness", "contrast", "saturation", "hue")[op]
         image = getattr(F, f"adjust_{name}")(image, getattr(params, name)[row].item())
