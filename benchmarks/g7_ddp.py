@@ -186,7 +186,7 @@ def efficiency(goal: str, title: str, recipe: str, overrides: list[str], require
 
 
 def same_bank_after_many_steps() -> None:
-    """Return the hash of both ranks' banks after 200 steps of a small network; raise if they differ."""
+    """Raise unless both ranks have the same bank, by hash, after 200 steps of a small network."""
     side = Side(("demo", ["train.batch_size=8", "loss.negatives=64", "train.precision=fp32"]), together=True)
     started = time.perf_counter()
     for _ in range(MANY_STEPS):
