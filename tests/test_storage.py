@@ -425,6 +425,29 @@ class TestLocalFaults:
         storage.write_bytes("n" * 255, b"as long as a name may be")
         assert storage.list() == ["file", "folder/x", "n" * 255]
 
+    def test_a_folder_goes_with_its_last_object(self, tmp_path: Path) -> None:
+        storage = open_storage(tmp_path / "root")
+        for name in ("a/b/c", "a/d", "e"):
+            storage.write_bytes(name, b"")
+        (storage / "a" / "b").delete("c")
+        assert sorted(path.name for path in (tmp_path / "root").rglob("*")) == ["a", "d", "e"]
+        storage.delete("a/d")
+        assert [path.name for path in (tmp_path / "root").iterdir()] == ["e"]
+        storage.write_bytes("a/b/c", b"again")
+        assert storage.read_bytes("a/b/c") == b"again"
+
+    def test_writers_survive_a_folder_that_others_remove(self, tmp_path: Path) -> None:
+        def write_and_delete(number: int) -> None:
+            storage = open_storage(tmp_path / "root")
+            for _ in range(50):
+                storage.write_bytes(f"a/b/{number}", b"data")
+                assert storage.read_bytes(f"a/b/{number}") == b"data"
+                storage.delete(f"a/b/{number}")
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(write_and_delete, range(4)))
+        assert open_storage(tmp_path).list() == []
+
     def test_files_have_usual_permissions(self, tmp_path: Path) -> None:
         before = os.umask(0o027)
         try:

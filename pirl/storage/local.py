@@ -33,6 +33,7 @@ from pirl.storage.patience import retried
 
 _COPY_BYTES = 4 << 20
 _STALE_S = 60.0
+MAX_ATTEMPTS = 1000  # to create a file in a folder that other processes remove
 
 
 class LocalStorage(Storage):
@@ -148,18 +149,25 @@ class LocalStorage(Storage):
         with suppress(StorageNotFoundError), local_errors("delete", path, reading=True):
             path.unlink()
             _sync_folder(path.parent)
+            self._remove_empty(path.parent)
+
+    def _remove_empty(self, folder: Path) -> None:
+        """Remove a folder, and those above it up to the storage's own, as far as they are empty."""
+        with suppress(OSError):  # not empty, in use, or removed by another process
+            folder.rmdir()
+            if folder != self.path:
+                self._remove_empty(folder.parent)
 
 
 @contextmanager
 def replacing(target: Path, publish: Callable[[Path, Path], None] = os.replace) -> Iterator[BinaryIO]:
-    """A file to write into; at the end it is synced to disk and published as `target`, on failure removed."""
+    """Yield a file to write into; at the end sync it to disk and publish it as `target`, on failure remove it."""
     folder = target.parent
-    folder.mkdir(parents=True, exist_ok=True)
     # A hash, since the object's own name may already be as long as a file name can be.
     stem = f"{TEMPORARY}{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}-"
-    _sweep(folder, stem)
     temporary = folder / f"{stem}{secrets.token_hex(8)}"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    descriptor = _create(temporary)
+    _sweep(folder, stem)
     try:
         with os.fdopen(descriptor, "wb") as file:
             with suppress(OSError):  # no locks here: then nothing will ever be swept
@@ -174,6 +182,18 @@ def replacing(target: Path, publish: Callable[[Path, Path], None] = os.replace) 
             temporary.unlink(missing_ok=True)
 
 
+def _create(path: Path) -> int:
+    """Create a file and its folder, which another process may remove as long as it is empty; return a descriptor."""
+    for attempt in itertools.count(1):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except (FileNotFoundError, FileExistsError):
+            if attempt == MAX_ATTEMPTS or (os.path.lexists(path.parent) and not path.parent.is_dir()):
+                raise
+    raise AssertionError
+
+
 def _sweep(folder: Path, stem: str) -> None:
     """Remove what killed writers of the same object left: old files whose lock nobody holds."""
     with suppress(OSError):
@@ -186,7 +206,10 @@ def _sweep(folder: Path, stem: str) -> None:
 
 def _sync_folder(folder: Path) -> None:
     """Make a rename survive a power cut, where the file system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # removed by another process, which has deleted the object
+        return
     try:
         with suppress(OSError):
             os.fsync(descriptor)
