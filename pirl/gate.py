@@ -8,11 +8,10 @@ it was asked, and counts for that alone.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
-from pirl import __version__
+from pirl import __version__, logs
 from pirl.errors import DataError, RegistryError, StorageError, UsageError, did_you_mean
 from pirl.logs import say
 from pirl.outputs import check_registry
@@ -171,7 +170,7 @@ def _champion_evaluation(
     try:
         kept = run.champion_evaluation()
     except StorageError as error:
-        warnings.warn(f"evaluated again: {error.what}", stacklevel=2)
+        logs.warn(f"evaluated again: {error.what}")
         kept = None
     if kept and kept.weights == weights and _comparable(kept, evaluation):
         return kept

@@ -13,10 +13,10 @@ No other module has these names. Contents are typed (`pirl.results`). Nothing is
 from __future__ import annotations
 
 import re
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pirl import logs
 from pirl.config import Recipe, parse_recipe
 from pirl.errors import CheckpointError, PirlError, StorageNotFoundError
 from pirl.results import (
@@ -61,7 +61,7 @@ def read_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
         return []
     lines, damaged = parse_lines(text)
     if damaged:
-        warnings.warn(f"{storage.uri}/{name} has {count(damaged, 'line')} that cannot be read: left out", stacklevel=2)
+        logs.warn(f"{storage.uri}/{name} has {count(damaged, 'line')} that cannot be read: left out")
     return lines
 
 
@@ -271,11 +271,11 @@ def _summary(run: Run, name: str) -> RunSummary:
     try:
         last = (run.record().metrics or [{}])[-1]
     except PirlError as error:
-        warnings.warn(f"left out: {error}", stacklevel=2)
+        logs.warn(f"left out: {error}")
     try:
         result = run.evaluation()
     except PirlError as error:
-        warnings.warn(f"left out: {error}", stacklevel=2)
+        logs.warn(f"left out: {error}")
     linear = result.pretrained.get("linear") if result else None
     return RunSummary(
         run=name,

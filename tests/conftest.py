@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,15 @@ from pirl.storage import open_storage
 from pirl.training.spec import TrainingOptions, TrainingSpec
 
 torch.set_num_threads(1)
+
+
+@contextmanager
+def warned(pattern: str) -> Iterator[io.StringIO]:
+    """Require a warning of this process on stderr that the pattern matches."""
+    with redirect_stderr(io.StringIO()) as printed:
+        yield printed
+    assert re.search(f"warning: .*{pattern}", printed.getvalue()), printed.getvalue()
+
 
 TRAIN = [str(Path(sys.executable).with_name("pirl")), "train"]  # as a process
 IMAGES = 42  # not a multiple of the batch: every epoch ends with a smaller one

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGES, shards_of, tiny_recipe
+from conftest import IMAGES, shards_of, tiny_recipe, warned
 from images import folder_of_classes, picture
 from torchvision import transforms
 
@@ -451,7 +451,7 @@ def test_a_run_is_evaluated_once(
     evaluate_run(str(folder), shards, shards)
     assert len(calls) == 3
     (folder / "eval.json").write_text("{")
-    with pytest.warns(UserWarning, match="evaluated again"):
+    with warned("evaluated again"):
         evaluate_run(str(folder), shards, shards)
     named = evaluate_run(f"{folder}/checkpoints/step-00000000", shards, shards)
     assert named.checkpoint == "step-00000000"

@@ -77,3 +77,9 @@ def test_imports_follow_the_order(path: Path) -> None:
 )
 def test_the_check_itself(text: str, module: str, wrong: bool) -> None:
     assert bool(violations(text, module, ["pirl"])) == wrong
+
+
+def test_no_module_warns_by_the_warnings_module() -> None:
+    """Under `PYTHONWARNINGS=error` a warning would end the work: `logs.warn` never raises."""
+    sources = {path.relative_to(ROOT): path.read_text() for path in ROOT.rglob("*.py")}
+    assert [str(name) for name, text in sources.items() if "warnings.warn(" in text] == []

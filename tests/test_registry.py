@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import warned
 from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401
 
 from pirl.config import ModelConfig, load_recipe
@@ -367,7 +368,7 @@ class TestPointers:
         for number in (1, 2):
             register(registry, f"run-{number}")
         (registry.storage / "pirl-demo/versions/v0001").write_bytes("model.json", b"{")
-        with pytest.warns(UserWarning, match="v0001 is left out"):
+        with warned("v0001 is left out"):
             assert [version.version for version in registry.versions("pirl-demo")] == ["v0002"]
 
     def test_the_move_is_asked_for_again_when_another_was_quicker(self, registry: Registry) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import shards_of, tiny_recipe
+from conftest import shards_of, tiny_recipe, warned
 from images import picture, truncated_jpeg
 from PIL import Image
 
@@ -427,7 +427,7 @@ def test_a_log_that_is_cut_off_shows_its_whole_lines(evaluated: Path, data: tupl
     for name in ("metrics.jsonl", "events.jsonl"):
         with (run / name).open("a") as file:
             file.write('{"step": 11, "lo')
-    with pytest.warns(UserWarning, match="1 line that cannot be read"):
+    with warned("1 line that cannot be read"):
         page = Page(render_report(str(run), data[0]))
     assert "10 logged intervals" in page.text("training")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY
+from conftest import TINY, warned
 
 from pirl.errors import CheckpointError, StorageError, StorageNotFoundError
 from pirl.results import Completion, Evaluation, GateDecision, GateQuestion, Registered, StepRecord, WarmRecord
@@ -147,7 +147,7 @@ def test_a_line_that_is_cut_off_is_left_out_with_a_warning(old: Run) -> None:
     whole = b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n'
     for tail in (b'{"step": 3, "lo', b"\xff\xfe", b"3\n"):
         old.storage.write_bytes("metrics.jsonl", whole + tail)
-        with pytest.warns(UserWarning, match=r"metrics.jsonl has 1 line that cannot be read"):
+        with warned(r"metrics.jsonl has 1 line that cannot be read"):
             assert [line["step"] for line in old.record().metrics] == [1, 2]
 
 
@@ -172,12 +172,12 @@ def test_one_damaged_run_does_not_hide_the_others(old: Run, tmp_path: Path) -> N
         broken = Run.at(str(tmp_path / "runs" / f"broken-{name}"))
         broken.storage.write_bytes("config.toml", b"")
         broken.storage.write_bytes(name, damage)
-    with pytest.warns(UserWarning, match="left out") as warned:
+    with warned("left out") as printed:
         rows = {row.run: row for row in list_runs(str(tmp_path / "runs"))}
     assert sorted(rows) == ["a", "broken-eval.json", "broken-metrics.jsonl"]
     assert (rows["a"].state, rows["a"].step, rows["a"].linear_top1) == ("done", 2, 0.5)
     assert (rows["broken-metrics.jsonl"].step, rows["broken-eval.json"].linear_top1) == (1, None)
-    assert {"broken-eval.json", "broken-metrics.jsonl"} <= set(" ".join(str(w.message) for w in warned).split("/"))
+    assert {"broken-eval.json", "broken-metrics.jsonl"} <= set(printed.getvalue().split("/"))
 
 
 def test_a_workspace(tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ import os
 import signal
 import threading
 import time
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from images import folder_of_classes
 from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401
 from test_train import assert_same_bits, final, wait_for
 
+from pirl import logs
 from pirl.checkpoint import Checkpoints
 from pirl.config import Recipe
 from pirl.metrics import read_lines
@@ -72,18 +71,21 @@ class Reader:
 
 
 @pytest.fixture
-def environment(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:  # noqa: F811
+def environment(bucket: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:  # noqa: F811
     """What ranks need to reach the server through a proxy; this process reaches it directly."""
     monkeypatch.setenv("PIRL_S3_ATTEMPTS", "5")
     monkeypatch.setenv("PIRL_S3_READ_TIMEOUT_S", str(READ_TIMEOUT_S))
     names = [name for name in os.environ if name.startswith(("AWS_", "PIRL_S3_"))]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # a checkpoint that was passed over
-        yield {name: os.environ[name] for name in names} | {
-            "PIRL_CACHE_GB": "0",
-            "AWS_REGION": "us-east-1",
-            "PIRL_STORAGE_PATIENCE_S": "180",
-        }
+
+    def refuse(text: str, **_: object) -> None:
+        raise AssertionError(text)
+
+    monkeypatch.setattr(logs, "warn", refuse)  # a checkpoint that was passed over
+    return {name: os.environ[name] for name in names} | {
+        "PIRL_CACHE_GB": "0",
+        "AWS_REGION": "us-east-1",
+        "PIRL_STORAGE_PATIENCE_S": "180",
+    }
 
 
 @pytest.mark.parametrize(

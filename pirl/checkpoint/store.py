@@ -7,7 +7,6 @@ import json
 import secrets
 import threading
 import time
-import warnings
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pirl import logs
 from pirl.checkpoint.commit import Commit, Cursor, Part, parse_commit
 from pirl.checkpoint.state import Image, assemble, deal, describe, read_part
 from pirl.errors import CheckpointError, StorageError, StorageNotFoundError
@@ -121,6 +121,11 @@ class Checkpoints:
             raise error
         self.failures += 1
         return error
+
+    @property
+    def saving(self) -> bool:
+        """Whether a save is under way on this rank. Rank 0's ends after those of all ranks."""
+        return self._thread is not None and self._thread.is_alive()
 
     @property
     def failed(self) -> bool:
@@ -290,7 +295,7 @@ class Checkpoints:
                     skipped.append(older)
                     continue
                 self.skipped += skipped
-                warnings.warn(f"{error.what}; going on from the older {older}", stacklevel=2)
+                logs.warn(f"{error.what}; resuming from the older {older}")
                 return found
             raise
 

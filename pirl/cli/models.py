@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from .. import logs
 from ..errors import EXIT_FAILURE, RegistryError
 from ..registry import Registry
 from .app import DEFAULT_ROOT, DRY_RUN_HELP, Json, Overrides, app, console, show_rows
@@ -77,7 +77,7 @@ def _pointer(registry: Registry, model: str, pointer: str) -> str | None:
     try:
         return registry.pointer(model, pointer)
     except RegistryError as error:
-        warnings.warn(f"left out: {error}", stacklevel=2)
+        logs.warn(f"left out: {error}")
         return None
 
 

@@ -6,12 +6,12 @@ A result belongs to the weights that it was measured on: it has the digest of th
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from pirl import logs
 from pirl.checkpoint import Commit
 from pirl.config import Recipe
 from pirl.errors import StorageError, UsageError
@@ -185,7 +185,7 @@ def _kept_evaluation(run: Run, train_data: str, test_data: str) -> Evaluation | 
     try:
         before = run.evaluation()
     except StorageError as error:
-        warnings.warn(f"evaluated again: {error.what}", stacklevel=2)
+        logs.warn(f"evaluated again: {error.what}")
         return None
     if before is None or not before.pretrained:
         return None

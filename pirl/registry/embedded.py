@@ -18,13 +18,13 @@ import hashlib
 import itertools
 import json
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pirl import logs
 from pirl.errors import RegistryError, StorageError, StorageNotFoundError, UsageError, did_you_mean
 from pirl.registry.card import model_card
 from pirl.results import Evaluation, Lineage
@@ -179,7 +179,7 @@ class Registry:
             try:
                 versions.append(self._load(model, number))
             except (RegistryError, StorageNotFoundError) as error:
-                warnings.warn(f"{model} {number} is left out: {error.what}", stacklevel=2)
+                logs.warn(f"{model} {number} is left out: {error.what}")
         return versions
 
     def get(self, model: str, version: str = CHAMPION, *, verify: bool = False) -> Version:

@@ -16,12 +16,12 @@ import shutil
 import struct
 import time
 import uuid
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from pirl import logs
 from pirl.errors import UsageError
 
 BLOCK_BYTES = 4 * 2**20
@@ -45,9 +45,8 @@ class BlockCache:
         self._limit = self._room = self._uncounted = 0
         self._off = root is None
         if root is None:
-            warnings.warn(
-                "no cache, as there is no home folder: images are read from S3 every time. PIRL_CACHE names a folder",
-                stacklevel=2,
+            _warn_once(
+                "no cache, as there is no home folder: images are read from S3 every time. PIRL_CACHE names a folder"
             )
             return
         try:
@@ -163,11 +162,20 @@ class BlockCache:
     def _give_up(self, error: OSError) -> None:
         if not self._off:
             self._off = True
-            warnings.warn(
+            _warn_once(
                 f"the cache {self.root} takes nothing more ({error.strerror or error}); what it lacks is read from S3 "
-                f"every time. Free some space, or name another folder by PIRL_CACHE or a smaller size by {LIMIT}",
-                stacklevel=2,
+                f"every time. Free some space, or name another folder by PIRL_CACHE or a smaller size by {LIMIT}"
             )
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(text: str) -> None:
+    """Warn once in this process: it may open many caches."""
+    if text not in _warned:
+        _warned.add(text)
+        logs.warn(text)
 
 
 def _bytes(text: str) -> int:
