@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from .errors import StorageNotFoundError, UsageError
 from .shards import Manifest
 from .storage import open_storage
-from .train import plan
 from .training.spec import TrainingSpec
+from .training.start import plan
 
 
 class Command(Protocol):

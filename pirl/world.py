@@ -1,4 +1,4 @@
-"""Ranks: what `torchrun` sets, and the few collectives that PIRL needs."""
+"""Ranks from the environment of `torchrun`, and the few collectives that PIRL needs."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ class World:
     store: Any = None
     """Key-value store of the ranks, kept by rank 0."""
     timeout_s: float = 600.0
-    """Longest that a rank waits for another one."""
+    """Longest wait for another rank."""
     moment: str = "the start"
-    """What is under way, for messages: "step 12"."""
+    """Step under way, for messages: "step 12"."""
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def all_gather(self, tensor: Tensor, counts: list[int]) -> Tensor:
@@ -56,19 +57,19 @@ class World:
         return torch.cat([everyone[rank * most : rank * most + count] for rank, count in enumerate(counts)])
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, in place."""
+        """Sum over ranks, in place; return the tensor."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """Rank 0's values, in place."""
+        """Copy rank 0's values into the tensor of every rank; return it."""
         if self.size > 1:
             dist.broadcast(tensor, src=0)
         return tensor
 
     def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's picklable value."""
+        """Return rank 0's picklable value."""
         if self.size == 1:
             return value
         box = [value]
@@ -76,7 +77,7 @@ class World:
         return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's picklable value, in rank order, on every rank."""
+        """Return every rank's picklable value, in rank order, on every rank."""
         if self.size == 1:
             return [value]
         everyone: list[Any] = [None] * self.size
@@ -84,6 +85,7 @@ class World:
         return everyone
 
     def barrier(self) -> None:
+        """Wait for all ranks."""
         if self.size > 1:
             dist.barrier(group=self.control)
 
@@ -114,7 +116,7 @@ def start_world(timeout_s: float = 600) -> World:
 
 
 def _placement() -> tuple[int, int, int]:
-    """Rank, number of ranks and local rank from the environment. Raises `UsageError` with every problem."""
+    """Return rank, number of ranks and local rank from the environment, or raise `UsageError` with every problem."""
     problems, values = [], {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     for name, default in values.items():
         text = os.environ.get(name, str(default))
@@ -141,12 +143,12 @@ def _placement() -> tuple[int, int, int]:
 
 
 def parse_number(text: str) -> int | None:
-    """The non-negative integer that `text` writes in decimal digits, or None."""
+    """Return the non-negative integer that `text` writes in decimal digits, or None."""
     return int(text) if text.isascii() and text.isdigit() else None
 
 
 def is_port(text: str, least: int = 1) -> bool:
-    """Whether `text` is a port number of at least `least`."""
+    """Return whether `text` is a port number of at least `least`."""
     value = parse_number(text)
     return value is not None and least <= value < 65536
 
@@ -166,39 +168,42 @@ def _open_store(world: World, timeout: timedelta) -> dist.Store:
 
 
 def stop_world(world: World) -> None:
+    """Leave the process group."""
     if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
 
 
 LOST_PEER = ("onnection closed by peer", "onnection reset by peer", "roken pipe", "remote process exited")
 TIMED_OUT = ("Timed out waiting", "Application timeout")  # gloo's words
-REPORT_S = 10.0  # in which the ranks that live notice that a collective has failed
+REPORT_S = 10.0  # time for the other ranks to notice that a collective has failed
 
 
 @contextmanager
-def naming_who_hangs(world: World) -> Iterator[None]:
-    """A collective that waited in vain ends as a `TrainingError` with the ranks that have not come to it.
+def report_stragglers(world: World) -> Iterator[None]:
+    """Raise a `TrainingError` with the stalled ranks where a collective times out.
 
-    Each rank whose collective fails says so in the key-value store of the process group; who has not is missing.
+    Each rank whose collective fails sets its key in the key-value store of the process group; a rank without a key has
+    stalled.
     """
     try:
         yield
     except RuntimeError as error:
-        timed_out = _says(error, TIMED_OUT)
+        timed_out = _mentions(error, TIMED_OUT)
         if world.size == 1 or not (timed_out or lost_peer(error)):
             raise
         missing = _missing(world, wait_s=REPORT_S if timed_out else 0)
         if not timed_out:
-            raise  # another rank's story: it has ended, or it waited longer
-        who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}" if missing else "a rank"
+            raise  # secondary failure: the peer reports the cause
+        subject = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}" if missing else "a rank"
         raise TrainingError(
-            f"{who} did not answer within {world.timeout_s:g} s at {world.moment}",
-            "look at that process and its machine, then run the same command again to go on; --timeout-s sets the time",
+            f"{subject} did not answer within {world.timeout_s:g} s at {world.moment}",
+            "look at that process and its machine, then run the same command again to continue; --timeout-s sets the "
+            "time",
         ) from error
 
 
 def _missing(world: World, wait_s: float) -> list[int]:
-    """Ranks that have not reported within `wait_s` that their collective failed; this one has. Empty: nobody knows."""
+    """Return the ranks that have not reported a failed collective within `wait_s`; [] where it cannot be known."""
     store = dist.distributed_c10d._get_default_store()
     keys = [f"pirl/failed/{rank}" for rank in range(world.size)]
     try:
@@ -213,9 +218,9 @@ def _missing(world: World, wait_s: float) -> list[int]:
 
 
 def lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective has failed since another rank is gone."""
-    return _says(error, LOST_PEER)
+    """Return whether a collective has failed because another rank has ended."""
+    return _mentions(error, LOST_PEER)
 
 
-def _says(error: RuntimeError, words: Sequence[str]) -> bool:
+def _mentions(error: RuntimeError, words: Sequence[str]) -> bool:
     return any(part in str(error) for part in words)

@@ -8,14 +8,25 @@ import socket
 import subprocess
 import time
 import urllib.request
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from conftest import tiny_recipe, training, warned
 from prometheus_client.parser import text_string_to_metric_families
 
-from pirl.metrics import Telemetry, task
+from pirl import metrics
+from pirl.errors import UsageError
+from pirl.metrics import Context, JsonLines, Log, Sink, Telemetry, task
+from pirl.metrics.prometheus import mean_row_age
 from pirl.metrics.table import LABELS, METRICS, TRAINING, markdown
-from pirl.metrics.training import mean_row_age
+from pirl.run import Run
+from pirl.storage import open_storage
+from pirl.training.loop import train
+from pirl.training.spec import Options
+from pirl.training.start import plan
+from pirl.world import World
 
 ROOT = Path(__file__).parent.parent
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -32,7 +43,7 @@ def value(samples: Samples, name: str, **labels: str) -> float:
 
 @pytest.fixture(scope="module")
 def scraped(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Samples:
-    """What a training of two ranks says at its end, started again after a kill."""
+    """Metrics at the end of a training of two ranks, started again after a kill."""
     from conftest import TINY, TRAIN
 
     folder = tmp_path_factory.mktemp("metrics")
@@ -72,7 +83,7 @@ def scraped(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Samples:
     return parsed(run_until_saved())
 
 
-def test_a_training_tells_everything_that_the_table_promises(scraped: Samples) -> None:
+def test_a_training_sets_every_metric_of_the_table(scraped: Samples) -> None:
     names = {name.removesuffix("_count").removesuffix("_sum").removesuffix("_bucket") for name, _ in scraped}
     absent = {"pirl_gpu_memory_bytes", "pirl_training_nonfinite_timestamp_seconds"}  # no GPU here, no bad loss
     assert names == {metric.name for metric in TRAINING} - absent
@@ -96,7 +107,7 @@ def test_the_numbers_are_those_of_the_training(scraped: Samples) -> None:
     assert math.isfinite(of("pirl_training_loss", part="total"))
 
 
-def test_every_rank_speaks_through_one_endpoint_and_its_parts_fill_its_steps(scraped: Samples) -> None:
+def test_one_endpoint_serves_every_rank_and_its_parts_fill_its_steps(scraped: Samples) -> None:
     spent = value(scraped, "pirl_training_step_duration_seconds_sum", run="run")
     for rank in "01":
         parts = {
@@ -114,18 +125,18 @@ def test_few_series_and_known_labels(scraped: Samples) -> None:
 
 
 @pytest.mark.parametrize("port", ["metrics", "70000", "0"])
-def test_a_port_that_is_none(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pirl.errors import UsageError
-
+def test_a_wrong_port_is_refused_before_any_process_starts(
+    port: str, shards: str, tiny_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PIRL_METRICS_PORT", port)
-    with pytest.raises(UsageError, match="PIRL_METRICS_PORT"):
-        Telemetry("runs/x").serve()
+    with pytest.raises(UsageError, match=f"PIRL_METRICS_PORT is '{port}', expected a number from 1 to 65535"):
+        plan(training(tiny_toml, shards, tmp_path / "run"))
 
 
 def test_a_port_in_use_does_not_stop_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("0.0.0.0", 0)) as taken:
         monkeypatch.setenv("PIRL_METRICS_PORT", str(taken.getsockname()[1]))
-        with pytest.warns(UserWarning, match="training goes on"):
+        with warned("metrics are not served, training continues"):
             Telemetry("runs/x").serve()
 
 
@@ -171,3 +182,78 @@ def test_names_carry_base_units() -> None:
 
 def test_the_page_is_current() -> None:
     assert (ROOT / "docs" / "metrics.md").read_text() == markdown(), "python -m pirl.metrics > docs/metrics.md"
+
+
+# ---- sinks
+
+
+class Recorder(Sink):
+    """A sink that keeps the names of its calls, and raises in one of them."""
+
+    calls: list[str]
+    fails_in = ""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.calls = []
+        self.kept = self.calls
+
+    def __getattribute__(self, name: str) -> object:
+        if name in ("resume", "step", "event", "tick", "interval", "flush", "close"):
+            self.calls.append(name)
+            if name == type(self).fails_in:
+                raise ConnectionError("unavailable")
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("call", ["resume", "step", "event", "tick", "interval", "flush", "close"])
+def test_a_sink_that_raises_is_reported_once_and_left_out(
+    tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    context = Context(open_storage(tmp_path))
+    failing, last = type("Broken", (Recorder,), {"fails_in": call})(context), Recorder(context)
+    log = Log(context.run, [failing, JsonLines(context), last])
+    log.resume(0)
+    for step in (1, 2):
+        log.step(step=step)
+        log.event("checkpoint", step=step)
+        log.tick(9, 0.1)
+        log.interval({"data": 0.1})
+        log.flush()
+    log.close()
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    assert "metrics sink Broken failed and is left out, training continues: ConnectionError: unavailable" in error
+    assert failing.calls.count(call) <= 2  # a sink that fails in `close` is closed no more than once again
+    assert last.calls == ["resume", *["step", "event", "tick", "interval", "flush"] * 2, "close"]
+    record = Run(context.run).record()
+    assert [line["step"] for line in record.metrics] == [line["step"] for line in record.events] == [1, 2]
+
+
+@pytest.mark.parametrize("fails_in", ["", "__init__", "step"])
+def test_a_kind_of_sink_is_one_line_and_never_harms_a_training(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_in: str
+) -> None:
+    made = []
+
+    class Toy(Sink):
+        def __init__(self, context: Context) -> None:
+            if fails_in == "__init__":
+                raise ImportError("no such package")
+            self.losses: list[float] = []
+            made.append(self)
+
+        def step(self, values: Mapping[str, float]) -> None:
+            if fails_in == "step":
+                raise OSError(28, "full")
+            self.losses.append(values["loss"])
+
+    monkeypatch.setitem(metrics.SINKS, "toy", Toy)
+    monkeypatch.setattr(metrics.open_log, "__defaults__", ((*metrics.ALWAYS, "toy"),))
+    out = str(tmp_path / "run")
+    with warned("metrics sink Toy failed and is left out") if fails_in else nullcontext():
+        train(tiny_recipe("train.epochs=1"), Options(data=shards, out=out, log_every=1, workers=0), World())
+    lines = Run.at(out).record().metrics
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    if not fails_in:
+        assert made[0].losses == pytest.approx([line["loss"] for line in lines], rel=1e-6)

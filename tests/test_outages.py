@@ -33,7 +33,7 @@ from pirl import cli
 from pirl.checkpoint import Lease
 from pirl.errors import StorageError, TrainingError, UsageError
 from pirl.jobs import watch
-from pirl.metrics import Log
+from pirl.metrics import Context, JsonLines, Log
 from pirl.shards import ShardReader
 from pirl.storage import LocalStorage, open_storage
 from pirl.training.loop import train
@@ -219,7 +219,7 @@ def test_heartbeat_and_record_survive_any_error(
     tmp_path: Path, error: Exception, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = Moody(tmp_path)
-    log = Log(run, flush_s=0)
+    log = Log(run, [JsonLines(Context(run), flush_s=0)])
     with Lease.claim(run, 0.05) as lease:
         Moody.error = error
         for step in range(5):

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from conftest import IMAGES, TRAIN, pirl_train, tiny_recipe
+from conftest import IMAGES, TRAIN, pirl_train, tiny_recipe, warned
 from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401
 
 import pirl.training.control
@@ -504,7 +505,7 @@ def test_a_damaged_newest_checkpoint(stopped_run: Path, uninterrupted: dict[int,
     for name, data in (("*.safetensors", b"cut"), ("COMMIT.json", b"{")):
         (path,) = folder.glob(name)
         path.write_bytes(data)
-        with pytest.warns(UserWarning, match="going on from the older step-00000000"):
+        with warned("resuming from the older step-00000000"):
             done = train_here(stopped_run, shards)
         assert done.steps == EPOCHS * STEPS_AN_EPOCH
         assert_same_bits(final(stopped_run), final(uninterrupted[1]))
@@ -668,6 +669,9 @@ def train_by_clock(world: World, recipe: Recipe, options: Options) -> Completion
     step, clock = pirl.training.loop.train_step, [0.0]
 
     def ticking(*arguments: Any) -> Any:
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":  # else it might be put off by steps that depend on the machine
+                thread.join()
         clock[0] += 10
         return step(*arguments)
 
@@ -701,6 +705,45 @@ def test_a_request_under_way_is_served_by_a_milestone(shards: str, tmp_path: Pat
     assert [event["step"] for event in events if event["event"] == "checkpoint"] == [0, 20, 40]
 
 
+def train_with_slow_save(world: World, recipe: Recipe, options: Options) -> Completion:
+    """A training whose first checkpoint is written only after 20 steps, as the last rank's storage is slow."""
+    step, made, reached = pirl.training.loop.train_step, [0], threading.Event()
+
+    def counting(*arguments: Any) -> Any:
+        made[0] += 1
+        if made[0] == 20:
+            reached.set()
+        return step(*arguments)
+
+    class SlowStorage(LocalStorage):
+        def write_bytes(self, name: str, data: bytes | memoryview) -> None:
+            if world.rank == world.size - 1 and self.uri.endswith("step-00000000") and name.startswith("part-"):
+                assert reached.wait(120), "training waits for a save"
+            super().write_bytes(name, data)
+
+        def __truediv__(self, part: str) -> LocalStorage:
+            return SlowStorage(self.path / part)
+
+    pirl.training.loop.train_step = counting
+    pirl.training.loop.open_storage = lambda uri: SlowStorage(Path(uri)) if uri == options.out else open_storage(uri)
+    return train(recipe, options, world)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_steps_do_not_wait_for_a_slow_save(shards: str, tmp_path: Path, size: int) -> None:
+    """Saves that are due meanwhile are put off, with one warning; the last one is waited for."""
+    out = tmp_path / "run"
+    options = Options(data=shards, out=str(out), checkpoint_every_s=0.001, keep=100)
+    started = ranks.start(train_with_slow_save, size, out.with_suffix(".ranks"), RECIPE, options)
+    assert ranks.finish(started) == [0] * size, printed(out)
+    events = read_lines(open_storage(out), "events.jsonl")
+    saved = [event["step"] for event in events if event["event"] == "checkpoint"]
+    assert saved[0] == 0
+    assert saved[1] >= 20
+    assert saved[-1] == saved_step(out) == 40
+    assert printed(out).count("the checkpoint of step 0 is still being written after") == 1
+
+
 @pytest.mark.parametrize(("transient", "failures"), [(True, 4), (False, 1), (False, 2)])
 def test_the_final_save_is_retried(
     shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transient: bool, failures: int
@@ -717,7 +760,7 @@ def test_the_final_save_is_retried(
     monkeypatch.setattr(LocalStorage, "write_bytes", failing)
     monkeypatch.setattr("pirl.training.saver.FINAL_SAVE_PAUSE_S", 0)
     given_up = not transient and failures > 1
-    with pytest.raises(StorageError) if given_up else nullcontext(), pytest.warns(UserWarning, match="no answer"):
+    with warned("no answer"), pytest.raises(StorageError) if given_up else nullcontext():
         train_here(tmp_path / "run", shards, tiny_recipe("train.epochs=1"))
     assert saved_step(tmp_path / "run") == (0 if given_up else STEPS_AN_EPOCH)
 

@@ -18,7 +18,7 @@ from pirl.errors import CheckpointError, UsageError
 from pirl.export.identify import check, identify
 from pirl.export.vissl import Contents, completed_epochs, read_contents
 from pirl.memory import MemoryBank
-from pirl.metrics import Log
+from pirl.metrics import Context, open_log
 from pirl.model import PIRL, build_model
 from pirl.optim import build_optimizer, parameter_groups
 from pirl.outputs import check_run_output
@@ -80,7 +80,7 @@ def import_file(
     checkpoints.save(found.state, found.cursor, found.recipe.digest(), found.data_digest)
     if error := checkpoints.wait():
         raise error
-    log = Log(run.storage)
+    log = open_log(Context(run.storage), ["jsonl", "console"])
     log.event("import", **found.state["imported"], recipe=found.recipe.name, version=__version__)
     log.flush()
     if not found.lacks and found.epochs >= found.recipe.train.epochs:

@@ -1,4 +1,4 @@
-"""`python -m pirl.metrics > docs/metrics.md`"""
+"""Writer of `docs/metrics.md`: `python -m pirl.metrics > docs/metrics.md`."""
 
 from .. import logs
 from .table import markdown

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, without making the host wait for the device."""
+"""Time of a step by part, measured without making the host wait for the device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PARTS = ("data", "forward", "backward", "other")
 class StepClock:
     """Sums of seconds by part, from `begin` (the batch is there) over `forward_done` to `end`.
 
-    On a GPU the parts between are marks in its stream, read when `read` is called: after the host has waited anyway.
+    On a GPU the parts between are marks in its stream. `read` evaluates them, after the host has waited anyway.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,23 +24,25 @@ class StepClock:
         self._gpu_started = self._gpu_half = self._mark()
 
     def wait(self) -> None:
-        """The loop asks for the next batch from now on; what was since the last step is `other`."""
+        """Note that the loop waits for the next batch from now on; the time since the last step is `other`."""
         now = time.perf_counter()
         if self._ended is not None:
             self._sums["other"] += now - self._ended
         self._waited_from = now
 
     def begin(self) -> None:
+        """Note that the batch has come."""
         self._started = self._half = time.perf_counter()
         self._sums["data"] += self._started - self._waited_from
         self._gpu_started = self._gpu_half = self._mark()
 
     def forward_done(self) -> None:
+        """Note the end of the forward pass."""
         self._half = time.perf_counter()
         self._gpu_half = self._mark()
 
     def end(self) -> float:
-        """Seconds since the last step's end (the first step: since its batch was asked for)."""
+        """Return the seconds since the last step's end; for the first step, since its batch was requested."""
         now = time.perf_counter()
         if self.on_gpu:
             self._marks.append((self._gpu_started, self._gpu_half, self._mark()))
@@ -52,7 +54,7 @@ class StepClock:
         return now - before
 
     def read(self) -> dict[str, float]:
-        """Seconds by part since the last call."""
+        """Return the seconds by part since the last call."""
         for start, half, end in self._marks:
             end.synchronize()
             self._sums["forward"] += start.elapsed_time(half) / 1000
@@ -65,4 +67,4 @@ class StepClock:
         event = torch.cuda.Event(enable_timing=True) if self.on_gpu else None
         if event is not None:
             event.record()
-        return event  # type: ignore[return-value]  # None is put nowhere where it is read
+        return event  # type: ignore[return-value]  # None on CPU, where no mark is read

@@ -1,22 +1,23 @@
-"""`pirl_*` metrics of this process, for Prometheus: served while a training goes on, left in a file by short tasks.
+"""`pirl_*` metrics of this process for Prometheus: served by a training, left in a file by a short task.
 
-The ranks of one machine share a folder of memory-mapped values (prometheus_client's multiprocess mode), out of which
-the first of them serves all. A rank that `pirl train` has not started, under a bare `torchrun`, speaks for itself only.
+The ranks of one machine share a folder of memory-mapped values (prometheus_client's multiprocess mode), from which the
+first rank serves all. A rank under a bare `torchrun`, which `pirl train` has not started, serves its own values only.
 """
 
 from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .. import logs
 from ..errors import UsageError
 from ..launch import OUTCOME
-from .record import peak_memory_bytes
+from ..world import is_port
+from .process import peak_memory_bytes
 from .table import METRICS
 
 PORT = "PIRL_METRICS_PORT"
@@ -25,7 +26,7 @@ SHARED = "PROMETHEUS_MULTIPROC_DIR"
 
 
 class Telemetry:
-    """The metrics of one run in this process. A name that is not in the table is a bug, and a KeyError."""
+    """The metrics of one run in this process. A name that the table lacks is a bug, and a KeyError."""
 
     def __init__(self, uri: str, rank: int | None = None) -> None:
         self.run = uri.rstrip("/").rpartition("/")[2]
@@ -36,24 +37,22 @@ class Telemetry:
         self._metrics: dict[str, Any] = {}
 
     def set(self, name: str, value: float, **labels: str) -> None:
-        """A gauge's value."""
+        """Set a gauge."""
         self._child(name, labels).set(value)
 
     def add(self, name: str, amount: float = 1.0, **labels: str) -> None:
-        """To a counter."""
+        """Raise a counter."""
         self._child(name, labels).inc(amount)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        """In a histogram."""
+        """Count a value in a histogram."""
         self._child(name, labels).observe(value)
 
     def serve(self) -> None:
         """Answer at `PIRL_METRICS_PORT`, if it is set, until the process ends."""
-        text = os.environ.get(PORT, "")
-        if not text:
+        port = check_port()
+        if port is None:
             return
-        if not text.isdigit() or not 0 < int(text) < 65536:
-            raise UsageError(f"{PORT} is {text!r}", "set it to a port, 9400 for instance, or not at all")
         registry = self.registry
         if self._shared:
             from prometheus_client.multiprocess import MultiProcessCollector
@@ -61,12 +60,12 @@ class Telemetry:
             registry = self._client.CollectorRegistry()
             MultiProcessCollector(registry)
         try:
-            self._client.start_http_server(int(text), registry=registry)
+            self._client.start_http_server(port, registry=registry)
         except OSError as error:
-            warnings.warn(f"no metrics: port {text} cannot be used ({error}); training goes on", stacklevel=2)
+            logs.warn(f"metrics are not served, training continues: port {port} cannot be used ({error})")
 
     def write(self, path: Path) -> None:
-        """All metrics as a text file of node-exporter, in one step."""
+        """Write all metrics as a text file of node-exporter, in one step."""
         self._client.write_to_textfile(str(path), self.registry)
 
     def _child(self, name: str, labels: dict[str, str]) -> Any:
@@ -79,13 +78,23 @@ class Telemetry:
             if spec.kind == "gauge":
                 options["multiprocess_mode"] = "mostrecent"  # one process sets each: rank 0, or the rank that it names
             self._metrics[name] = getattr(self._client, kind)(name, spec.help, ("run", *spec.labels), **options)
-        known = {"run": self.run, "rank": str(self.rank), **labels}
-        return self._metrics[name].labels(**{label: known[label] for label in ("run", *spec.labels)})
+        values = {"run": self.run, "rank": str(self.rank), **labels}
+        return self._metrics[name].labels(**{label: values[label] for label in ("run", *spec.labels)})
+
+
+def check_port() -> int | None:
+    """Return the port to serve metrics at, None where there is none; raise `UsageError` if it cannot be a port."""
+    text = os.environ.get(PORT, "")
+    if text and not is_port(text):
+        raise UsageError(
+            f"{PORT} is {text!r}, expected a number from 1 to 65535", "set it to a port, such as 9400, or unset it"
+        )
+    return int(text) if text else None
 
 
 @contextmanager
 def task(name: str, uri: str) -> Iterator[Telemetry]:
-    """A short task's metrics: written to `PIRL_METRICS_FILE`, if it is set, when the task has ended well."""
+    """Yield a short task's metrics; write them to `PIRL_METRICS_FILE`, if it is set, when the task has succeeded."""
     telemetry = Telemetry(uri)
     started = time.perf_counter()
     yield telemetry
@@ -98,11 +107,11 @@ def task(name: str, uri: str) -> Iterator[Telemetry]:
     try:
         telemetry.write(Path(path.replace("{task}", name)))
     except OSError as error:
-        warnings.warn(f"metrics were not written to {path}: {error}", stacklevel=3)
+        logs.warn(f"metrics were not written to {path}: {error}")
 
 
 def _client() -> Any:
-    """prometheus_client, which looks at the environment once, when it is first imported."""
+    """Return prometheus_client, which reads the environment once, when it is first imported."""
     folder = os.environ.get(OUTCOME)
     if folder and SHARED not in os.environ:
         shared = Path(folder) / "metrics"  # the launcher's, new for each start and deleted at its end

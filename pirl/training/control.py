@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from enum import Enum, auto
 from time import monotonic
 from typing import Any
@@ -16,6 +17,8 @@ from ..world import World
 
 
 class Decision(Enum):
+    """A step's outcome, the same on all ranks."""
+
     CONTINUE = auto()
     SAVE = auto()
     STOP = auto()
@@ -43,13 +46,14 @@ class Control:
     def _stop(self, *_: Any) -> None:
         self.stopping = True
 
-    def agree(self, every_s: float) -> Decision:
-        """Return what all ranks do after this step: stop if any rank has a stop signal, save if rank 0's clock is due.
+    def agree(self, every_s: float, busy: Callable[[float], bool] = lambda every_s: False) -> Decision:
+        """Return the decision of all ranks: stop if any rank has a stop signal, save if rank 0's clock is due.
 
         With several ranks the answer is that of the step before, so that no step waits for a message. The clock starts
-        again with the request: each due time makes one checkpoint.
+        again with the request: each due time makes one checkpoint. While rank 0 is `busy` with the one before, a due
+        one is put off; with 0 s between them it is not, because every step is to be saved.
         """
-        due = monotonic() - self._due_from > every_s
+        due = monotonic() - self._due_from > every_s and (every_s == 0 or not busy(every_s))
         if due:
             self._due_from = monotonic()
         flags = torch.tensor([int(self.stopping), int(due and self.world.is_main)])
@@ -66,7 +70,7 @@ class Control:
         return Decision.SAVE if flags[1] and not obsolete else Decision.CONTINUE
 
     def postpone(self, seconds: float) -> None:
-        """Do not count `seconds`, in which training has waited for storage."""
+        """Leave out `seconds` in which training has waited for storage."""
         self._due_from += seconds
 
     def restart(self) -> None:

@@ -19,14 +19,14 @@ from ..errors import PirlError, PreemptedError
 from ..logs import say
 from ..loss import StepLoss
 from ..memory import MemoryBank
-from ..metrics import Log, TrainingMetrics
+from ..metrics import Context, open_log
 from ..model import build_model, memory_format
 from ..optim import build_optimizer, learning_rate, set_learning_rate
 from ..results import Completion
 from ..run import Run
 from ..shards import Manifest
 from ..storage import open_storage
-from ..world import World, naming_who_hangs
+from ..world import World, report_stragglers
 from .control import Control, Decision
 from .meter import Meter
 from .saver import FINAL_SAVE_RETRY_S, Saver
@@ -46,12 +46,12 @@ def train(recipe: Recipe, options: Options, world: World) -> Completion:
     check_same_run(run, recipe, manifest.digest)
     if completion := run.completion():
         if world.is_main:
-            say("this run is complete: nothing to do")
+            say("this run is complete: up to date")
         return completion
     # checks the shards before anything is written
     loader = Loader(options.data, recipe, world, max(0, options.workers))
     with (
-        naming_who_hangs(world),
+        report_stragglers(world),
         claim_lease(run, world) as lease,
         Trainer(recipe, options, world, run, manifest.digest, loader, lease) as trainer,
     ):
@@ -60,7 +60,7 @@ def train(recipe: Recipe, options: Options, world: World) -> Completion:
 
 @contextmanager
 def claim_lease(run: Run, world: World) -> Iterator[Lease | None]:
-    """Hold the lease of the run on rank 0; all ranks raise if another training has it."""
+    """Hold the lease of the run on rank 0; all ranks raise if another training holds it."""
     lease, refusal = None, None
     if world.is_main:
         try:
@@ -92,9 +92,8 @@ class Trainer:
         logs.about(run=run.name, rank=world.rank)
         self.state = build_state(recipe, self.rows, world)
         steps = recipe.train.epochs * recipe.steps_per_epoch(self.rows)
-        self.live = TrainingMetrics(run.uri, world, steps, recipe.train.epochs)
-        self.log = Log(run.storage, self.live)
-        self.meter = Meter(recipe, loader, world, options, self.log, self.live)
+        self.log = open_log(Context(run.storage, world, steps, recipe.train.epochs, self.state.model, self.state.bank))
+        self.meter = Meter(recipe, loader, world, options, self.log)
         checkpoints = run.checkpoints(keep=options.keep, world=world, keep_best=options.keep_best, guard=self._guard)
         self.saver = Saver(checkpoints, self.state, recipe, data_digest, world, self.log, self.meter)
         self.resumed = resume(self.state, checkpoints, run, data_digest, world)
@@ -103,7 +102,7 @@ class Trainer:
         """Of the last step on this rank."""
         self._record_start()
         self.network = wrap_ddp(recipe, self.state.model, world)
-        self.live.watch(self.network, self.state.bank)
+        self.network.register_forward_hook(lambda *_: self.meter.clock.forward_done())
         self.control = Control(world)
 
     def __enter__(self) -> Trainer:
@@ -111,7 +110,8 @@ class Trainer:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         with ExitStack() as stack:  # in reverse order, each of them even if one fails
-            if self.world.is_main and not (self.lease and self.lease.lost):
+            stack.callback(self.log.close)
+            if not (self.lease and self.lease.lost):
                 stack.callback(self.log.flush)
             stack.callback(self.control.close)
             stack.callback(self.saver.checkpoints.close)
@@ -127,7 +127,8 @@ class Trainer:
             self._await_batch()
             for epoch, seen, share, batch in batches:
                 self._step(epoch, seen, share, batch)
-                decision = self.control.agree(self.saver.interval_s(self.options.checkpoint_every_s))
+                every_s = self.saver.interval_s(self.options.checkpoint_every_s)
+                decision = self.control.agree(every_s, self.saver.is_busy)
                 if decision is Decision.STOP:
                     self._preempt()
                 self._save_if_due(decision)
@@ -155,7 +156,7 @@ class Trainer:
             self.lease.check()
 
     def _await_batch(self) -> None:
-        self.live.clock.wait()
+        self.meter.clock.wait()
         self.world.moment = f"step {self.cursor.step + 1}"
 
     def _save_if_due(self, decision: Decision) -> None:
@@ -208,9 +209,9 @@ class Trainer:
         return self.world.broadcast_object(completion)
 
     def _record_start(self) -> None:
-        """Continue meter and record at the cursor, and note how the training has started."""
+        """Continue meter and record at the cursor, and log how the training has started."""
         self.meter.start_at(self.cursor)
-        self.log.resume_at(self.cursor.step)
+        self.log.resume(self.cursor.step)
         if not self.world.is_main:
             return
         self.run.save_recipe(self.recipe)
@@ -220,7 +221,7 @@ class Trainer:
         self.log.event(start, step=self.cursor.step, ranks=self.world.size, version=__version__)
 
     def _guard(self) -> None:
-        """Before a checkpoint is published, in its thread: confirm the lease, and write the record up to here."""
+        """Confirm the lease and write the record up to here, before a checkpoint is published, in its thread."""
         if self.lease:
             self.lease.confirm()
         self.log.flush()

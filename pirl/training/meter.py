@@ -14,7 +14,8 @@ from ..data import Loader, Share
 from ..errors import TrainingError
 from ..logs import say
 from ..loss import StepLoss
-from ..metrics import Log, TrainingMetrics
+from ..metrics import Log
+from ..metrics.clock import StepClock
 from ..text import duration
 from ..world import World
 from .spec import Options
@@ -30,9 +31,9 @@ class Meter:
         world: World,
         options: Options,
         log: Log,
-        live: TrainingMetrics,
     ) -> None:
-        self.recipe, self.world, self.options, self.log, self.live = recipe, world, options, log, live
+        self.recipe, self.world, self.options, self.log = recipe, world, options, log
+        self.clock = StepClock(world.device)
         self.loader = loader
         self.rows = loader.dataset.rows
         self.total_steps = recipe.train.epochs * recipe.steps_per_epoch(self.rows)
@@ -44,7 +45,7 @@ class Meter:
         self.start_at(Cursor())
 
     def start_at(self, cursor: Cursor) -> None:
-        """Count from `cursor` on."""
+        """Start counting at `cursor`."""
         size = self.recipe.train.batch_size
         epoch = self.rows if self.recipe.train.last_batch == "keep" else self.rows - self.rows % size
         self.images_seen = cursor.epoch * epoch + cursor.samples
@@ -59,13 +60,16 @@ class Meter:
         self._history = self._history[-1:]
 
     def seconds(self) -> float:
+        """Return the seconds of training, over all restarts."""
         return self._before + time.perf_counter() - self._started
 
     def begin_step(self) -> None:
+        """Note that the batch of a step has come."""
         self._step_started = time.perf_counter()
-        self.live.clock.begin()
+        self.clock.begin()
 
     def end_step(self, cursor: Cursor, rate: float, result: StepLoss, spread: Tensor, share: Share) -> None:
+        """Count a step that ends at `cursor`; report every `log_every` steps. `spread`: all ranks' embeddings."""
         self._compute_s += time.perf_counter() - self._step_started
         self.sums += torch.stack(
             [result.loss.detach(), result.patches, result.images, result.positive, result.negative]
@@ -74,44 +78,51 @@ class Meter:
         self._steps += 1
         self._images += share.size
         self.images_seen += share.size
-        self.live.stepped(share.size)
+        self.log.tick(share.size, self.clock.end())
         if cursor.step % self.options.log_every == 0 or cursor.step == self.total_steps:
             self.report(cursor, rate, spread)
 
     def report(self, cursor: Cursor, rate: float, embeddings: Tensor) -> None:
+        """Log the means of the interval over all ranks; raise `TrainingError` if the loss is not finite."""
         means = (self.world.sum(self.sums.double()) / (self._steps * self.world.size)).tolist()
         self.sums.zero_()
         elapsed = time.perf_counter() - self._interval
-        self.live.interval()
+        self.log.interval(self.clock.read())
         if not math.isfinite(means[0]):
             raise self.not_finite(means[0])
         if self.world.is_main:
-            position = cursor.epoch + cursor.samples / self.rows
-            speed = self._images / elapsed
-            left = (self.total_steps - cursor.step) * elapsed / self._steps
-            line = {
-                "step": cursor.step,
-                "epoch": position,
-                "loss": means[0],
-                "loss_patches": means[1],
-                "loss_images": means[2],
-                "lr": rate,
-                "images_per_s": speed,
-                "step_s": elapsed / self._steps,
-                "data_wait_s": (elapsed - self._compute_s) / self._steps,
-                "time_s": cursor.seconds,
-                "pos_similarity": means[3],
-                "neg_similarity": means[4],
-                "embedding_std": float(embeddings.float().std(0).mean() * math.sqrt(embeddings.shape[1])),
-            }
-            self.log.step(**line)
-            say(
-                f"epoch {position:6.2f}/{self.recipe.train.epochs}  step {cursor.step}/{self.total_steps}  "
-                f"loss {means[0]:.4f}  lr {rate:.4g}  {speed:.0f} images/s  "
-                f"waited {(1 - self._compute_s / elapsed) * 100:.0f}%  left {duration(left)}",
-                **line,
-            )
+            spread = float(embeddings.float().std(0).mean() * math.sqrt(embeddings.shape[1]))
+            self._print(self._line(cursor, rate, means, spread, elapsed), elapsed)
         self._reset()
+
+    def _line(self, cursor: Cursor, rate: float, means: list[float], spread: float, elapsed: float) -> dict[str, float]:
+        """Return a line of `metrics.jsonl`."""
+        return {
+            "step": cursor.step,
+            "epoch": cursor.epoch + cursor.samples / self.rows,
+            "loss": means[0],
+            "loss_patches": means[1],
+            "loss_images": means[2],
+            "lr": rate,
+            "images_per_s": self._images / elapsed,
+            "step_s": elapsed / self._steps,
+            "data_wait_s": (elapsed - self._compute_s) / self._steps,
+            "time_s": cursor.seconds,
+            "pos_similarity": means[3],
+            "neg_similarity": means[4],
+            "embedding_std": spread,
+        }
+
+    def _print(self, line: dict[str, float], elapsed: float) -> None:
+        self.log.step(**line)
+        step = int(line["step"])
+        eta = duration((self.total_steps - step) * line["step_s"])
+        say(
+            f"epoch {line['epoch']:6.2f}/{self.recipe.train.epochs}  step {step}/{self.total_steps}  "
+            f"loss {line['loss']:.4f}  lr {line['lr']:.4g}  {line['images_per_s']:.0f} images/s  "
+            f"waited {(1 - self._compute_s / elapsed) * 100:.0f}%  ETA {eta}",
+            **line,
+        )
 
     def not_finite(self, *losses: float, where: str = "") -> TrainingError:
         """Return the error for non-finite losses, or for a non-finite state that was to be saved (`where`).
@@ -138,4 +149,5 @@ class Meter:
         self._saving = self._history[-1:]
 
     def saved(self, commit: Commit, seconds: float) -> None:
+        """Log a checkpoint that was published."""
         self.log.event("checkpoint", step=commit.cursor.step, bytes=commit.bytes, seconds=round(seconds, 3))

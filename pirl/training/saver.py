@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-import warnings
 
 from torch import Tensor
 
+from .. import logs
 from ..checkpoint import Checkpoints, Cursor
 from ..config import Recipe
 from ..errors import PirlError, StorageError
@@ -39,6 +39,8 @@ class Saver:
         """Of the state that was saved last, or is being saved."""
         self.milestone = False
         """Whether that checkpoint is kept for good."""
+        self._started = 0.0
+        self._overdue = False
         # batch statistics differ from rank to rank: rank 0's are saved
         self._of_main = {f"model/{name}" for name, _ in state.model.named_buffers()}
 
@@ -46,10 +48,24 @@ class Saver:
         """Return the seconds between two checkpoints: fewer after a save that has failed."""
         return min(every_s, AFTER_FAILURE_S) if self.checkpoints.failed else every_s
 
+    def is_busy(self, due_s: float) -> bool:
+        """Return whether this rank still writes a checkpoint; warn once if it does when the next has been due."""
+        if not self.checkpoints.saving:
+            return False
+        took_s = time.monotonic() - self._started
+        if self.cursor and took_s > due_s and not self._overdue and self.world.is_main:
+            self._overdue = True
+            logs.warn(
+                f"the checkpoint of step {self.cursor.step} is still being written after {took_s:.0f} s, training "
+                "continues without another one until then"
+            )
+        return True
+
     def save(self, cursor: Cursor, loss: Tensor | None = None, milestone: bool = False) -> None:
         """Start to save the state at `cursor`; `loss` is this rank's of the last step. A milestone is kept for good.
 
-        Raises `TrainingError` if state or loss are not finite. A save that has failed before is a warning.
+        Waits for a save under way, and warns if that has failed. Raises `TrainingError` if state or loss are not
+        finite.
         """
         self.world.barrier()  # a stalled rank is reported here; waiting for its share of the last save would not
         if error := self._finish():
@@ -67,6 +83,7 @@ class Saver:
             of_main=self._of_main,
         )
         self.cursor, self.milestone = cursor, milestone
+        self._started, self._overdue = time.monotonic(), False
 
     def save_final(self, cursor: Cursor, loss: Tensor | None) -> None:
         """Save, unless the state at `cursor` is saved already, and wait.
@@ -96,5 +113,6 @@ class Saver:
         return error
 
     def _warn(self, error: PirlError) -> None:
-        warnings.warn(f"the last checkpoint was not saved, training continues: {error}", stacklevel=3)
+        if self.world.is_main:
+            logs.warn(f"the last checkpoint was not saved, training continues: {error}")
         self.log.event("checkpoint_failed", error=error.what)

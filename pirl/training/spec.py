@@ -30,7 +30,7 @@ class TrainingOptions(Settings):
     log_every: int = Field(50, ge=1, le=10**9)
     """Steps between two log lines."""
     checkpoint_every_s: float = Field(300.0, ge=0, le=10**9)
-    """Seconds between two checkpoints."""
+    """Seconds between two checkpoints, put off while one is still being written; 0: one after every step."""
     keep: int = Field(2, ge=1, le=10**6)
     """Newest complete checkpoints to keep."""
     keep_every_epochs: int = Field(0, ge=0, le=10**6)

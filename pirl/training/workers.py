@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 from ..config import Recipe
+from ..world import World
+from .spec import TrainingSpec
 
 MOST = 8
 """Of each rank, if not given: one process decodes some 320 images/s, and a GPU takes at most 2,600."""
@@ -13,16 +15,24 @@ CGROUP = Path("/sys/fs/cgroup")
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def loading_processes(recipe: Recipe, ranks: int, ranks_here: int) -> int:
+def loading_processes(recipe: Recipe, ranks: int, local_ranks: int) -> int:
     """Return the cores left by the ranks of this machine, divided by them: 0 to 8, as far as /dev/shm has room.
 
     `ranks` are those of the whole training, which share its batch. A loading process needs two slots of a rank's crops.
     """
-    cores = max(0, available_cores() - ranks_here) // ranks_here
+    cores = max(0, available_cores() - local_ranks) // local_ranks
     share = -(-recipe.train.batch_size // ranks)
     views = recipe.views
     slot = 3 * share * (views.image_size**2 + views.patches * views.patch_size**2)
-    return max(0, min(cores, MOST, (_free_shared_memory() // ranks_here // slot - 1) // 2))
+    return max(0, min(cores, MOST, (_free_shared_memory() // local_ranks // slot - 1) // 2))
+
+
+def with_workers(spec: TrainingSpec, world: World) -> TrainingSpec:
+    """Return the specification with a number of loading processes in place of -1."""
+    if spec.workers >= 0:
+        return spec
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return spec.model_copy(update={"workers": loading_processes(spec.recipe, world.size, local_ranks)})
 
 
 def available_cores(cgroup: Path = CGROUP) -> int:

@@ -4,48 +4,40 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from .. import logs
 from ..errors import PirlError
-from ..run import EVENTS, METRICS, Run
-from ..storage import Storage
+from ..run import EVENTS, METRICS, Record
+from .sink import Context, Sink
 
-if TYPE_CHECKING:
-    from .training import TrainingMetrics
+FLUSH_S = 15.0  # between two writes of the record
 
 
-class Log:
-    """Two JSON-lines objects of a run, kept whole in memory and written as a whole: object stores cannot append.
+class JsonLines(Sink):
+    """Two JSON-lines objects, held in memory and written as a whole, because object stores cannot append."""
 
-    What goes in goes to `live` too, the metrics for Prometheus. Whoever logs waits for no storage.
-    """
-
-    def __init__(self, run: Storage, live: TrainingMetrics | None = None, flush_s: float = 15.0) -> None:
-        self.run = run
-        self.live = live
+    def __init__(self, context: Context, flush_s: float = FLUSH_S) -> None:
+        super().__init__(context)
+        self.run = context.run
         self.flush_s = flush_s
-        record = Run(run).record()
-        self.metrics, self.events = record.metrics, record.events
+        self.metrics: list[dict[str, Any]] = []
+        self.events: list[dict[str, Any]] = []
         self._flushed = time.monotonic()
         self._writing = threading.Lock()
         self._unwritten = ""
-        """What kept the last lines from being written."""
-        if live and live.world.is_main:
-            live.replay(self.events)
+        """Error that kept the last lines from being written."""
 
-    def resume_at(self, step: int) -> None:
-        """Forget the steps after `step`: they will be made again."""
-        self.metrics = [line for line in self.metrics if line["step"] <= step]
+    def resume(self, record: Record) -> None:
+        """Continue the objects with these lines."""
+        self.metrics, self.events = [*record.metrics], [*record.events]
 
-    def step(self, **values: float) -> None:
+    def step(self, values: Mapping[str, float]) -> None:
+        """Add one line; write in the background what has waited for `flush_s`."""
         self.metrics.append({key: _rounded(value) for key, value in values.items()})
-        if self.live:
-            self.live.line(values)
         if time.monotonic() - self._flushed > self.flush_s and not self._writing.locked():
             self._flushed = time.monotonic()
             try:
@@ -53,18 +45,12 @@ class Log:
             except RuntimeError as error:  # this process may have no more threads for now
                 self._report(str(error))
 
-    def event(self, kind: str, **values: Any) -> None:
-        self.events.append({"time": round(time.time(), 3), "event": kind, **values})
-        if self.live:
-            self.live.event(kind, values)
-        if not self.live or self.live.world.is_main:
-            logs.event(kind, **values)
+    def event(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Add one line."""
+        self.events.append({"time": values["time"], "event": kind, **values})
 
     def flush(self, patience_s: float = 0.0) -> None:
-        """Write what there is, and wait for it, also for a storage that is unavailable for `patience_s`.
-
-        Any thread may do so. No error ends the training: the lines are kept, and written with the next ones.
-        """
+        """Write all lines and wait for it. No error is raised: the next write has all lines again."""
         with self._writing:
             try:
                 run = self.run.patient(patience_s)
@@ -82,13 +68,6 @@ class Log:
             logs.warn(f"the record of the run cannot be written, training continues: {problem}")
         elif before and not problem:
             logs.say("the record of the run is written again, nothing is missing")
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident set of this process or of any one child that has ended."""
-    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes on macOS, else KiB
-    return max(resource.getrusage(kind).ru_maxrss for kind in kinds) * unit
 
 
 def _rounded(value: float) -> float:

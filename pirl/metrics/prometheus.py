@@ -1,20 +1,18 @@
-"""What a rank of a training exposes. Nothing here makes the host wait for the device but `interval`, at log lines."""
+"""`pirl_*` metrics of one rank of a training, served to Prometheus."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from .. import storage
-from ..memory import MemoryBank
-from ..world import World
-from .clock import StepClock
-from .record import peak_memory_bytes
+from ..run import Record
+from .process import peak_memory_bytes
+from .sink import Context, Sink
 from .telemetry import Telemetry
 
 GAUGES = {  # of rank 0, by the names of `metrics.jsonl`
@@ -28,38 +26,38 @@ LOSSES = {"loss": "total", "loss_patches": "patches", "loss_images": "images"}
 BANK_SAMPLE = 65536  # rows that are enough for the mean of their norms
 
 
-class TrainingMetrics(Telemetry):
-    """Of the run `uri` on one rank; the first rank of a machine serves them."""
+class Prometheus(Telemetry, Sink):
+    """Metrics of one rank; the first rank of a machine serves those of all ranks there.
 
-    def __init__(self, uri: str, world: World, total_steps: int, epochs: int) -> None:
-        super().__init__(uri, world.rank)
-        self.world = world
-        self.steps_per_epoch = total_steps / epochs
-        self.clock = StepClock(world.device)
-        self._watched: tuple[nn.Module, MemoryBank] | None = None
+    No method waits for the device but `step` and `interval`, where the log line waits for it anyway.
+    """
+
+    every_rank = True
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context.run.uri, context.world.rank)
+        self.world = world = context.world
+        self.context = context
         self._retries = storage.retries()
         if world.is_main:
-            self.set("pirl_training_target_steps", total_steps)
+            self.set("pirl_training_target_steps", context.steps)
             for name in ("training_steps", "training_images", "checkpoints", "checkpoint_failures"):
                 self.add(f"pirl_{name}_total", 0)  # a rate needs the zero that comes before the first one
         self.add("pirl_storage_retries_total", 0)
         if world.local_rank == 0:
             self.serve()
 
-    def watch(self, network: nn.Module, bank: MemoryBank) -> None:
-        """Whose norms to tell, and the pass whose end parts a step in two."""
-        self._watched = network, bank
-        network.register_forward_hook(lambda *_: self.clock.forward_done())
-
-    def replay(self, events: Sequence[Mapping[str, Any]]) -> None:
-        """What the run's earlier processes have left in `events.jsonl`."""
-        # in one go: a count seen on its way up would look to Prometheus as if it had begun anew
-        self.add("pirl_training_restarts_total", sum(event["event"] == "resume" for event in events))
-        for event in events:
-            self._note_times(event["event"], event["time"])
+    def resume(self, record: Record) -> None:
+        """Count the restarts and set the times of the run's earlier processes."""
+        if not self.world.is_main:
+            return
+        # in one go: a count seen on its way up would look to Prometheus like a restart of the counter
+        self.add("pirl_training_restarts_total", sum(event["event"] == "resume" for event in record.events))
+        for event in record.events:
+            self._note_time(event["event"], event["time"])
 
     def event(self, kind: str, values: Mapping[str, Any]) -> None:
-        """An event of this process. Called from the checkpoint's thread too."""
+        """Count an event of rank 0."""
         if not self.world.is_main:
             return
         if kind == "resume":
@@ -72,25 +70,24 @@ class TrainingMetrics(Telemetry):
             self.add("pirl_checkpoint_failures_total")
         elif kind == "not_finite":
             self.set("pirl_training_loss", math.nan, part="total")
-        self._note_times(kind, time.time())
+        self._note_time(kind, values["time"])
 
-    def _note_times(self, kind: str, when: float) -> None:
+    def _note_time(self, kind: str, when: float) -> None:
         if kind == "checkpoint":
             self.set("pirl_checkpoint_last_success_timestamp_seconds", when)
         elif kind == "not_finite":
             self.set("pirl_training_nonfinite_timestamp_seconds", when)
 
-    def stepped(self, images: int) -> None:
-        """The end of a step of the whole training on `images`."""
-        seconds = self.clock.end()
+    def tick(self, images: int, seconds: float) -> None:
+        """Count a step, on rank 0."""
         if self.world.is_main:
             self.add("pirl_training_steps_total")
             self.add("pirl_training_images_total", images)
             self.observe("pirl_training_step_duration_seconds", seconds)
 
-    def interval(self) -> None:
-        """Each rank's own numbers, when all ranks log."""
-        for part, seconds in self.clock.read().items():
+    def interval(self, parts: Mapping[str, float]) -> None:
+        """Set this rank's own times, retries and memory."""
+        for part, seconds in parts.items():
             self.add("pirl_training_step_seconds_total", seconds, part=part)
         retries = storage.retries()
         self.add("pirl_storage_retries_total", retries - self._retries)
@@ -105,25 +102,30 @@ class TrainingMetrics(Telemetry):
             for state, size in memory.items():
                 self.set("pirl_gpu_memory_bytes", size, state=state)
 
-    def line(self, values: Mapping[str, float]) -> None:
-        """What rank 0 logs, by the names of `metrics.jsonl`."""
+    def step(self, values: Mapping[str, float]) -> None:
+        """Set the gauges of one log line, and the norms of gradients and bank."""
         for key, name in GAUGES.items():
             self.set(name, values[key])
         for key, part in LOSSES.items():
             self.set("pirl_training_loss", values[key], part=part)
-        age = mean_row_age(values["epoch"]) * self.steps_per_epoch * values["step_s"]
+        steps_per_epoch = self.context.steps / self.context.epochs
+        age = mean_row_age(values["epoch"]) * steps_per_epoch * values["step_s"]
         self.set("pirl_bank_age_seconds", age)
-        if self._watched:
-            network, bank = self._watched
-            gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        if self.context.model:
+            gradients = [p.grad for p in self.context.model.parameters() if p.grad is not None]
             self.set("pirl_training_gradient_norm", float(nn.utils.get_total_norm(gradients)))
-            rows = bank.memory[:: max(1, len(bank.memory) // BANK_SAMPLE)]
+        if self.context.bank:
+            memory = self.context.bank.memory
+            rows = memory[:: max(1, len(memory) // BANK_SAMPLE)]
             self.set("pirl_bank_norm", float(rows.norm(dim=1).mean()))
 
 
 def mean_row_age(epoch: float) -> float:
-    """Expected age of a row of the bank in epochs, at the position `epoch`: each epoch renews each row once, in an
-    order of its own. A row not seen yet in the first epoch is as old as the run."""
+    """Return the expected age of a row of the bank in epochs, at the position `epoch`.
+
+    Each epoch renews each row once, in an order of its own. A row that the first epoch has not reached is as old as the
+    run.
+    """
     part = epoch % 1
     if epoch < 1:
         return part * (1 - part / 2)

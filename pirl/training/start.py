@@ -1,0 +1,63 @@
+"""Start of a training: its check, and its ranks on this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from ..errors import UsageError
+from ..launch import default_processes, run_ranks
+from ..metrics import check_port
+from ..outputs import check_run_output
+from ..run import Run
+from ..shards import Manifest
+from ..storage import open_storage
+from ..text import count
+from ..world import start_world, stop_world
+from .loop import train
+from .spec import TrainingSpec
+from .state import check_same_run
+from .workers import with_workers
+
+
+def plan(spec: TrainingSpec) -> list[str]:
+    """Check environment, recipe, data and run, and return in a few lines what a training would do."""
+    check_port()
+    recipe = spec.recipe
+    manifest = Manifest.load(open_storage(spec.data))
+    recipe.check_data(manifest.images)
+    check_run_output(spec.out, data=spec.data)
+    run = Run.at(open_storage(spec.out))
+    check_same_run(run, recipe, manifest.digest)
+    newest = run.checkpoints().newest()
+    rows = recipe.rows(manifest.images)
+    return [
+        f"{recipe.name}: {count(recipe.train.epochs, 'epoch')} of {count(rows, 'image')}, "
+        f"{count(recipe.steps_per_epoch(rows), 'step')} each, in batches of {recipe.train.batch_size}",
+        f"learning rate {recipe.learning_rate:g}, {recipe.loss.negatives:,} negatives, "
+        f"memory bank of {rows * recipe.model.embedding_dim * 4 / 2**20:.1f} MiB",
+        f"in {count(spec.processes or default_processes(), 'process', 'processes')}, to {spec.out}, "
+        f"from {newest or 'the start'}",
+    ]
+
+
+def start(arguments: Sequence[str]) -> int:
+    """Train by the JSON file that is the only argument: as one rank under `torchrun`, else as all of this machine.
+
+    Returns the exit code.
+    """
+    if len(arguments) != 1:
+        raise UsageError(
+            f"python -m pirl.train takes one argument, the JSON file of a specification: {len(arguments)} given",
+            "use `pirl train`; with --dry-run --json it prints such a file",
+        )
+    spec = TrainingSpec.read(arguments[0])
+    if "RANK" not in os.environ:
+        plan(spec)  # a mistake costs nothing as long as no process is started
+        return run_ranks("pirl.train", arguments, spec.processes)
+    world = start_world(spec.timeout_s)
+    try:
+        train(spec.recipe, with_workers(spec, world), world)
+    finally:
+        stop_world(world)
+    return 0
