@@ -242,7 +242,7 @@ def test_the_ways_of_a_gpu_give_the_same(count: int) -> None:
 
 def test_scores_that_overflow_the_reference() -> None:
     """Below a temperature of 0.0113 exp(score) is infinite in float32, and the reference's loss no number; ours is."""
-    config = LossConfig(kind="nce", temperature=0.01, negatives=2)
+    config = LossConfig(kind="nce", negatives=2).model_copy(update={"temperature": 0.01})  # recipes have at least 0.02
     memory = torch.tensor([[1.0, 0], [-1, 0], [0.9, math.sqrt(0.19)]])
     x, z, indices = torch.tensor([[1.0, 0]]), torch.tensor(1e30), torch.tensor([[0, 1, 2]])
     assert plain_term(config, scores(memory, indices, x, 0.01), len(memory), z).isnan().all()

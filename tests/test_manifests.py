@@ -241,7 +241,8 @@ class TestBuilt:
     def test_every_variable_of_the_config_map_has_a_reader(self, overlay: str) -> None:
         config = next(document for document in built(overlay) if document["kind"] == "ConfigMap")["data"]
         command = typer.main.get_command(app).commands["retrain"]  # type: ignore[attr-defined]
-        read = {option.envvar for option in command.params} | {"PIRL_TRAINER_IMAGE", "AWS_REGION", "AWS_ENDPOINT_URL"}
+        read = {option.envvar for option in command.params}
+        read |= {"PIRL_JOB", "PIRL_TRAINER_IMAGE", "AWS_REGION", "AWS_ENDPOINT_URL"}  # not by typer
         assert config.keys() <= read
 
     @pytest.mark.parametrize("overlay", ["dev", "prod"])

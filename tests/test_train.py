@@ -440,8 +440,8 @@ def test_renaming_a_recipe_does_not_make_it_another(stopped_run: Path, shards: s
         (["train.batch_size=43"], "batch_size is 43"),
         (["loss.negatives=43"], "negatives is 43"),
         (["train.epoch=3"], "Did you mean 'train.epochs'"),
-        (["--processes", "0"], "--processes 0"),
-        (["--workers=-1", "--log-every", "0", "--keep", "0"], "--workers -1, --log-every 0, --keep 0"),
+        (["--log-every", "0", "--keep", "0"], "--keep: input should be greater than or equal to 1 (got 0)"),
+        (["--checkpoint-every-s", "nan"], "--checkpoint-every-s"),
     ],
 )
 def test_mistakes_cost_nothing(
