@@ -13,7 +13,7 @@ ROOT = Path(pirl.__file__).parent
 ORDER = (
     "errors text logs settings config storage world launch | shards views order data | model memory loss optim | "
     "checkpoint results run outputs metrics training train plan | "
-    "evaluate export report | registry gate | programs jobs backends | retraining doctor cli"
+    "evaluate export report | registry gate | programs jobs backends | retraining reference doctor cli"
 )
 POSITION = {name: index for index, name in enumerate(ORDER.replace("|", "").split())}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem not in ("__init__", "__main__"))
