@@ -14,10 +14,10 @@ import pytest
 from images import bmp_with_alpha, bomb_png, cmyk_jpeg, encoded, grey16_png, jpeg, picture, png_chunk, raw_png
 from PIL import Image, ImageOps
 
-from pirl.errors import DataError
+from pirl.errors import DataError, UsageError
 from pirl.shards import DEFAULT, LEGACY, Decoding, check_image, decode_image, decode_pixels, image_size
-from pirl.shards.decoding import Checked
-from pirl.shards.headers import exif_orientation, image_format
+from pirl.shards.decoding import Checked, decoding_settings
+from pirl.shards.headers import HEAD_BYTES, exif_orientation, image_format
 
 EXTENSION = {"PNG": "png", "JPEG": "jpg", "TIFF": "tif", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "PPM": "ppm"}
 MODES = {
@@ -118,7 +118,7 @@ def test_legacy_decoding_is_pils_convert(mode: str, kind: str) -> None:
         expected = np.asarray(reference.convert("RGB"))
     assert np.array_equal(decoded(data, LEGACY), expected)
     assert check_image(data, "x").extension == EXTENSION[kind]
-    assert image_format(data[:12]) == kind
+    assert image_format(data[:HEAD_BYTES]) == kind
     if "A" not in mode and mode != "P":  # nothing that the settings decide
         assert np.array_equal(decoded(data), expected)
         assert check_image(data, "x") == Checked(EXTENSION[kind])
@@ -336,3 +336,9 @@ def test_a_phones_second_picture_is_not_counted() -> None:
     data = encoded(pages[0], "MPO", save_all=True, append_images=pages[1:])
     assert check_image(data, "x") == Checked("jpg")
     assert np.array_equal(decoded(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+@pytest.mark.parametrize("background", ["#10203040", "transparent", "None", ""])
+def test_a_background_is_an_opaque_colour(background: str) -> None:
+    with pytest.raises(UsageError, match="expected an opaque colour"):
+        decoding_settings(background)

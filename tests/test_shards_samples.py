@@ -12,7 +12,7 @@ from images import encoded
 from PIL import Image
 from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401 (fixtures)
 
-from pirl.errors import PirlError
+from pirl.errors import PirlError, UsageError
 from pirl.shards import Quarantine, ShardReader, Source, decode_image, open_source, summary, write_shards
 from pirl.storage import open_storage
 
@@ -81,6 +81,10 @@ SAMPLES: dict[str, bytes] = {
     + tar(*pairs(1, offset=2)),
     "image without a suffix": tar(*pairs(image="{k}")),
     "image of another suffix": tar(*pairs(image="{k}.jfif")),
+    "packed by absolute path": tar(*pairs(image="/data/{k}.jpg", label="/data/{k}.cls")),
+    "labels with a byte order mark": tar(
+        *(m for k in range(3) for m in ((f"{k}.jpg", square(k)), (f"{k}.cls", b"\xef\xbb\xbf%d" % k)))
+    ),
     "suffix in capitals": tar(*pairs(image="{k}.JPEG", label="{k}.CLS")),
 }
 
@@ -140,6 +144,18 @@ REFUSED: dict[str, tuple[dict[str, bytes], list[str]]] = {
     "no archive behind the end": ({"a_tar": tar(*pairs(1)) + b"x" * 2048}, ["a.tar", "header"]),
     "one image without a label": ({"a_tar": tar(*pairs(2), ("z.jpg", square(0)))}, ["z.jpg", "a.tar", "no .cls"]),
     "empty label": ({"a_tar": tar(("0.jpg", square(0)), ("0.cls", b" \n"))}, ["0.cls", "empty"]),
+    "labels in Latin-1": (
+        {"a_tar": tar(("0.jpg", square(0)), ("0.cls", b"\xe4"), ("1.jpg", square(1)), ("1.cls", b"\xf6"))},
+        ["0.cls", "in/a.tar", "not UTF-8"],
+    ),
+    "one number written in two ways": (
+        {"a_tar": tar(("0.jpg", square(0)), ("0.cls", b"1"), ("1.jpg", square(1)), ("1.cls", b"01"))},
+        ["'1' and '01'", "one number"],
+    ),
+    "empty label in the second of two": (
+        {"a_tar": tar(*pairs(1)), "b_tar": tar(("1.jpg", square(1)), ("1.cls", b""))},
+        ["in/b.tar", "1.cls", "empty"],
+    ),
     "no image": ({"a_tar": tar(("0.txt", b"x"), (".hidden.jpg", square(0)))}, ["no image", "1 hidden", "(.txt)"]),
 }
 
@@ -188,6 +204,38 @@ def test_labels_that_are_none(tmp_path: Path, label: str, words: list[str]) -> N
         open_source(str(put(tmp_path / "in", a_tar=JSON)), label=label)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"[" * 100_000, "not JSON"),
+        (b'{"label": 1, "label": 2}', "'label' comes twice"),
+        (b'{"label": ' + b"9" * 5000 + b"}", "not JSON"),
+    ],
+    ids=["nested too deeply", "a key twice", "too many digits"],
+)
+def test_json_labels_that_cannot_be_read(tmp_path: Path, data: bytes, words: str) -> None:
+    folder = put(tmp_path / "in", a_tar=tar(("0.jpg", square(0)), ("0.json", data)))
+    with pytest.raises(UsageError, match=words):
+        open_source(str(folder), label="json")
+
+
+def test_folders_of_names_packed_from_elsewhere_are_classes(tmp_path: Path) -> None:
+    names = ["/ant/0.jpg", "../bee/1.jpg", "./../cow/2.jpg"]
+    source = open_source(str(put(tmp_path / "in", a_tar=tar(*((name, square(k)) for k, name in enumerate(names))))))
+    assert source.classes == ["ant", "bee", "cow"]
+    assert trained_on(source, tmp_path / "out") == TRUE
+
+
+def test_samples_without_the_chosen_part_are_counted(tmp_path: Path) -> None:
+    data = tar(*pairs(1), ("1.png", square(1, "PNG")), ("1.cls", b"1"))
+    source = open_source(str(put(tmp_path / "in", a_tar=data)), image="jpg")
+    assert trained_on(source, tmp_path / "out") == [(0, 0)]
+    assert source.left_out.counts() == {
+        "a label of a sample without the part jpg": 1,
+        "another part of a sample (png)": 1,
+    }
 
 
 def test_parts_of_a_folder_of_images_are_refused(tmp_path: Path) -> None:

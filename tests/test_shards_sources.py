@@ -15,7 +15,7 @@ from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401 (fixture
 
 from pirl import cli
 from pirl.errors import DataError, PirlError, UsageError
-from pirl.shards import Quarantine, ShardReader, Source, open_source, summary, write_shards
+from pirl.shards import Quarantine, ShardReader, Source, compare_sources, open_source, summary, write_shards
 from pirl.shards.filter import LeftOut
 from pirl.storage import open_storage
 
@@ -238,6 +238,8 @@ def test_equal_folders_in_every_class_are_said(tmp_path: Path) -> None:
     assert "photo, sketch hold the same folders (ant, bee)" in summary(open_source(str(root)))[1]
     put(root, "photo/1.jpg")
     assert len(summary(open_source(str(root)))) == 1
+    splits = put(tmp_path / "splits", *(f"{part}/{name}/1.jpg" for part in ("train", "val") for name in ("ant", "bee")))
+    assert "hold the same folders (ant, bee)" in summary(open_source(str(put(splits, "extra/1.jpg"))))[1]
     named_so = put(tmp_path / "vehicles", "train/1.jpg", "bus/1.jpg")
     assert len(summary(open_source(str(named_so)))) == 1
 
@@ -295,6 +297,20 @@ def test_classes_are_compared_before_anything_is_sharded(
     assert "the test images have no classes" in err
 
 
+def test_class_names_that_look_alike_are_reported(tmp_path: Path) -> None:
+    source = open_source(str(put(tmp_path / "in", "Ant/1.jpg", "ant/1.jpg", "bee/1.jpg")))
+    assert summary(source)[1] == "classes whose names differ in case, blanks or Unicode form only: 'Ant', 'ant'"
+    train = open_source(str(put(tmp_path / "train", "caf\u00e9/1.jpg", "bee/1.jpg")))
+    test = open_source(str(put(tmp_path / "test", "cafe\u0301/1.jpg", "bee/1.jpg")))
+    with pytest.raises(DataError, match=r"one name in both: 'caf\\xe9', 'cafe\\u0301'"):
+        compare_sources(train, test)
+
+
+def test_an_empty_text_is_not_the_current_folder() -> None:
+    with pytest.raises(UsageError, match="empty"):
+        open_source("")
+
+
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
@@ -329,6 +345,7 @@ LISTS: dict[str, tuple[bytes, list[str], list[int] | None]] = {
         NAMES,
         [0, 1, 2, 3],
     ),
+    "blanks behind the names": ("".join(f"{name} \n" for name in NAMES).encode(), NAMES, None),
     "a name with a blank and a number": (b"images/a 1\nimages/0.jpg\n", ["images/a 1", "images/0.jpg"], None),
     "a name with a line separator of Unicode": ("images/b\u2028.jpg\n".encode(), ["images/b\u2028.jpg"], None),
     "what systems leave": (b"images/0.jpg\nimages/._0.jpg\n@eaDir/x.jpg\n", ["images/0.jpg"], None),

@@ -113,6 +113,8 @@ def compare_sources(train: Source, test: Source) -> list[str]:
 def _open(spec: str, parts: Parts) -> Source:
     if spec.startswith("s3://"):
         return object_source(spec, parts)
+    if not spec:
+        raise UsageError("the source is an empty text", "name a folder; the current one is `.`")
     name, _, split = spec.partition(":")
     path = expand_home(spec)
     try:

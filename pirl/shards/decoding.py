@@ -88,11 +88,14 @@ def decoding_settings(background: str = "white", exif: str = "apply", max_pixels
     colour: str | None = None
     if background != "none":
         try:
-            red, green, blue = ImageColor.getrgb(background)[:3]
+            red, green, blue, *alpha = ImageColor.getrgb(background)
+            if alpha:
+                raise ValueError("transparent itself")
             colour = f"#{red:02x}{green:02x}{blue:02x}"
         except ValueError:
             raise UsageError(
-                f"--background is {background!r}, expected a colour", "give #rrggbb, a name as white or black, or none"
+                f"--background is {background!r}, expected an opaque colour",
+                "give #rrggbb, a name as white or black, or none",
             ) from None
     if exif not in ("apply", "ignore"):
         raise UsageError(f"--exif is {exif!r}, expected apply or ignore", "give --exif apply or --exif ignore")

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from enum import Enum
 from typing import Any
 
-from pirl.shards.images import EXTENSIONS, FORMATS
+from pirl.shards.headers import image_format
+from pirl.shards.images import EXTENSIONS
 
-HEAD_BYTES = 32  # that decide whether a file is an image
 IMAGE_SUFFIXES = frozenset((*EXTENSIONS, ".gif", ".jpe", ".jfif", ".pjpeg", ".pbm", ".pnm"))
 TAR_SUFFIX = ".tar"
 COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|zstd|lz4|lzma|z)|tgz|tbz2?|txz|tzst)$")
@@ -39,16 +39,6 @@ LOOP = "a link to a folder above it"
 BAD_KEY = "its key has an empty or dot part"
 TAR_BESIDE_IMAGES = "a tar file beside images"
 _REASONS_SHOWN = 8
-
-_MAGIC = (
-    ("JPEG", re.compile(rb"\xff\xd8\xff")),
-    ("PNG", re.compile(rb"\x89PNG\r\n\x1a\n")),
-    ("GIF", re.compile(rb"GIF8[79]a")),
-    ("WEBP", re.compile(rb"RIFF....WEBP", re.DOTALL)),
-    ("BMP", re.compile(rb"BM....\0\0\0\0....[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0", re.DOTALL)),
-    ("PPM", re.compile(rb"P[1-6]\s+[0-9#]")),
-    ("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]")),
-)
 
 
 class Kind(Enum):
@@ -84,10 +74,8 @@ def is_image(name: str, head: bytes) -> bool:
 
     Camera raw files begin as a TIFF does and hold a thumbnail only, so a TIFF counts only without another suffix.
     """
-    for kind, magic in _MAGIC:
-        if magic.match(head):
-            return kind in FORMATS and (kind != "TIFF" or not suffix_of(name))
-    return False
+    kind = image_format(head)
+    return kind is not None and (kind != "TIFF" or not suffix_of(name))
 
 
 def is_hidden(part: str) -> bool:

@@ -11,7 +11,6 @@ import numpy as np
 
 from pirl.errors import DataError, UsageError
 from pirl.shards.filter import (
-    HEAD_BYTES,
     HIDDEN,
     IMAGE_SUFFIXES,
     LOOP,
@@ -23,7 +22,9 @@ from pirl.shards.filter import (
     kind_of,
     not_an_image,
 )
+from pirl.shards.headers import HEAD_BYTES
 from pirl.shards.labels import check_class, check_level
+from pirl.shards.place import shown_path
 from pirl.shards.samples import WHOLE, Parts
 from pirl.shards.sources import FileSource, Source
 from pirl.shards.tars import LocalObjects, refuse_compressed, tar_source
@@ -160,8 +161,3 @@ def tar_file_source(path: Path, parts: Parts = WHOLE) -> Source:
     """Return the images of one tar file."""
     objects = LocalObjects(path.parent)
     return tar_source(objects, [objects.entry(path.name)], LeftOut(), parts, f"tar file {shown_path(path)}")
-
-
-def shown_path(path: Path) -> str:
-    """Return a path as it is written into messages and the manifest."""
-    return os.fsencode(path.absolute()).decode("utf-8", "replace")

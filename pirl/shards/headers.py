@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from typing import NamedTuple
 
 ORIENTATION_TAG = 0x0112
 PROGRESSIVE_FRAMES = (0xC2, 0xC6, 0xCA, 0xCE)
 NO_FRAMES = (0xC4, 0xC8, 0xCC)  # markers between C0 and CF that start no frame
+HEAD_BYTES = 32  # that decide the format of a file
 PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _PNG = b"\x89PNG\r\n\x1a\n"
-_MAGIC = {
-    b"\xff\xd8\xff": "JPEG",
-    _PNG: "PNG",
-    b"GIF87a": "GIF",
-    b"GIF89a": "GIF",
-    b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"II+\0": "TIFF",
-    b"MM\0+": "TIFF",
-}
+_MAGIC = (
+    ("JPEG", re.compile(rb"\xff\xd8\xff")),
+    ("PNG", re.compile(re.escape(_PNG))),
+    ("GIF", re.compile(rb"GIF8[79]a")),
+    ("WEBP", re.compile(rb"RIFF....WEBP", re.DOTALL)),
+    # "BM" alone begins many a text: the size of the header behind it, too
+    ("BMP", re.compile(rb"BM.{12}[\x0c\x10\x28\x34\x38\x40\x6c\x7c]\0\0\0", re.DOTALL)),
+    ("PPM", re.compile(rb"P[1-6](?:\s+[0-9#]|#)")),
+    ("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]")),
+)
 
 
 def image_format(data: bytes) -> str | None:
-    """Return the format of an image file by its first 12 bytes, as Pillow names it; None for any other file."""
-    for magic, name in _MAGIC.items():
-        if data.startswith(magic):
-            return name
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WEBP"
-    if data[:1] == b"P" and data[1:2] in b"123456" and data[2:3] in b" \t\r\n#" and len(data) > 2:
-        return "PPM"
-    return None
+    """Return the format of an image file by its first `HEAD_BYTES`, as Pillow names it; None for any other file."""
+    return next((kind for kind, magic in _MAGIC if magic.match(data)), None)
 
 
 class JpegHeader(NamedTuple):

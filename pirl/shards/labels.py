@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -42,12 +43,21 @@ def numbered(given: list[str], where: str) -> tuple[np.ndarray, list[str]]:
         indices = np.array([int(label[:20]) for label in given], dtype=object)
         if indices.max() >= MAX_CLASSES:
             raise UsageError(f"{where}: class index {indices.max()} is not below {MAX_CLASSES:,}", "number from 0 on")
+        if len(set(given)) != len(set(indices)):
+            one, other = _same_number(given)
+            raise UsageError(f"{where}: the labels {one!r} and {other!r} are one number", "write each label in one way")
         return indices.astype(np.int64), [str(i) for i in range(int(indices.max()) + 1)]
     classes = sorted(set(given))
     for name in classes:
         check_class(name)
     index = {name: i for i, name in enumerate(classes)}
     return np.array([index[label] for label in given], np.int64), classes
+
+
+def _same_number(given: Iterable[str]) -> tuple[str, str]:
+    """Return two different texts of one number."""
+    texts: dict[int, str] = {}
+    return next((texts[int(text)], text) for text in given if texts.setdefault(int(text), text) != text)
 
 
 def by_folder(names: Sequence[str], where: str) -> tuple[np.ndarray | None, list[str] | None]:
@@ -78,16 +88,14 @@ def check_level(names: Sequence[str], classes: Sequence[str], where: str, place:
     `place` is where they lie, for the hint. Returns notes: a warning where all class folders hold the same folders,
     whatever their names are.
     """
-    splits = all(name.lower() in SPLITS for name in classes)
+    named = [name for name in classes if name.lower() in SPLITS]
+    splits = len(named) == len(classes)
     below: dict[str, set[str]] = defaultdict(set)
-    direct: set[str] = set()
     for name in names:
         top, _, rest = name.partition("/")
         if "/" in rest:
             below[top].add(rest.partition("/")[0])
-        elif splits:
-            direct.add(top)
-        else:
+        elif not splits and len(named) < 2:
             return []  # a class with images of its own: the usual case, decided by the first name
     inner = sorted(set.intersection(*below.values())) if len(below) > 1 else []
     same = f"{', '.join(sorted(below))} hold the same folders ({listed(inner)})"
@@ -119,9 +127,19 @@ def class_summary(labels: np.ndarray | None, classes: Sequence[str] | None, imag
         f"{count(images, 'image')}, {count(len(classes), 'class', 'classes')}: {listed(list(classes))}; "
         f"images a class: least {least:,}, median {middle:,g}, most {most:,}"
     ]
+    if alike := _alike(classes):
+        lines.append(f"classes whose names differ in case, blanks or Unicode form only: {listed(alike)}")
     if empty := [name for name, number in zip(classes, per_class) if not number]:
         lines.append(f"{count(len(empty), 'class', 'classes')} without an image: {listed(empty)}")
     return lines
+
+
+def _alike(names: Sequence[str]) -> list[str]:
+    """Return the names that look like another one, as they are written in Python."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups["".join(unicodedata.normalize("NFKC", name).casefold().split())].append(name)
+    return [ascii(name) for group in groups.values() if len(group) > 1 for name in group]
 
 
 def match_classes(
@@ -137,10 +155,13 @@ def match_classes(
     present = sorted(set(held))
     unknown = [test[number] for number in present if numbers[number] < 0]
     if unknown:
+        alike = _alike([*train, *unknown])
         raise DataError(
             f"{where} has {count(len(unknown), 'class', 'classes')} that training does not have: {listed(unknown)}; "
             f"the training images have {listed(list(train))}",
-            "leave the class out of the test images, or train with it",
+            f"give these one name in both: {listed(alike)}"
+            if alike
+            else "leave the class out of the test images, or train with it",
         )
     there = {test[number] for number in present}
     return numbers, [name for name in train if name not in there]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from pirl.errors import DataError, UsageError
 from pirl.shards.filter import HIDDEN, SYSTEM_NAMES, LeftOut, is_hidden
-from pirl.shards.folders import shown_path
 from pirl.shards.labels import numbered
+from pirl.shards.place import shown_path
 from pirl.shards.sources import FileSource
 
 PROBED = 20  # lines whose files decide in which form the list is
@@ -27,7 +27,7 @@ def list_source(path: Path) -> FileSource:
     if not lines:
         raise DataError(f"{path} lists no image", "write one path a line, or path<TAB>label")
     rows = _rows(lines, path)
-    slashes = _with_slashes([name for name, _ in rows], path.parent)
+    slashes = _as_files([name for name, _ in rows], path.parent)
     names: list[str] = []
     kept: list[int] = []
     left_out = LeftOut()
@@ -86,11 +86,18 @@ def _is_caffe(lines: Sequence[str], folder: Path) -> bool:
     return not whole and any(_is_file(folder, name) for name in (*heads, *_replaced(heads)))
 
 
-def _with_slashes(names: Sequence[str], folder: Path) -> Sequence[str]:
-    """The names, with slashes for the backslashes of another system where the files are found so."""
-    probed = [name for name in names if "\\" in name][:PROBED]
-    plain, replaced = (any(_is_file(folder, name) for name in form) for form in (probed, _replaced(probed)))
-    return _replaced(names) if replaced and not plain else names
+def _as_files(names: Sequence[str], folder: Path) -> Sequence[str]:
+    """Return the names with slashes for backslashes, or without outer blanks, where only such files exist."""
+    for form in (_replaced, _stripped):
+        probed = [pair for pair in zip(names, form(names)) if pair[0] != pair[1]][:PROBED]
+        plain, changed = (any(_is_file(folder, pair[side]) for pair in probed) for side in (0, 1))
+        if changed and not plain:
+            return form(names)
+    return names
+
+
+def _stripped(names: Sequence[str]) -> list[str]:
+    return [name.strip() for name in names]
 
 
 def _replaced(names: Sequence[str]) -> list[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from pirl.errors import UsageError
 from pirl.shards.sources import Source
 from pirl.storage import Storage, local_path, open_storage
@@ -22,3 +25,8 @@ def require_outside(out: Storage, source: Source) -> None:
             raise UsageError(
                 f"the output {local_path(out) or out.uri} lies inside the images {images}", "choose a place outside"
             )
+
+
+def shown_path(path: Path) -> str:
+    """Return a path as it is written into messages and the manifest."""
+    return os.fsencode(path.absolute()).decode("utf-8", "replace")

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pirl.errors import DataError, StorageNotFoundError, UsageError
 from pirl.shards.filter import (
     BAD_KEY,
-    HEAD_BYTES,
     HIDDEN,
     IMAGE_SUFFIXES,
     TAR_BESIDE_IMAGES,
@@ -19,6 +18,7 @@ from pirl.shards.filter import (
     kind_of,
     not_an_image,
 )
+from pirl.shards.headers import HEAD_BYTES
 from pirl.shards.labels import by_folder, check_level, listed, top_folder
 from pirl.shards.objects import THREADS, ObjectSource
 from pirl.shards.samples import WHOLE, Parts

@@ -12,7 +12,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pirl.errors import UsageError
 from pirl.shards.filter import not_an_image
@@ -200,17 +200,20 @@ def _rest(
     keys = {member.key for member in members if member.image}
     stems = {member.stem for member in members if member.image}
     companions: dict[str, list[str]] = defaultdict(list)
+    without_image = _labels_without_part(candidates, used, parts)
     for member in members:
         if member.offset in used:
             continue
         lone_label = member.part == parts.label_part or member.part.endswith(f".{parts.label_part}")
-        if lone_label and (member.stem in stems or (member.part == parts.label_part and member.key in keys)):
+        if member.offset in without_image:
+            yield f"a label of a sample without the part {parts.image_part}", member.name, 1
+        elif lone_label and (member.stem in stems or (member.part == parts.label_part and member.key in keys)):
             twin = next(m.name for m in members if m.image and member.key == m.key)
             raise UsageError(
                 f"the label {member.name} and the image {twin} have one name, but do not lie side by side",
                 "names come again in this tar file: write each image and its label one after the other",
             )
-        if member.image:
+        elif member.image:
             yield f"another part of a sample ({member.part or 'no suffix'})", member.name, 1
         else:
             companions[_companion(member, lone_label, parts)].append(member.name)
@@ -220,6 +223,18 @@ def _rest(
         else:
             for suffix, count in Counter(name.rpartition(".")[2] for name in names).items():
                 yield reason, f"*.{suffix}", count
+
+
+def _labels_without_part(candidates: list[dict[str, Member]], used: set[int], parts: Parts) -> set[int]:
+    """Return the offsets of the labels of samples that lack the image part that the user has chosen."""
+    if parts.image_part in ("", EACH):
+        return set()
+    labels = [candidate.get(parts.label_part) for candidate in candidates if not used & _offsets(candidate)]
+    return {label.offset for label in labels if label}
+
+
+def _offsets(candidate: dict[str, Member]) -> set[int]:
+    return {member.offset for member in candidate.values()}
 
 
 def _companion(member: Member, lone_label: bool, parts: Parts) -> str:
@@ -233,10 +248,17 @@ def _companion(member: Member, lone_label: bool, parts: Parts) -> str:
     return not_an_image(member.name)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; ValueError for a key that comes twice, as one of its values would be lost."""
+    if twice := [key for key, number in Counter(key for key, _ in pairs).items() if number > 1]:
+        raise ValueError(f"the key {twice[0]!r} comes twice")
+    return dict(pairs)
+
+
 def _json_label(text: str, key: str, name: str) -> str:
     try:
-        value = json.loads(text)
-    except ValueError as error:
+        value = json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"the label {name} is not JSON: {error}", "repair it, or choose another --label") from None
     if not isinstance(value, dict) or key not in value:
         held = f"it has {', '.join(map(str, value))[:200]}" if isinstance(value, dict) else "it is no object"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,15 +20,18 @@ import numpy as np
 
 from pirl.errors import DataError, StorageError, StorageNotFoundError, UsageError
 from pirl.shards.fashion import cache_root
-from pirl.shards.filter import HEAD_BYTES, HIDDEN, Kind, LeftOut, hidden_part, is_image, kind_of
+from pirl.shards.filter import HIDDEN, Kind, LeftOut, hidden_part, is_image, kind_of
+from pirl.shards.headers import HEAD_BYTES
 from pirl.shards.labels import by_folder, check_level, numbered
 from pirl.shards.objects import THREADS, Objects, ObjectSource
+from pirl.shards.place import shown_path
 from pirl.shards.samples import Grouped, Member, Parts, check_words, group_samples
 from pirl.storage import Entry, open_storage
 
 SCAN_BYTES = 4 * 2**20
 MAX_LABEL_BYTES = 2**20
-SCAN_VERSION = 2  # of what is remembered
+SCAN_VERSION = 3  # of what is remembered
+ABOVE = re.compile(r"^(?:\.{0,2}/)+")  # of names that were packed from elsewhere: /data/ant/0.jpg, ../ant/0.jpg
 
 Read = Callable[[int, int], bytes]
 
@@ -135,14 +139,23 @@ def _samples(objects: Objects, entry: Entry, parts: Parts) -> Grouped:
         members, left_out = _scan(objects, entry, parts.label_part)
         with suppress(StorageError, UnicodeEncodeError):
             remembered.write_json(f"{key}.json", {"members": members, "left_out": left_out})
-    group = group_samples(members, parts)
+    try:
+        group = group_samples(members, parts)
+    except UsageError as error:
+        raise UsageError(f"{_shown(objects, entry)}: {error.what}", error.hint) from None
     group.left_out += left_out
     return group
 
 
+def _shown(objects: Objects, entry: Entry) -> str:
+    """Return a tar file as messages name it."""
+    place = shown_path(objects.root) if isinstance(objects, LocalObjects) else objects.uri
+    return f"{place}/{entry.name}"
+
+
 def _scan(objects: Objects, entry: Entry, label_part: str) -> tuple[list[Member], list[tuple[str, str, int]]]:
     """Members of one tar file that are not hidden, and (reason, name, 1) of what is no readable member."""
-    where = f"{objects.uri}/{entry.name}"
+    where = _shown(objects, entry)
     members: list[Member] = []
     left_out = LeftOut()
 
@@ -154,7 +167,7 @@ def _scan(objects: Objects, entry: Entry, label_part: str) -> tuple[list[Member]
 
     try:
         for tar, member in _tar_members(io.BufferedReader(_Ranged(read, entry.bytes), SCAN_BYTES), entry.bytes):
-            name = member.name.removeprefix("./")
+            name = ABOVE.sub("", member.name)
             if member.isdir():
                 continue
             if part := hidden_part(name):
@@ -178,11 +191,22 @@ def _member(tar: tarfile.TarFile, info: tarfile.TarInfo, name: str, label_part: 
         if info.size > MAX_LABEL_BYTES:
             raise DataError(f"{name} in {where} is no label: {info.size:,} bytes", "choose another --label PART")
         content = tar.extractfile(info)
-        text = content.read().decode("utf-8", "replace") if content else ""
+        text = _text(content.read() if content else b"", name, where)
     elif kind is Kind.UNKNOWN:
         content = tar.extractfile(info)
         image = content is not None and is_image(name, content.read(HEAD_BYTES))
     return Member(name, info.offset_data, info.size, image, text)
+
+
+def _text(data: bytes, name: str, where: str) -> str:
+    """Return the text of a label. UsageError for other bytes: two labels must not become one."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"the label {name} in {where} is not UTF-8 text: {error.reason} at byte {error.start}",
+            "write it as UTF-8, or choose another --label PART",
+        ) from None
 
 
 def _tar_members(file: io.BufferedReader, size: int) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
