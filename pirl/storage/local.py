@@ -166,8 +166,8 @@ def replacing(target: Path, publish: Callable[[Path, Path], None] = os.replace) 
     # A hash, since the object's own name may already be as long as a file name can be.
     stem = f"{TEMPORARY}{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}-"
     temporary = folder / f"{stem}{secrets.token_hex(8)}"
+    _sweep(folder, stem)  # first: the new file is not locked yet
     descriptor = _create(temporary)
-    _sweep(folder, stem)
     try:
         with os.fdopen(descriptor, "wb") as file:
             with suppress(OSError):  # no locks here: then nothing will ever be swept
