@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from .errors import EXIT_DONE, UsageError, did_you_mean
 from .jobs.kind import JobKind
 from .jobs.pytorchjob import PyTorchJob
 from .jobs.settings import JobSettings, job_settings
+from .jobs.trainjob import TrainJob
 from .settings import Collector
 from .text import count
 from .training.spec import TrainingOptions, TrainingSpec, items_of, training_options
@@ -50,7 +51,7 @@ class Backend(ABC):
     def run(self, program: Program, labels: Mapping[str, str] | None = None) -> int:
         """Run the program until its completion marker is in storage, and return 0.
 
-        A failure that was printed already is returned as its exit code; any other is raised. `labels` say who
+        A failure that was printed already is returned as its exit code; any other is raised. `labels` name what
         started the program, on backends that keep labels.
         """
 
@@ -60,8 +61,8 @@ class LocalBackend(Backend):
 
     def __init__(self, items: Iterable[str] = (), given: Settings | None = None) -> None:
         fields = JobSettings.model_fields
-        usual = {name: (None, "", 0, fields[name].default) for name in given or {}}
-        stated = [name for name, value in (given or {}).items() if name != "processes" and value not in usual[name]]
+        defaults = {name: (None, "", 0, fields[name].default) for name in given or {}}
+        stated = [name for name, value in (given or {}).items() if name != "processes" and value not in defaults[name]]
         stated += [item.partition("=")[0] for item in items]
         if stated:
             raise UsageError(
@@ -99,11 +100,35 @@ class LocalBackend(Backend):
 
 
 class ClusterBackend(Backend):
-    """A job of one kind on the current Kubernetes cluster."""
+    """A job on the current Kubernetes cluster, of the first of these kinds that its API serves.
 
-    def __init__(self, kind: JobKind, items: Iterable[str] = (), given: Settings | None = None) -> None:
-        self.kind = kind
+    A single kind needs no request: its plan can be made without a cluster.
+    """
+
+    def __init__(self, kinds: Sequence[JobKind], items: Iterable[str] = (), given: Settings | None = None) -> None:
+        self.kinds = tuple(kinds)
         self.settings = job_settings(items, given)
+        restart = self.settings.restart
+        if restart and not any(restart in kind.restarts for kind in self.kinds):
+            raise self._unsuited(self.kinds[0])
+
+    @cached_property
+    def kind(self) -> JobKind:
+        """The kind of the job; with several to choose from, the cluster is asked."""
+        kind = self.kinds[0]
+        if len(self.kinds) > 1:
+            from .jobs.cluster import served_kind
+
+            kind = served_kind(self.settings.namespace, self.kinds)
+        if self.settings.restart and self.settings.restart not in kind.restarts:
+            raise self._unsuited(kind)
+        return kind
+
+    def _unsuited(self, kind: JobKind) -> UsageError:
+        return UsageError(
+            f"job setting restart={self.settings.restart} does not suit a {kind.title}",
+            f"omit it, or choose {', '.join(kind.restarts)}",
+        )
 
     @property
     def where(self) -> str:
@@ -142,11 +167,14 @@ class ClusterBackend(Backend):
         return EXIT_DONE
 
 
+KINDS: tuple[JobKind, ...] = (TrainJob(), PyTorchJob())
+"""Kinds of jobs, in the order in which `cluster` prefers them."""
+DEFAULT_CLUSTER = "cluster"
 BACKENDS: dict[str, Callable[..., Backend]] = {
     "local": LocalBackend,
-    PyTorchJob.name: partial(ClusterBackend, PyTorchJob()),
+    **{kind.name: partial(ClusterBackend, (kind,)) for kind in KINDS},
+    DEFAULT_CLUSTER: partial(ClusterBackend, KINDS),
 }
-DEFAULT_CLUSTER = PyTorchJob.name
 
 
 def open_backend(name: str, items: Iterable[str] = (), given: Settings | None = None) -> Backend:
@@ -162,7 +190,7 @@ def open_backend(name: str, items: Iterable[str] = (), given: Settings | None = 
 
 
 def open_cluster(name: str, items: Iterable[str] = ()) -> ClusterBackend:
-    """Return the backend of this name, which has to be one on a cluster."""
+    """Return the backend of this name; raise `UsageError` unless it is on a cluster."""
     backend = open_backend(name, items)
     if not isinstance(backend, ClusterBackend):
         raise UsageError(f"backend {name!r} is not on a cluster", f"choose {DEFAULT_CLUSTER}")

@@ -29,7 +29,7 @@ class Command(Protocol):
         """URI of the run."""
 
     def file(self) -> tuple[str, str] | None:
-        """Return name and text of the specification's file; None if there is none."""
+        """Return name and text of the specification's file, or None for a program without one."""
 
     def arguments(self, path: str) -> list[str]:
         """Return the module's arguments, where `path` is that of its file."""

@@ -22,6 +22,14 @@ import yaml
 
 Object = dict[str, Any]
 WAYS = ("503", "401", "reset", "html")
+GROUPS = {
+    "pytorchjobs.kubeflow.org",
+    "trainjobs.trainer.kubeflow.org",
+    "trainingruntimes.trainer.kubeflow.org",
+    "localqueues.kueue.x-k8s.io",
+    "toyjobs.toy.dev",
+    "toyruntimes.toy.dev",
+}
 
 
 class KubernetesServer(ThreadingHTTPServer):
@@ -63,10 +71,11 @@ class KubernetesServer(ThreadingHTTPServer):
     def delete(self, plural: str, name: str) -> None:
         """Delete an object and all that it owns."""
         with self.lock:
-            gone = self.objects.pop((plural, name))["metadata"]["uid"]
+            uid = self.objects.pop((plural, name))["metadata"]["uid"]
             for key, body in list(self.objects.items()):
-                if any(owner["uid"] == gone for owner in body["metadata"].get("ownerReferences", ())):
-                    del self.objects[key]
+                owners = body["metadata"].get("ownerReferences", ())
+                if key in self.objects and any(owner["uid"] == uid for owner in owners):
+                    self.delete(*key)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -107,6 +116,9 @@ class Handler(BaseHTTPRequestHandler):
             self.fail()
             return
         parts, query = url.path.strip("/").split("/"), parse_qs(url.query)
+        if "namespaces" not in parts or parts[1] == "authorization.k8s.io":
+            self.of_cluster(parts)
+            return
         plural, rest = parts[parts.index("namespaces") + 2], parts[parts.index("namespaces") + 3 :]
         core = parts[0] == "api"
         if not core and plural not in server.served:
@@ -115,7 +127,19 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             self.of_resource(plural, rest, query, body)
 
-    do_GET = do_POST = do_DELETE = handle_any
+    do_GET = do_POST = do_DELETE = do_PATCH = handle_any
+
+    def of_cluster(self, parts: list[str]) -> None:
+        """Answer for the version, the types of a group, the rights of an account, or a list over all namespaces."""
+        if parts == ["version"]:
+            self.answer(200, {"gitVersion": "v1.34.4"})
+        elif self.command == "POST":
+            self.answer(201, {"status": {"allowed": True}})
+        elif len(parts) == 3 and parts[0] == "apis":
+            served = [plural for plural in self.server.served if f"{plural}.{parts[1]}" in GROUPS]
+            self.answer(200 if served else 404, {"resources": [{"name": plural} for plural in served], "message": "no"})
+        else:
+            self.answer(200, {"items": self.server.all(parts[-1])})
 
     def of_resource(self, plural: str, rest: list[str], query: dict[str, list[str]], body: Any) -> None:
         """Answer for one type of object."""
@@ -139,9 +163,14 @@ class Handler(BaseHTTPRequestHandler):
             )
         elif key not in server.objects:
             self.answer(404, {"message": f"{rest[0]} not found"})
+        elif self.command == "PATCH":
+            (change,) = body  # a JSON patch
+            assert (change["op"], change["path"]) == ("add", "/metadata/ownerReferences")
+            server.objects[key]["metadata"]["ownerReferences"] = change["value"]
+            self.answer(200, server.objects[key])
         elif self.command == "DELETE":
-            wanted = ((body or {}).get("preconditions") or {}).get("uid")
-            if wanted and wanted != server.objects[key]["metadata"]["uid"]:
+            uid = ((body or {}).get("preconditions") or {}).get("uid")
+            if uid and uid != server.objects[key]["metadata"]["uid"]:
                 self.answer(409, {"message": "another uid"})
             else:
                 server.delete(*key)

@@ -100,7 +100,7 @@ def test_pipelines_refuse_an_unknown_backend_and_settings_that_it_does_not_use()
 
 @pytest.mark.parametrize("item", ["nodes=2", "max_restarts=3"])
 def test_settings_of_a_job_are_refused_on_this_machine(item: str) -> None:
-    with pytest.raises(UsageError, match=r"(?s)settings of a job.*--backend pytorchjob"):
+    with pytest.raises(UsageError, match=r"(?s)settings of a job.*--backend cluster"):
         open_backend("local", [item])
 
 
@@ -137,7 +137,7 @@ class TestExtension:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """From the name of the backend to the end of the job, in the kind's own objects."""
-        monkeypatch.setitem(BACKENDS, "toyjob", backends.partial(ClusterBackend, TOYJOB.kind))
+        monkeypatch.setitem(BACKENDS, "toyjob", backends.partial(ClusterBackend, (TOYJOB.kind,)))
         backend = open_backend("toyjob", ["nodes=2", "image=i:1"])
         assert backend.where == "by a ToyJob of 2 pods, each of 0 GPUs and 1 rank"
         assert "kind: ToyRuntime" in backend.plan(scene.program)

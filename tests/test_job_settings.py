@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from test_launcher import TOYJOB, Steps
 
+from pirl.backends import KINDS
 from pirl.errors import UsageError
 from pirl.jobs import job_settings
 from pirl.jobs.kind import JobKind
 from pirl.jobs.pod import build_job
-from pirl.jobs.pytorchjob import PyTorchJob
 
 LONG = "a" * 64
 BAD: list[tuple[str, Any, str]] = [
@@ -78,7 +78,7 @@ GOOD = {
 }
 
 
-@pytest.mark.parametrize("kind", [PyTorchJob(), TOYJOB.kind], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [*KINDS, TOYJOB.kind], ids=lambda kind: kind.name)
 def test_good_settings_arrive_in_the_job(kind: JobKind) -> None:
     settings = job_settings([f"{name}={json.dumps(value)}" for name, value in GOOD.items()])
     objects = build_job(kind, Steps("s3://bucket-name/run"), settings)

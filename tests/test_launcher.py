@@ -23,9 +23,11 @@ from pirl.jobs.cluster import Cluster, ForbiddenError
 from pirl.jobs.kind import JobKind, Object, Operator, Phase, Resource, Verdict, true_conditions
 from pirl.jobs.launcher import Launcher
 from pirl.jobs.pytorchjob import PyTorchJob
+from pirl.jobs.trainjob import JOBSET, TrainJob
 from pirl.storage import open_storage
 
 POLL_S = 0.02
+OPERATORS = "pytorchjob|trainjob|training.kubeflow|trainer.kubeflow|jobset(?!ting)"
 TIMEOUT_S = 60.0
 
 
@@ -68,11 +70,11 @@ class ToyJob(JobKind):
     name = "toyjob"
     resources = (Resource("toy.dev", "v7", "toyruntimes", "ToyRuntime"), Resource("toy.dev", "v7", "toyjobs", "ToyJob"))
     container = "node"
-    operator = Operator("toy-controller", "7")
+    operators = (Operator("Toys", "toy-controller", "7"),)
     install = "kubectl apply -f toy"
     refusals = frozenset({"ToyRefused"})
 
-    def specs(self, settings: JobSettings, template: Object) -> list[Object]:
+    def specs(self, name: str, settings: JobSettings, template: Object) -> list[Object]:
         return [{"template": template}, {"size": settings.nodes}]
 
     def pods(self, cluster: Cluster, job: Object) -> list[Object]:
@@ -101,6 +103,20 @@ class Words:
     def plural(self) -> str:
         return self.kind.resource.plural
 
+    @property
+    def served(self) -> tuple[str, ...]:
+        return tuple(resource.plural for resource in (*self.kind.resources, *OWN.get(self.kind.name, ())))
+
+    def controller(self, server: KubernetesServer, job: Object) -> tuple[str, Object]:
+        """Return the uid of the object that owns the job's pods, and labels that the pods have from it."""
+        if self.kind.name != "trainjob":
+            return job["metadata"]["uid"], {}
+        reference = {"uid": job["metadata"]["uid"]}
+        metadata = {"name": job["metadata"]["name"], "ownerReferences": [reference]}
+        existing = server.objects.get(("jobsets", metadata["name"]))
+        uid = (existing or server.create("jobsets", {"metadata": metadata}))["metadata"]["uid"]
+        return uid, {"jobset.sigs.k8s.io/jobset-uid": uid}
+
 
 PYTORCHJOB = Words(
     PyTorchJob(),
@@ -109,6 +125,14 @@ PYTORCHJOB = Words(
     "training.kubeflow.org/job-name",
     "training.kubeflow.org/replica-index",
 )
+TRAINJOB = Words(
+    TrainJob(),
+    "Complete",
+    "Failed",
+    "jobset.sigs.k8s.io/jobset-name",
+    "batch.kubernetes.io/job-completion-index",
+)
+OWN = {"trainjob": (JOBSET,)}  # types that a kind's operator makes itself, and the launcher reads
 TOYJOB = Words(ToyJob(), "Complete", "Broken", "toy.dev/job", "toy.dev/index")
 
 
@@ -157,12 +181,13 @@ class Scene:
     def saying(self, text: str) -> None:
         self.until(lambda: text in self.text())
 
-    def start_pods(self, state: Object | None = None, **container: Any) -> None:
+    def start_pods(self, state: Object | None = None, suffix: str = "", **container: Any) -> None:
         """Have the operator make two pods, which run or are in another state."""
         self.until(lambda: self.server.all(self.words.plural))
         (job,) = self.server.all(self.words.plural)
+        uid, labels = self.words.controller(self.server, job)
         for index in range(2):
-            name = f"{job['metadata']['name']}-{index}"
+            name = f"{job['metadata']['name']}-{index}{suffix}"
             status = {"name": self.words.kind.container, "state": state or {"running": {}}, **container}
             self.server.create(
                 "pods",
@@ -170,11 +195,12 @@ class Scene:
                     "metadata": {
                         "name": name,
                         "labels": {
+                            **labels,
                             self.words.job_label: job["metadata"]["name"],
                             self.words.index_label: str(index),
                         },
                         "annotations": {"kubectl.kubernetes.io/default-container": self.words.kind.container},
-                        "ownerReferences": [{"uid": job["metadata"]["uid"]}],
+                        "ownerReferences": [{"uid": uid}],
                     },
                     "spec": {
                         "nodeName": f"node-{index}",
@@ -183,14 +209,14 @@ class Scene:
                     "status": {"containerStatuses": [status]},
                 },
             )
-            self.server.logs[name] = f"2026-01-01T00:00:00.000000000Z line of rank {index}\n"
+            self.server.logs[name] = f"2026-01-01T00:00:00.000000000Z line of rank {index}{suffix}\n"
 
     def succeed(self) -> None:
         self.program.complete()
         self.server.condition(self.words.plural, self.words.succeeded)
 
 
-@pytest.fixture(params=[PYTORCHJOB, TOYJOB], ids=lambda words: words.kind.name)
+@pytest.fixture(params=[PYTORCHJOB, TRAINJOB, TOYJOB], ids=lambda words: words.kind.name)
 def scene(
     request: pytest.FixtureRequest,
     kubernetes: KubernetesServer,  # noqa: F811
@@ -200,7 +226,7 @@ def scene(
 ) -> Scene:
     """Nothing is launched yet; once for each kind."""
     monkeypatch.setattr(Launcher, "poll_s", POLL_S)
-    kubernetes.served = tuple(resource.plural for resource in request.param.kind.resources)
+    kubernetes.served = request.param.served
     return Scene(kubernetes, request.param, Steps(f"{tmp_path}/run"), capsys)
 
 
@@ -417,5 +443,5 @@ def test_a_kind_is_named_by_its_own_module_alone() -> None:
     """The launcher, its diagnosis, its messages, the doctor and the rights hold for every kind."""
     library = Path(pirl.__file__).parent
     files = [*(library / "jobs").glob("*.py"), *(library / "doctor").glob("*.py"), library / "programs.py"]
-    named = {path.name for path in files if re.search("pytorchjob|training.kubeflow", path.read_text(), re.IGNORECASE)}
-    assert named == {"pytorchjob.py"}
+    named = {path.name for path in files if re.search(OPERATORS, path.read_text(), re.IGNORECASE)}
+    assert named == {"pytorchjob.py", "trainjob.py"}

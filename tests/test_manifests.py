@@ -16,11 +16,15 @@ import typer
 import yaml
 from images import folder_of_classes
 from kubernetes.utils import parse_quantity
+from kubernetes_server import KubernetesServer, kubernetes  # noqa: F401 fixture
+from test_launcher import Steps
 
 from pirl import __version__
+from pirl.backends import KINDS
 from pirl.cli import app
 from pirl.jobs import job_settings
-from pirl.jobs.pytorchjob import PyTorchJob
+from pirl.jobs.kind import JobKind
+from pirl.jobs.pod import build_job
 from pirl.text import count
 
 MANIFESTS = Path(__file__).parent.parent / "manifests"
@@ -66,6 +70,14 @@ def pod_templates(value: Any) -> list[dict[str, Any]]:
     return here + [found for item in value.values() for found in pod_templates(item)]
 
 
+def template_labels(kind: JobKind) -> dict[str, str]:
+    """Labels of a job's pods as the operator creates them."""
+    objects = build_job(kind, Steps("s3://bucket-name/run"), job_settings())
+    (template,) = pod_templates(objects)
+    labels: dict[str, str] = template["metadata"]["labels"]
+    return labels
+
+
 class TestBase:
     def test_what_apply_f_reads_is_what_apply_k_builds(self) -> None:
         """A file that only one of the two ways installs would be missed."""
@@ -105,7 +117,7 @@ class TestBase:
             for resource in rule["resources"]
             for verb in rule["verbs"]
         }
-        assert given == set(PyTorchJob().rights)
+        assert given == {right for kind in KINDS for right in kind.rights}
 
     def test_the_secret_is_not_installed_by_accident(self) -> None:
         example = documents((MANIFESTS / "secret.yaml.example").read_text())[0]
@@ -138,6 +150,11 @@ class TestNetwork:
         assert selected["app.kubernetes.io/component"] == "launcher"
         rendezvous = policies["allow-rendezvous"]["spec"]
         workers = rendezvous["podSelector"]
+        for kind in KINDS:  # labels of our own, which every kind's pods have
+            labels = template_labels(kind)
+            assert workers["matchLabels"].items() <= labels.items()
+            assert {item["key"] for item in workers["matchExpressions"]} <= labels.keys()
+            assert policies["allow-metrics"]["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
         assert rendezvous["ingress"][0]["from"] == [{"podSelector": workers}]
         assert rendezvous["egress"][0]["to"] == [{"podSelector": workers}]
 
@@ -164,9 +181,16 @@ class TestBuilt:
     @pytest.mark.parametrize("overlay", ["base", *OVERLAYS])
     def test_no_secret_no_training_and_images_of_this_version(self, overlay: str) -> None:
         objects = built(overlay)
-        assert not {"Secret", "PyTorchJob", "Pod", "Job", "ClusterRole", "ClusterRoleBinding"} & {
-            document["kind"] for document in objects
-        }
+        assert not {
+            "Secret",
+            "PyTorchJob",
+            "TrainJob",
+            "TrainingRuntime",
+            "Pod",
+            "Job",
+            "ClusterRole",
+            "ClusterRoleBinding",
+        } & {document["kind"] for document in objects}
         for image in re.findall(r'"(\S*pirl-(?:trainer|python-steps):[^"]*)"', json.dumps(objects)):
             assert image.endswith(f":{VERSION}"), image
 
@@ -215,10 +239,18 @@ class TestBuilt:
         assert spec["concurrencyPolicy"] == "Forbid"
 
     @pytest.mark.parametrize(("overlay", "nodes", "gpus"), [("base", 1, 8), ("dev", 2, 0), ("prod", 4, 8)])
+    @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
     def test_the_schedule_trains_as_the_config_map_says(
-        self, overlay: str, nodes: int, gpus: int, tmp_path: Path
+        self,
+        overlay: str,
+        nodes: int,
+        gpus: int,
+        kind: JobKind,
+        tmp_path: Path,
+        kubernetes: KubernetesServer,  # noqa: F811
     ) -> None:
-        """The command of the CronJob, with this environment alone, on images that are there."""
+        """The command of the CronJob, with this environment alone, on images that exist, by the served kind."""
+        kubernetes.served = tuple(resource.plural for resource in kind.resources)
         folder_of_classes(tmp_path / "photos", classes=2, images=2)
         config = next(document for document in built(overlay) if document["kind"] == "ConfigMap")["data"]
         here = {"PIRL_TRAIN_SOURCE": "photos", "PIRL_TEST_SOURCE": "photos", "PIRL_ROOT": "root"}
@@ -235,7 +267,7 @@ class TestBuilt:
         )
         assert done.returncode == 0, done.stderr
         size = f"{count(nodes, 'pod')}, each of {count(gpus, 'GPU')} and {count(gpus or 1, 'rank')}"
-        assert f"by a PyTorchJob of {size}" in done.stdout
+        assert f"by a {kind.title} of {size}" in done.stdout
 
     @pytest.mark.parametrize("overlay", ["base", "dev", "prod"])
     def test_every_variable_of_the_config_map_has_a_reader(self, overlay: str) -> None:

@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 from conftest import TINY, TRAIN
+from test_manifests import pod_templates
 from test_operations import TEXT
 
+from pirl.backends import KINDS
+from pirl.jobs.kind import JobKind
 from pirl.jobs.pod import METRICS_PORT, build_job
-from pirl.jobs.pytorchjob import PyTorchJob
 from pirl.jobs.settings import JobSettings
 from pirl.metrics.table import METRICS, TASKS
 from pirl.programs import Training
@@ -224,11 +226,11 @@ def test_an_alert_says_which_run_how_bad_and_where_to_read_on(name: str) -> None
     assert f"\n### {name}\n" in TEXT
 
 
-def test_the_monitor_finds_the_pods_of_a_training() -> None:
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_the_monitor_finds_the_pods_of_a_training(kind: JobKind) -> None:
     spec = yaml.safe_load((OVERLAY / "pod-monitor.yaml").read_text())["spec"]
     program = Training(TrainingSpec.parse("demo", data="s3://bucket/data", out="s3://bucket/run"))
-    (job,) = build_job(PyTorchJob(), program, JobSettings(image="i:1"))
-    template = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
+    (template,) = pod_templates(build_job(kind, program, JobSettings(image="i:1")))
     assert spec["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
     assert set(spec["podTargetLabels"]) <= template["metadata"]["labels"].keys()
     ports = {port["name"]: port["containerPort"] for port in template["spec"]["containers"][0]["ports"]}

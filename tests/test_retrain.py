@@ -436,7 +436,7 @@ def test_settings_of_a_job_need_the_backend_that_has_jobs(tmp_path: Path) -> Non
     command += ["--test-source", "photos", "--nodes", "4"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "--backend pytorchjob" in done.stderr
+    assert "--backend cluster" in done.stderr
     done = subprocess.run(
         [*command, "--backend", "pytorchjob"], cwd=tmp_path, capture_output=True, text=True, check=False
     )

@@ -134,7 +134,7 @@ def doctor(
         raise UsageError("--job is for a cluster", "add --cluster, or leave it away")
     rows = []
     chosen = open_cluster(backend, job or ()) if cluster else None
-    for check in cluster_checks(chosen.kind, chosen.settings, root) if chosen else machine_checks():
+    for check in cluster_checks(chosen.kinds, chosen.settings, root) if chosen else machine_checks():
         rows.append(vars(check))
         if as_json:
             continue

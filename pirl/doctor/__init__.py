@@ -1,4 +1,4 @@
-"""What stands in the way of a training on this machine or on a cluster, found before it is started."""
+"""Checks of this machine or of a cluster, made before a training is started."""
 
 from .check import Check
 from .cluster import cluster_checks

@@ -1,4 +1,4 @@
-"""`python -m pirl.doctor ROOT`, in a pod of `pirl doctor --cluster`: what a rank would find there."""
+"""`python -m pirl.doctor ROOT`, in a pod of `pirl doctor --cluster`: storage, torch and GPUs as a rank has them."""
 
 import sys
 import uuid

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Check:
-    """`state` is "ok", "note" (works, but) or "bad"; `fix` says how to get further."""
+    """`state` is "ok", "note" (works, but) or "bad"; `fix` is the next step."""
 
     name: str
     state: str

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import PirlError
 from ..jobs import JobSettings
 from ..jobs.cluster import AbsentError, Cluster, ClusterError, ForbiddenError, UnavailableError
 from ..jobs.diagnose import Trouble, ends, troubles
-from ..jobs.kind import JobKind, Object, Right
+from ..jobs.kind import JobKind, Object, Resource, Right
 from ..jobs.pod import build_job
 from ..text import duration
 from .check import Check
@@ -23,22 +23,28 @@ from .check import Check
 ACCOUNT = "pirl-launcher"
 PERMANENT_S = 15.0
 POLL_S = 1.0
+KUEUE = "kueue.x-k8s.io"
 
 
-def cluster_checks(kind: JobKind, settings: JobSettings, root: str) -> Iterator[Check]:
-    """Yield each check as soon as it is made. `root` is the location of the runs; "" leaves the pod out."""
+def cluster_checks(kinds: Sequence[JobKind], settings: JobSettings, root: str) -> Iterator[Check]:
+    """Yield each check as soon as it is made.
+
+    Jobs are of the first of `kinds` that is served. `root` is the location of the runs; "" leaves the pod out.
+    """
     try:
-        survey = Survey(settings.namespace, kind)
+        survey = Survey(settings.namespace, kinds[0])
         yield Check("API server", "ok", f"Kubernetes {survey.version()}, namespace {settings.namespace}")
-        yield from _definitions(survey)
+        served = [kind for kind in kinds if all(map(survey.serves, kind.resources))]
+        survey.kind = served[0] if served else kinds[0]
+        yield from _definitions(survey, kinds)
     except ClusterError as error:
         yield Check("API server", "bad", error.what, error.hint or "is it up, and is KUBECONFIG right?")
         return
-    for check in (_operator, _rights, _gpus, _queue):
+    for checks in (_operators, _rights, _gpus, _queue):
         try:
-            yield check(survey, settings)
+            yield from checks(survey, settings)
         except ClusterError as error:
-            yield Check(check.__name__.strip("_"), "bad", error.what, error.hint or "run it again")
+            yield Check(checks.__name__.strip("_"), "bad", error.what, error.hint or "run it again")
     if not root:
         yield Check("pod", "note", "no pod was tried", "give --root s3://bucket/prefix, where runs are to be kept")
         return
@@ -58,7 +64,7 @@ class Probe:
     name: str = "doctor"
 
     def file(self) -> None:
-        """Return nothing: it needs no specification."""
+        """Return None: it needs no specification."""
 
     def arguments(self, path: str) -> list[str]:
         """Return the root."""
@@ -69,25 +75,18 @@ class Survey(Cluster):
     """A launcher's calls, and some that only other accounts may make: these return None if refused."""
 
     def version(self) -> str:
+        """Return the version of the API server."""
         from kubernetes import client
 
         return str(self._call(client.VersionApi(self.client).get_code)["gitVersion"])
 
-    def serves(self, group: str, version: str, plural: str) -> bool:
-        """Return whether the API has this type of object."""
-        try:
-            types = self._call(self.custom.get_api_resources, group, version)["resources"]
-        except AbsentError:
-            return False
-        return any(item["name"] == plural for item in types)
-
-    def operator(self) -> str | None:
-        """Return the operator's image; "" if no Deployment has its name, None if this account may not see it."""
+    def image(self, deployment: str) -> str | None:
+        """Return a Deployment's image; "" if none has this name, None if this account may not list them."""
         from kubernetes import client
 
         call = client.AppsV1Api(self.client).list_deployment_for_all_namespaces
         try:
-            items = self._call(call, field_selector=f"metadata.name={self.kind.operator.deployment}")["items"]
+            items = self._call(call, field_selector=f"metadata.name={deployment}")["items"]
         except ForbiddenError:
             return None
         return items[0]["spec"]["template"]["spec"]["containers"][0]["image"] if items else ""
@@ -119,66 +118,90 @@ class Survey(Cluster):
             return None
         return [int(node["status"].get("allocatable", {}).get("nvidia.com/gpu", 0)) for node in nodes]
 
-    def queue(self, name: str) -> str | None:
-        """Return the ClusterQueue behind a LocalQueue of Kueue; raise `AbsentError` without the latter."""
+    def queue_versions(self) -> list[str]:
+        """Return the versions of Kueue's API, the newest known first; empty without Kueue."""
+        versions = ("v1beta2", "v1beta1")
+        return [version for version in versions if self.serves(Resource(KUEUE, version, "localqueues", "LocalQueue"))]
+
+    def queue(self, name: str, version: str) -> str | None:
+        """Return the ClusterQueue of a LocalQueue of Kueue; raise `AbsentError` without the latter."""
         call = self.custom.get_namespaced_custom_object
         try:
-            queue = self._call(call, "kueue.x-k8s.io", "v1beta1", self.namespace, "localqueues", name)
+            queue = self._call(call, KUEUE, version, self.namespace, "localqueues", name)
         except ForbiddenError:
             return None
         return str(queue["spec"]["clusterQueue"])
 
 
-def _definitions(survey: Survey) -> Iterator[Check]:
-    for resource in survey.kind.resources:
-        if survey.serves(resource.group, resource.version, resource.plural):
-            yield Check(resource.kind, "ok", str(resource))
+def _definitions(survey: Survey, kinds: Sequence[JobKind]) -> Iterator[Check]:
+    """Check which kinds are served: one is needed, and the chosen one is named."""
+    chosen = survey.kind
+    for kind in kinds:
+        missing = [str(resource) for resource in kind.resources if not survey.serves(resource)]
+        if not missing:
+            use = "used by these settings" if kind is chosen else f"served too; --backend {kind.name} uses it"
+            yield Check(kind.title, "ok", f"{kind.resource}, {use}")
+        elif kind is chosen:
+            yield Check(kind.title, "bad", f"{', '.join(missing)} not served", kind.install)
         else:
-            yield Check(resource.kind, "bad", f"{resource} is not served", survey.kind.install)
+            yield Check(kind.title, "note", f"{', '.join(missing)} not served", f"not needed: {chosen.title} is used")
 
 
-def _operator(survey: Survey, _: JobSettings) -> Check:
-    image, (deployment, version) = survey.operator(), survey.kind.operator
-    if not image:
-        why = "this account may not see it" if image is None else f"no Deployment {deployment}"
-        return Check("operator", "note", f"its version is unknown: {why}", "the pod below shows whether it works")
-    tag = image.rpartition(":")[2].removeprefix("v")
-    tried = tag == version or tag.startswith(f"{version}.")
-    return Check("operator", "ok" if tried else "note", image, "" if tried else f"tried with version {version}")
+def _operators(survey: Survey, _: JobSettings) -> Iterator[Check]:
+    for name, deployment, version in survey.kind.operators:
+        image = survey.image(deployment)
+        if not image:
+            why = "this account may not list Deployments" if image is None else f"no Deployment {deployment}"
+            yield Check(name, "note", f"its version is unknown: {why}", "the pod below shows whether it works")
+            continue
+        tag = image.rpartition(":")[2].removeprefix("v")
+        tried = tag == version or tag.startswith(f"{version}.")
+        yield Check(name, "ok" if tried else "note", image, "" if tried else f"tried with version {version}")
 
 
-def _rights(survey: Survey, _: JobSettings) -> Check:
+def _rights(survey: Survey, _: JobSettings) -> Iterator[Check]:
     rights = survey.kind.rights
     subject, account = f"service account {ACCOUNT}", ACCOUNT
     if survey.may(rights[0], account) is None:
         subject, account = "this account", ""
     missing = [str(right) for right in rights if not survey.may(right, account)]
     if missing:
-        return Check("rights", "bad", f"{subject} may not {', '.join(missing)}", "kubectl apply -f manifests/")
-    return Check("rights", "ok", f"{subject} has all the rights of a launcher")
+        yield Check("rights", "bad", f"{subject} may not {', '.join(missing)}", "kubectl apply -f manifests/")
+    else:
+        yield Check("rights", "ok", f"{subject} has all the rights of a launcher")
 
 
-def _gpus(survey: Survey, settings: JobSettings) -> Check:
-    asked = f"asked for: {settings.nodes} x {settings.gpus}"
-    found = survey.gpus()
-    if found is None:
-        return Check("GPUs", "note", f"this account may not see nodes; {asked}", "kubectl get nodes, as one who may")
-    have = f"nodes with {', '.join(map(str, sorted(found, reverse=True)))} GPUs; {asked}"
-    if settings.gpus and sum(count >= settings.gpus for count in found) < settings.nodes:
-        return Check("GPUs", "bad", have, "add nodes, install the device plugin, or change --job nodes and gpus")
-    return Check("GPUs", "ok", have)
+def _gpus(survey: Survey, settings: JobSettings) -> Iterator[Check]:
+    request = f"asked for: {settings.nodes} x {settings.gpus}"
+    gpus = survey.gpus()
+    if gpus is None:
+        yield Check("GPUs", "note", f"this account may not list nodes; {request}", "kubectl get nodes, as one who may")
+        return
+    state = f"nodes with {', '.join(map(str, sorted(gpus, reverse=True)))} GPUs; {request}"
+    if settings.gpus and sum(count >= settings.gpus for count in gpus) < settings.nodes:
+        yield Check("GPUs", "bad", state, "add nodes, install the device plugin, or change --job nodes and gpus")
+    else:
+        yield Check("GPUs", "ok", state)
 
 
-def _queue(survey: Survey, settings: JobSettings) -> Check:
+def _queue(survey: Survey, settings: JobSettings) -> Iterator[Check]:
+    versions = survey.queue_versions()
+    state = f"{KUEUE}/{', '.join(versions)}" if versions else "not installed"
     if not settings.queue:
-        return Check("queue", "ok", "none is asked for")
+        yield Check("Kueue", "ok", f"{state}; no queue is asked for")
+        return
+    if not versions:
+        yield Check("Kueue", "bad", f"{state}, but queue {settings.queue} is asked for", QUEUE_FIX)
+        return
     try:
-        behind = survey.queue(settings.queue)
+        parent = survey.queue(settings.queue, versions[0])
     except AbsentError as error:
-        return Check("queue", "bad", f"no LocalQueue {settings.queue} ({error.what})", QUEUE_FIX)
-    if behind is None:
-        return Check("queue", "note", f"this account may not see LocalQueue {settings.queue}", QUEUE_FIX)
-    return Check("queue", "ok", f"{settings.queue} of ClusterQueue {behind}")
+        yield Check("Kueue", "bad", f"no LocalQueue {settings.queue} ({error.what})", QUEUE_FIX)
+        return
+    if parent is None:
+        yield Check("Kueue", "note", f"{state}; this account may not get LocalQueue {settings.queue}", QUEUE_FIX)
+    else:
+        yield Check("Kueue", "ok", f"{state}; LocalQueue {settings.queue} of ClusterQueue {parent}")
 
 
 QUEUE_FIX = "kubectl get localqueues; manifests/overlays/kueue makes one"
@@ -193,6 +216,7 @@ def _pod(survey: Survey, settings: JobSettings, root: str) -> Iterator[Check]:
     if job is None:
         raise ClusterError(f"a job {name} exists already", "run this again")
     try:
+        survey.own(job)
         yield from _watch(survey, one, job)
     finally:
         survey.delete(name, job["metadata"]["uid"])
@@ -207,14 +231,14 @@ def _watch(survey: Survey, settings: JobSettings, job: Object) -> Iterator[Check
         time.sleep(POLL_S)
         try:
             pods = survey.pods(job)
-            if found := _end(survey, settings, pods, waited):
-                yield found
+            if ended := _end(survey, settings, pods, waited):
+                yield ended
                 return
-            names = [job["metadata"]["name"], *(pod["metadata"]["name"] for pod in pods)]
-            known = troubles(pods, [event for name in names for event in survey.events(name)], survey.kind.refusals)
+            names = [*survey.kind.involved(job["metadata"]["name"]), *(pod["metadata"]["name"] for pod in pods)]
+            present = troubles(pods, [event for name in names for event in survey.events(name)], survey.kind.refusals)
         except UnavailableError:
             continue
-        trouble = next((item for item in known if item.permanent), known[0] if known else None)
+        trouble = next((item for item in present if item.permanent), present[0] if present else None)
         if not trouble or not trouble.permanent:
             permanent_since = None
         elif time.monotonic() - (permanent_since := permanent_since or time.monotonic()) > PERMANENT_S:
@@ -222,13 +246,13 @@ def _watch(survey: Survey, settings: JobSettings, job: Object) -> Iterator[Check
     if trouble:
         yield Check("pod", "bad", str(trouble), trouble.hint)
     else:
-        deployment = survey.kind.operator.deployment
-        hint = f"does the operator run? kubectl get pods -A | grep {deployment}; {survey.kind.install}"
+        operators = "|".join(operator.deployment for operator in survey.kind.operators)
+        hint = f"does the operator run? kubectl get pods -A | grep -E '{operators}'; {survey.kind.install}"
         yield Check("pod", "bad", f"nothing has run after {duration(waited)}", hint)
 
 
 def _end(survey: Survey, settings: JobSettings, pods: list[Object], waited: float) -> Check | None:
-    """Return the check of a pod that has ended; None while none has."""
+    """Return the check of a pod that has ended, or None."""
     for end in ends(pods):
         if end.exit_code:
             return Check("pod", "bad", f"{end}: {end.lines}", "does the Secret exist, and may pods reach the storage?")

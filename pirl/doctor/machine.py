@@ -1,4 +1,4 @@
-"""What this machine can do for a training, and how to mend what it cannot."""
+"""Checks of this machine before a training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .check import Check
 
 
 def machine_checks() -> list[Check]:
-    """All checks, in the order in which a user meets what they look at. None of them changes anything."""
+    """Return all checks, in the order in which a user meets what they look at. No check changes anything."""
     return [_torch(), _cores(), _precision(), _shared_memory(), _data(), _storage(), _cluster(), _kfp()]
 
 
@@ -32,7 +32,7 @@ def _torch() -> Check:
 def _cores() -> Check:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if cores < 2:
-        return Check("cores", "note", "1 core", "training takes twice the time that the README says")
+        return Check("cores", "note", "1 core", "training takes twice the time that the README names")
     return Check("cores", "ok", f"{cores} cores")
 
 
@@ -51,7 +51,7 @@ def _precision() -> Check:
 def _shared_memory() -> Check:
     path = Path("/dev/shm")
     if not path.exists():
-        return Check("/dev/shm", "note", "there is none", "use --workers 0")
+        return Check("/dev/shm", "note", "does not exist", "use --workers 0")
     free = shutil.disk_usage(path).free
     if free < 1 << 30:
         return Check("/dev/shm", "note", f"{free >> 20} MiB free", "mount more (docker run --shm-size) or --workers 0")

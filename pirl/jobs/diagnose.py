@@ -55,7 +55,7 @@ class End:
             return "give the pods more memory (job setting `memory`), or use fewer --workers"
         if self.exit_code == EXIT_USAGE:
             return "correct the settings that it names; no restart was tried, since it would not help"
-        return "its last lines say why; the checkpoints are kept: run the same command again to resume"
+        return "read the cause in its last lines; checkpoints are kept: run the same command again to resume"
 
 
 def status(pod: Object) -> Object:
@@ -101,13 +101,21 @@ def ends(pods: Iterable[Object]) -> list[End]:
 def troubles(pods: Iterable[Object], events: Iterable[Object], refusals: Container[str]) -> list[Trouble]:
     """Return what keeps these pods, and those that are missing, from running.
 
-    `refusals` are the reasons of events by which the job's operator reports that it cannot create pods.
+    `refusals` are the reasons of events by which the job's operator reports that it cannot create pods. Those older
+    than the newest pod are over.
     """
     pods, events = list(pods), list(events)
     result = [trouble for pod in pods if (trouble := _of_pod(pod, events))]
-    if refused := [event for event in events if event.get("reason") in refusals]:
+    newest = max((pod["metadata"].get("creationTimestamp", "") for pod in pods), default="")
+    refused = [event for event in events if event.get("reason") in refusals]
+    if refused and (time_of(refused[-1]) or newest) >= newest:
         result.append(_of_refusal(refused[-1]))
     return result
+
+
+def time_of(event: Object) -> str:
+    """Return the last time of an event; "" without any."""
+    return event.get("lastTimestamp") or event.get("eventTime") or ""
 
 
 def _of_pod(pod: Object, events: list[Object]) -> Trouble | None:
@@ -142,7 +150,7 @@ def _of_pod(pod: Object, events: list[Object]) -> Trouble | None:
 
 
 def _of_image(pod: Object, reason: str, message: str, warnings: list[Object]) -> Trouble:
-    """Return the trouble with a pod's image; the kubelet's event says more than the status."""
+    """Return the trouble with a pod's image; the kubelet's event has more detail than the status."""
     image = next(item["image"] for item in pod["spec"]["containers"] if item["name"] == container_name(pod))
     said = next((event["message"] for event in reversed(warnings) if "ull" in event.get("message", "")), message)
     return Trouble(
@@ -154,7 +162,7 @@ def _of_image(pod: Object, reason: str, message: str, warnings: list[Object]) ->
 
 
 def _of_refusal(event: Object) -> Trouble:
-    """Return the trouble behind an event that says that pods cannot be created."""
+    """Return the trouble behind an event of pods that cannot be created."""
     message = event.get("message", "").removeprefix("Error creating: ")
     if "exceeded quota" in message:
         hint = "kubectl describe quota shows what is used; free it or ask for less"

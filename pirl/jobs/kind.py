@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 Object = dict[str, Any]  # of Kubernetes, as its API has it
 DEFAULT_CONTAINER = "kubectl.kubernetes.io/default-container"
 """Annotation of a pod with the name of the container that runs the program; `kubectl logs` follows it too."""
+SPEC_HASH = "pirl.dev/spec-hash"
+"""Annotation of a job's objects with the digest of their specs."""
+TTL = "pirl.dev/ttl-s"
+"""Annotation of a job that its operator does not delete: seconds until a launcher does."""
 
 
 class Resource(NamedTuple):
@@ -40,8 +44,9 @@ class Right(NamedTuple):
 
 
 class Operator(NamedTuple):
-    """The controller of a kind: its Deployment, and the version that the launcher was tried with."""
+    """A controller of a kind: its name in messages, its Deployment, and the version that was tried."""
 
+    name: str
     deployment: str
     version: str
 
@@ -72,15 +77,22 @@ class JobKind(ABC):
     """Of the objects that make one job, which share its name: the job last, what it refers to before it."""
     container: ClassVar[str]
     """Name that the operator expects of the container that trains."""
-    operator: ClassVar[Operator]
+    operators: ClassVar[tuple[Operator, ...]]
+    """The controllers that run a job of this kind."""
     install: ClassVar[str]
     """Next step when the cluster does not serve this kind."""
     refusals: ClassVar[frozenset[str]]
-    """Reasons of the events by which the operator reports that it cannot create pods."""
+    """Reasons of the events by which a controller reports that it cannot create pods."""
+    restarts: ClassVar[tuple[str, ...]] = ("containers",)
+    """Values of the job setting `restart` that it can do, the default first."""
+    expires: ClassVar[bool] = True
+    """The operator deletes an ended job after `ttl_s`; else the next launcher in the namespace does."""
+    reads: ClassVar[tuple[Right, ...]] = ()
+    """Rights of the launcher on objects of the operator's own."""
 
     @abstractmethod
-    def specs(self, settings: JobSettings, template: Object) -> list[Object]:
-        """Return the `spec` of each of `resources`, around the template of a pod."""
+    def specs(self, name: str, settings: JobSettings, template: Object) -> list[Object]:
+        """Return the `spec` of each of `resources` of the job `name`, around the template of a pod."""
 
     @abstractmethod
     def pods(self, cluster: Cluster, job: Object) -> list[Object]:
@@ -93,6 +105,10 @@ class JobKind(ABC):
     @abstractmethod
     def verdict(self, job: Object) -> Verdict:
         """Return the operator's judgement from the job's spec and status."""
+
+    def involved(self, name: str) -> tuple[str, ...]:
+        """Return the names of the objects whose events report on the job `name`; pods have events of their own."""
+        return (name,)
 
     @property
     def resource(self) -> Resource:
@@ -112,12 +128,12 @@ class JobKind(ABC):
     @property
     def rights(self) -> tuple[Right, ...]:
         """All that a launcher of this kind needs, and all that `manifests/` gives its service account."""
+        *parts, job = self.resources
+        verbs: list[tuple[Resource, tuple[str, ...]]] = [(part, ("create", "get", "delete", "patch")) for part in parts]
+        verbs.append((job, ("create", "get", "delete", *(() if self.expires else ("list",)))))
         return (
-            *(
-                Right(verb, resource.group, resource.plural)
-                for resource in self.resources
-                for verb in ("create", "get", "delete")
-            ),
+            *(Right(verb, item.group, item.plural) for item, names in verbs for verb in names),
+            *self.reads,
             Right("list", "", "pods"),
             Right("list", "", "events"),
             Right("get", "", "pods/log"),
@@ -134,12 +150,12 @@ def true_conditions(thing: Object) -> dict[str, str]:
     return {item["type"]: item.get("message", "") for item in conditions(thing) if item["status"] == "True"}
 
 
-def owner(pod: Object) -> str:
-    """Return the uid of the object that owns the pod, or ""."""
-    return next((reference["uid"] for reference in pod["metadata"].get("ownerReferences", ())), "")
+def owner(thing: Object) -> str:
+    """Return the uid of the object's owner, or ""."""
+    return next((reference["uid"] for reference in thing["metadata"].get("ownerReferences", ())), "")
 
 
 def container_name(pod: Object) -> str:
-    """Return the name of the container that runs the program; sidecars may stand beside it."""
+    """Return the name of the container that runs the program; a pod may have sidecars."""
     named = pod["metadata"].get("annotations", {}).get(DEFAULT_CONTAINER)
     return named or pod["spec"]["containers"][0]["name"]

@@ -1,6 +1,6 @@
 """From a program to its completion on a cluster, by a small state machine.
 
-    ABSENT --create--> PENDING --all pods run--> RUNNING --the operator says so--> SUCCEEDED --marker--> done
+    ABSENT --create--> PENDING --all pods run--> RUNNING --the operator's verdict-> SUCCEEDED --marker--> done
        |                  ^  |                    ^   |
        `-----adopt--------'  `---> SUSPENDED      |   v a pod ended, was deleted, or its node is gone
                               in a Kueue queue   RESTARTING
@@ -33,8 +33,8 @@ from ..programs import Program
 from ..text import duration
 from .cluster import Cluster, UnavailableError
 from .diagnose import End, ends, is_running, troubles
-from .kind import Object
-from .pod import SPEC_HASH, build_job, differences, is_same
+from .kind import SPEC_HASH, Object
+from .pod import build_job, differences, is_same
 from .settings import JobSettings
 from .state import Clocks, State, observe
 from .watch import LogStream, Progress
@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 
 class Stopped(BaseException):
-    """A signal has told the launcher to stop."""
+    """A signal that stops the launcher."""
 
 
 class Launcher:
@@ -81,16 +81,18 @@ class Launcher:
         Raise `TrainingError` with the diagnosis, `UsageError` if nothing was started, `PreemptedError` after SIGTERM.
         """
         if self.program.is_complete():
-            say("launcher: this run is complete: nothing to do")
+            say("launcher: this run is complete: up to date")
             return
         try:
             with _stop_signals():
+                for name in self._retry(self.cluster.expire):
+                    say(f"launcher: deleted job {name}, which ended longer than its ttl_s ago")
                 self.uid = self._create_or_adopt()
                 self._follow()
         except Stopped:
-            self._clean_up("told to stop", self.uid)  # KFP kills a step that it terminates within a second
+            self._clean_up("stopped by a signal", self.uid)  # KFP kills a step that it terminates within a second
             raise PreemptedError(
-                f"the launcher was told to stop; job {self.name} "
+                f"the launcher was stopped by a signal; job {self.name} "
                 + ("keeps running" if self.settings.leave else "is deleted"),
                 "run the same command again to resume from the last checkpoint",
             ) from None
@@ -107,9 +109,9 @@ class Launcher:
                 created = self._retry(lambda: self.cluster.create(self.objects))
                 if created is not None:
                     say(f"launcher: created job {self.full_name}")
-                    return str(created["metadata"]["uid"])
-                continue
-            if "deletionTimestamp" in job["metadata"]:
+                    return self._own(created)
+                news = "waiting for objects of an earlier job to be deleted"
+            elif "deletionTimestamp" in job["metadata"]:
                 news = "waiting for an earlier job of this name to be gone"
             elif self._has_ended(job):
                 news = "replacing an earlier job of this run, which has ended"
@@ -117,11 +119,16 @@ class Launcher:
             else:
                 self._check_same(job)
                 say(f"launcher: adopted job {self.full_name}, which exists already")
-                return str(job["metadata"]["uid"])
+                return self._own(job)
             if news != reported:
                 say(f"launcher: {news}")
                 reported = news
             time.sleep(self.poll_s)
+
+    def _own(self, job: Object) -> str:
+        """Return the job's uid, after it owns what it refers to."""
+        self._retry(partial(self.cluster.own, job))
+        return str(job["metadata"]["uid"])
 
     def _has_ended(self, job: Object) -> bool:
         return observe(self.kind.verdict(job), (), 1, False) in (State.SUCCEEDED, State.FAILED)
@@ -130,7 +137,10 @@ class Launcher:
         """Refuse to adopt a job of another specification."""
         if is_same(job, self.body):
             return
-        changes = differences(self.body["spec"], job.get("spec"))
+        *parts, _ = self.kind.resources
+        existing = [*(self._retry(partial(self.cluster.get, part, self.name)) for part in parts), job]
+        pairs = zip(self.objects, existing, strict=True)
+        changes = [line for new, old in pairs for line in differences(new["spec"], (old or {}).get("spec"))]
         raise UsageError(
             f"job {self.full_name} trains this run already, with other settings:\n  "
             + "\n  ".join(changes or [f"it is not from this program (no matching {SPEC_HASH})"]),
@@ -217,7 +227,7 @@ class Launcher:
             )
 
     def _troubles(self, pods: list[Object]) -> list[Any]:
-        names = [self.name, *(pod["metadata"]["name"] for pod in pods if not is_running(pod))]
+        names = [*self.kind.involved(self.name), *(pod["metadata"]["name"] for pod in pods if not is_running(pod))]
         events = [event for name in names for event in self._retry(partial(self.cluster.events, name))]
         return troubles(pods, events, self.kind.refusals)
 

@@ -12,14 +12,13 @@ import yaml
 
 from .. import __version__
 from ..storage import open_storage
-from .kind import DEFAULT_CONTAINER, JobKind, Object
+from .kind import DEFAULT_CONTAINER, SPEC_HASH, TTL, JobKind, Object
 from .settings import JobSettings
 
 if TYPE_CHECKING:
     from ..programs import Command
 
 METRICS_PORT = 9400
-SPEC_HASH = "pirl.dev/spec-hash"
 SETTINGS_DIR = "/etc/pirl"
 
 
@@ -48,8 +47,9 @@ def build_job(
         "pirl.dev/recipe": slug(program.name, 63),
     }
     queue = {"kueue.x-k8s.io/queue-name": settings.queue} if settings.queue else {}
-    specs = kind.specs(settings, _template(kind, program, settings, own))
+    specs = kind.specs(name, settings, _template(kind, program, settings, own))
     digest = hashlib.sha256(json.dumps([specs, queue], sort_keys=True).encode()).hexdigest()
+    expiry = {} if kind.expires else {TTL: str(settings.ttl_s)}
     return [
         {
             "apiVersion": f"{resource.group}/{resource.version}",
@@ -58,7 +58,7 @@ def build_job(
                 "name": name,
                 "namespace": settings.namespace,
                 "labels": {**settings.labels, **own, **queue, **(labels or {})},
-                "annotations": {**settings.annotations, "pirl.dev/out": program.out, SPEC_HASH: digest},
+                "annotations": {**settings.annotations, **expiry, "pirl.dev/out": program.out, SPEC_HASH: digest},
             },
             "spec": spec,
         }

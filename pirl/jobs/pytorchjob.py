@@ -26,14 +26,14 @@ class PyTorchJob(JobKind):
     name = "pytorchjob"
     resources = (Resource("kubeflow.org", "v1", "pytorchjobs", "PyTorchJob"),)
     container = "pytorch"
-    operator = Operator("training-operator", "1.9")
+    operators = (Operator("training operator", "training-operator", "1.9"),)
     install = (
         "install the training operator: kubectl apply --server-side -k "
         '"github.com/kubeflow/training-operator.git/manifests/overlays/standalone?ref=v1.9.3"'
     )
     refusals = frozenset({"FailedCreatePod"})
 
-    def specs(self, settings: JobSettings, template: Object) -> list[Object]:
+    def specs(self, name: str, settings: JobSettings, template: Object) -> list[Object]:
         """Return the one spec: `nodes` workers."""
         policy: dict[str, Any] = {
             "cleanPodPolicy": "Running",
@@ -61,8 +61,8 @@ class PyTorchJob(JobKind):
 
     def pods(self, cluster: Cluster, job: Object) -> list[Object]:
         """Return the pods that this very job owns."""
-        found = cluster.pods_by_label(f"{PREFIX}/job-name={job['metadata']['name']}")
-        return [pod for pod in found if owner(pod) == job["metadata"]["uid"]]
+        pods = cluster.pods_by_label(f"{PREFIX}/job-name={job['metadata']['name']}")
+        return [pod for pod in pods if owner(pod) == job["metadata"]["uid"]]
 
     def index(self, pod: Object) -> int:
         """Return the N of `-worker-N`."""

@@ -170,6 +170,8 @@ class JobSettings(Settings):
 
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = 10
     """Times that all pods may restart, each from the last checkpoint, before the job has failed."""
+    restart: Literal["", "pods", "containers"] = ""
+    """After a failure: recreate all pods, or restart containers in their pods. "": the kind's default."""
     grace_s: Annotated[int, Field(ge=1, le=3600)] = 60
     """Time of a pod between SIGTERM and SIGKILL, for a last checkpoint."""
     ttl_s: Annotated[int, Field(ge=0, lt=2**31)] = 86400

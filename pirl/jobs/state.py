@@ -14,7 +14,7 @@ LONGEST_TURN_S = 60.0  # that one turn of the launcher may add to a clock: it ma
 
 
 class State(Enum):
-    """What the launcher takes a job for; see the picture in `launcher`."""
+    """State of a job in the launcher; see the picture in `launcher`."""
 
     ABSENT = "absent"
     SUSPENDED = "suspended"

@@ -26,7 +26,7 @@ class Progress:
         self.every_s = every_s
         self.last: dict[str, Any] = {}
         self.available = True
-        """Whether storage answered the last request."""
+        """Storage answered the last request."""
         self._best = -1
         self._read_at = float("-inf")
 
@@ -68,21 +68,27 @@ class LogStream:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        self._uid = ""
+        self._pod: Object | None = None
         self._restarts = 0
         self._seen = ""
         self._read_at: float | None = None
         self._wait_until = 0.0
 
     def lines(self, pod: Object) -> list[str]:
-        """Return the lines since the last call."""
-        now = time.monotonic()
-        container = status(pod)
-        if now < self._wait_until or not {"running", "terminated"} & container.get("state", {}).keys():
+        """Return the lines since the last call; first the last ones of a pod that this one replaces."""
+        if time.monotonic() < self._wait_until or not {"running", "terminated"} & status(pod).get("state", {}).keys():
             return []
-        restarts = container.get("restartCount", 0)
-        if pod["metadata"]["uid"] != self._uid:
-            self._uid, self._restarts, self._seen, self._read_at = pod["metadata"]["uid"], restarts, "", None
+        new: list[str] = []
+        if self._pod is None or pod["metadata"]["uid"] != self._pod["metadata"]["uid"]:
+            if self._pod is not None:
+                new = self._read(self._pod)
+            self._restarts, self._seen, self._read_at = status(pod).get("restartCount", 0), "", None
+        self._pod = pod
+        return new + self._read(pod)
+
+    def _read(self, pod: Object) -> list[str]:
+        """Return the lines of one pod that were not read before."""
+        now, restarts = time.monotonic(), status(pod).get("restartCount", 0)
         since = None if self._read_at is None else int(now - self._read_at) + 10
         try:
             text = ""

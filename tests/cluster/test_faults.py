@@ -6,13 +6,14 @@ Every training is of 4 pods, and its launcher has the rights of the service acco
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from training import Place, Training, kubectl, make_place, needs_program, program, remove_place, until
+from training import Place, Training, kinds, kubectl, make_place, needs_program, program, remove_place, until
 
 from pirl.errors import EXIT_FAILURE, EXIT_PREEMPTED, EXIT_USAGE
 
@@ -26,9 +27,11 @@ EPOCHS = 60
 MIDDLE = 103  # a step in mid-epoch, with checkpoints before it
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    place, objects = make_place("pirl-faults", tmp_path_factory.mktemp("faults"))
+@pytest.fixture(scope="module", params=kinds())
+def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """Once for each kind of job that the cluster serves."""
+    kind = request.param
+    place, objects = make_place(f"pirl-faults-{kind.name}", tmp_path_factory.mktemp("faults"), kind)
     yield place
     remove_place(place, objects)
 
@@ -42,7 +45,7 @@ def training(place: Place, request: pytest.FixtureRequest) -> Iterator[Training]
     if found.starts and found.process.poll() is None:
         found.process.kill()
     print(found.text())
-    kubectl("delete", "pytorchjob", found.name, "-n", place.namespace, "--ignore-not-found", "--wait=true")
+    place.delete_job(found.name)
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +81,15 @@ def test_a_killed_rank(training: Training, undisturbed: list[tuple[int, float]])
     training.reach(MIDDLE)
     training.signal_rank(2, signal.SIGKILL)
     ended_well(training, undisturbed)
-    assert f"{training.name}-worker-2 ended with exit code 1" in training.text()
+    assert re.search(rf"{training.name}-(worker|node-0)-2\S* ended with exit code 1", training.text())
 
 
 @pytest.mark.parametrize("pod", [0, 3])
 def test_a_deleted_pod(training: Training, undisturbed: list[tuple[int, float]], pod: int) -> None:
     training.start()
     training.reach(MIDDLE)
-    kubectl("delete", "pod", f"{training.name}-worker-{pod}", "-n", training.place.namespace, "--wait=false")
+    name = training.place.pod(training.name, pod)
+    kubectl("delete", "pod", name, "-n", training.place.namespace, "--wait=false")
     ended_well(training, undisturbed)
 
 
@@ -142,7 +146,9 @@ def test_a_killed_launcher_adopts_its_job(training: Training, undisturbed: list[
     training.start()
     training.reach(MIDDLE + 10)
     assert [pod["metadata"]["uid"] for pod in training.place.pods(training.name)] == uid
-    assert [job for job in training.place.jobs() if "adopts" in job] == [f"pytorchjob.kubeflow.org/{training.name}"]
+    assert [job for job in training.place.jobs() if "adopts" in job] == [
+        f"{training.place.kind.command}.{training.place.kind.resource.group}/{training.name}"
+    ]
     ended_well(training, undisturbed)
     assert "adopted job" in training.text()
     assert "created job" not in training.text()
@@ -162,7 +168,7 @@ def test_a_launcher_that_is_told_to_stop(training: Training, undisturbed: list[t
 def test_a_job_deleted_by_hand(training: Training, undisturbed: list[tuple[int, float]]) -> None:
     training.start()
     training.reach(MIDDLE)
-    kubectl("delete", "pytorchjob", training.name, "-n", training.place.namespace)
+    training.place.delete_job(training.name)
     assert training.end(60) == EXIT_FAILURE
     assert f"job {training.name} was deleted by somebody else" in training.text()
     training.start()
@@ -175,7 +181,7 @@ def test_an_image_that_does_not_exist(training: Training) -> None:
     assert training.end(90) == EXIT_FAILURE
     assert "cannot pull the image localhost/no-such-image:1" in training.text()
     assert "is the image pushed" in training.text()
-    assert f"{training.name}-worker-" in training.text()
+    assert re.search(rf"{training.name}-(worker|node-0)-", training.text())
     until(lambda: not training.place.jobs() or training.name not in str(training.place.jobs()), 60)
 
 
@@ -193,7 +199,6 @@ def test_a_quota_that_forbids_the_pods(training: Training) -> None:
 
 @needs_program()
 def test_gpus_that_no_node_has_left(training: Training) -> None:
-    namespace = training.place.namespace
     program("gpus", "8")
     try:
         until(lambda: kubectl("get", "nodes", "-o", r"jsonpath={..allocatable.nvidia\.com/gpu}") == "8 8 8 8", 60)
@@ -208,7 +213,7 @@ def test_gpus_that_no_node_has_left(training: Training) -> None:
         other.end(60)
     finally:
         program("gpus", "0")
-    kubectl("delete", "pytorchjob", other.name, "-n", namespace, "--ignore-not-found")
+    training.place.delete_job(other.name)
 
 
 def test_a_rank_that_hangs(training: Training, undisturbed: list[tuple[int, float]]) -> None:
@@ -228,7 +233,7 @@ def test_a_job_of_other_settings_is_not_adopted(training: Training) -> None:
     other = Training(training.place, training.run, EPOCHS, {}, starts=7)
     other.start(nodes=2)
     assert other.end(30) == EXIT_USAGE
-    assert "spec.elasticPolicy.maxReplicas: 4 -> 2" in other.text()
-    assert "kubectl delete pytorchjob" in other.text()
+    assert "4 -> 2" in other.text()
+    assert f"kubectl delete {training.place.kind.command}" in other.text()
     training.process.terminate()
     assert training.end(30) == EXIT_PREEMPTED

@@ -26,6 +26,9 @@ from conftest import IMAGES, TINY
 from images import folder_of_classes
 
 import pirl
+from pirl.backends import KINDS
+from pirl.jobs.kind import JobKind
+from pirl.jobs.pytorchjob import PyTorchJob
 from pirl.shards import open_source, write_shards
 from pirl.storage import open_storage
 
@@ -41,6 +44,23 @@ def needs_program() -> pytest.MarkDecorator:
 
 def program(*arguments: str, ok: bool = True) -> None:
     subprocess.run([PROGRAM, *arguments], check=ok, capture_output=True)
+
+
+def kinds() -> list[Any]:
+    """A parameter for each kind of job, skipped where the cluster does not serve it."""
+    served = set()
+    if os.environ.get("KUBECONFIG") and shutil.which("kubectl"):
+        served = set(kubectl("api-resources", "-o", "name", ok=False).split())
+    return [
+        pytest.param(
+            kind,
+            id=kind.name,
+            marks=pytest.mark.skipif(
+                f"{kind.resource.plural}.{kind.resource.group}" not in served, reason=f"no {kind.title} on this cluster"
+            ),
+        )
+        for kind in KINDS
+    ]
 
 
 def kubectl(*arguments: str, stdin: str | None = None, ok: bool = True) -> str:
@@ -67,6 +87,7 @@ class Place:
     namespace: str
     uri: str
     folder: Path
+    kind: JobKind = field(default_factory=PyTorchJob)
     job: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
 
@@ -79,16 +100,25 @@ class Place:
         ]
 
     def pods(self, name: str) -> list[dict[str, Any]]:
-        selector = f"training.kubeflow.org/job-name={name}"
-        return json.loads(kubectl("get", "pods", "-n", self.namespace, "-l", selector, "-o", "json"))["items"]
+        """The job's pods by their index, those that are being deleted last."""
+        items = json.loads(kubectl("get", "pods", "-n", self.namespace, "-l", f"pirl.dev/job={name}", "-o", "json"))
+        return sorted(items["items"], key=lambda pod: ("deletionTimestamp" in pod["metadata"], self.kind.index(pod)))
+
+    def pod(self, name: str, index: int) -> str:
+        """The name of a pod of the job."""
+        return next(pod["metadata"]["name"] for pod in self.pods(name) if self.kind.index(pod) == index)
 
     def jobs(self) -> list[str]:
-        return kubectl("get", "pytorchjobs", "-n", self.namespace, "-o", "name").split()
+        return kubectl("get", self.kind.resource.plural, "-n", self.namespace, "-o", "name").split()
+
+    def delete_job(self, name: str) -> None:
+        """Delete a job, if it exists, and wait until it is gone."""
+        kubectl("delete", self.kind.command, name, "-n", self.namespace, "--ignore-not-found", "--wait=true")
 
 
 @dataclass
 class Training:
-    """`pirl train --backend pytorchjob` as a process, and what it says."""
+    """`pirl train` with a job as a process, and its output."""
 
     place: Place
     run: str
@@ -108,7 +138,7 @@ class Training:
 
     def start(self, **job: Any) -> None:
         command = [str(Path(sys.executable).with_name("pirl")), "train", str(self.place.folder / "tiny.toml")]
-        command += ["--backend", "pytorchjob", "--data", f"{self.place.uri}/data", "--out", self.out]
+        command += ["--backend", self.place.kind.name, "--data", f"{self.place.uri}/data", "--out", self.out]
         command += ["--log-every", "1", "--checkpoint-every-s", "3"]
         command += self.place.options(**{**self.job, **job})
         command += [f"train.epochs={self.epochs}", "optim.base_lr=0.05"]
@@ -151,8 +181,8 @@ class Training:
 
     def in_pod(self, pod: int, code: str) -> str:
         """Run Python in a worker."""
-        name = f"{self.name}-worker-{pod}"
-        return kubectl("exec", "-n", self.place.namespace, name, "-c", "pytorch", "--", "python", "-c", code)
+        name, container = self.place.pod(self.name, pod), self.place.kind.container
+        return kubectl("exec", "-n", self.place.namespace, name, "-c", container, "--", "python", "-c", code)
 
     def signal_rank(self, pod: int, number: int) -> None:
         """Signal the process in a worker that computes, not the one that started it."""
@@ -191,11 +221,11 @@ def thin_image(folder: Path) -> str:
     return THIN
 
 
-def make_place(namespace: str, folder: Path) -> tuple[Place, list[dict[str, Any]]]:
+def make_place(namespace: str, folder: Path, kind: JobKind | None = None) -> tuple[Place, list[dict[str, Any]]]:
     """The place, and the objects to delete when it is no longer needed."""
     bucket = f"{namespace}-{os.getpid()}"
     boto3.client("s3").create_bucket(Bucket=bucket)
-    place = Place(namespace, f"s3://{bucket}", folder)
+    place = Place(namespace, f"s3://{bucket}", folder, kind or PyTorchJob())
     (folder / "tiny.toml").write_text(TINY)
     source = folder_of_classes(folder / "images", classes=3, images=IMAGES // 3, width=24, height=20)
     write_shards(open_source(str(source)), open_storage(f"{place.uri}/data"), shard_bytes=16 << 10)
@@ -279,7 +309,7 @@ def launcher_kubeconfig(namespace: str, folder: Path) -> Path:
 
 
 def remove_place(place: Place, objects: list[dict[str, Any]]) -> None:
-    kubectl("delete", "pytorchjobs", "--all", "-n", place.namespace, "--wait=true")
+    kubectl("delete", place.kind.resource.plural, "--all", "-n", place.namespace, "--wait=true")
     kubectl("delete", "--ignore-not-found", "-f", "-", stdin=yaml.safe_dump_all(objects))
     bucket = boto3.resource("s3").Bucket(place.uri.removeprefix("s3://"))
     bucket.objects.all().delete()
