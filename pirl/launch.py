@@ -163,7 +163,7 @@ def check_environment() -> None:
 
 
 def _rendezvous_problems(nodes: int) -> list[str]:
-    """What is missing for several nodes to find each other."""
+    """Return the problem that keeps several nodes from finding each other, if any."""
     if os.environ.get("PET_RDZV_ENDPOINT"):
         return []
     if os.environ.get("PET_RDZV_BACKEND", "static") != "static" or not os.environ.get("PET_MASTER_ADDR"):
@@ -178,7 +178,7 @@ def _rendezvous_problems(nodes: int) -> list[str]:
 
 
 def _number_problems(name: str, least: int) -> list[str]:
-    """The problem of the environment variable `name`, if it is set and not an integer of at least `least`."""
+    """Return the problem of the variable `name`, if it is set and not an integer of at least `least`."""
     text = os.environ.get(name, str(least))
     value = parse_number(text)
     return [] if value is not None and value >= least else [f"{name} is {text!r}, expected a number from {least}"]

@@ -40,7 +40,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0."""
+        """True on rank 0."""
         return self.rank == 0
 
     def all_gather(self, tensor: Tensor, counts: list[int]) -> Tensor:

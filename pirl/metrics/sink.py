@@ -40,7 +40,7 @@ class Sink:
     """
 
     every_rank = False
-    """Whether each rank opens one; else rank 0 alone."""
+    """True where each rank opens one; else rank 0 alone."""
 
     def __init__(self, context: Context) -> None:
         """Open the place; nothing is read or written before `resume`."""

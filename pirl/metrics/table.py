@@ -54,7 +54,7 @@ TRAINING = (
         "1",
         "Standard deviation of a batch's embeddings times sqrt(dimension): near 1 spread out, near 0 collapsed.",
     ),
-    Metric("pirl_training_restarts_total", "counter", "starts", "Starts of the run that went on from a checkpoint."),
+    Metric("pirl_training_restarts_total", "counter", "starts", "Starts of the run that resumed from a checkpoint."),
     Metric(
         "pirl_training_nonfinite_timestamp_seconds",
         "gauge",
@@ -126,12 +126,12 @@ HEAD = """# Metrics
 
 This page is made from `pirl/metrics/table.py`: `python -m pirl.metrics > docs/metrics.md`.
 
-**Training** answers Prometheus at `http://HOST:PIRL_METRICS_PORT/metrics`; without that variable there is no endpoint.
+**Training** answers Prometheus at `http://HOST:PIRL_METRICS_PORT/metrics`; without that variable nothing is served.
 The first rank of each machine serves the metrics of all ranks there. In a PyTorchJob the port is 9400, named
 `metrics`. Values are read from the device every `--log-every` steps, when the log line asks for them anyway; the step
 counters move with each step.
 
-**Sharding and evaluation** end before anybody scrapes them: with `PIRL_METRICS_FILE=/some/folder/pirl-{task}.prom` each
+**Sharding and evaluation** end before Prometheus scrapes them: with `PIRL_METRICS_FILE=/some/folder/pirl-{task}.prom` each
 leaves a file for node-exporter's textfile collector (written aside and renamed; `{task}` becomes the step's name).
 
 `kubectl apply -k manifests/overlays/monitoring` has Prometheus scrape the trainings and adds a Grafana dashboard and

@@ -83,7 +83,7 @@ class Telemetry:
 
 
 def check_port() -> int | None:
-    """Return the port to serve metrics at, None where there is none; raise `UsageError` if it cannot be a port."""
+    """Return the port to serve metrics at, None where it is not set; raise `UsageError` if it cannot be a port."""
     text = os.environ.get(PORT, "")
     if text and not is_port(text):
         raise UsageError(

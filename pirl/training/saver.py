@@ -38,7 +38,7 @@ class Saver:
         self.cursor: Cursor | None = None
         """Of the state that was saved last, or is being saved."""
         self.milestone = False
-        """Whether that checkpoint is kept for good."""
+        """True if that checkpoint is kept for good."""
         self._started = 0.0
         self._overdue = False
         # batch statistics differ from rank to rank: rank 0's are saved

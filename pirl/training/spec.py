@@ -46,7 +46,7 @@ class TrainingOptions(Settings):
 
 
 class Options(TrainingOptions):
-    """Where a training reads and writes, and how its ranks run."""
+    """Locations that a training reads and writes, and how its ranks run."""
 
     data: str
     """URI of the shards."""
@@ -64,7 +64,7 @@ class Options(TrainingOptions):
 
 
 class TrainingSpec(Options):
-    """All that a rank has to be told."""
+    """Complete specification of a training, for its ranks."""
 
     recipe: Recipe
 
