@@ -131,8 +131,9 @@ The first rank of each machine serves the metrics of all ranks there. In a PyTor
 `metrics`. Values are read from the device every `--log-every` steps, when the log line asks for them anyway; the step
 counters move with each step.
 
-**Sharding and evaluation** end before Prometheus scrapes them: with `PIRL_METRICS_FILE=/some/folder/pirl-{task}.prom` each
-leaves a file for node-exporter's textfile collector (written aside and renamed; `{task}` becomes the step's name).
+**Sharding and evaluation** end before Prometheus scrapes them: with
+`PIRL_METRICS_FILE=/some/folder/pirl-{task}.prom` each leaves a file for node-exporter's textfile collector
+(written aside and renamed; `{task}` becomes the step's name).
 
 `kubectl apply -k manifests/overlays/monitoring` has Prometheus scrape the trainings and adds a Grafana dashboard and
 alerts: [what each means, and what to do](operations.md#alerts).

@@ -54,7 +54,7 @@ class TrainState:
 
 
 def resume(state: TrainState, checkpoints: Checkpoints, run: Run, data_digest: str, world: World) -> Cursor | None:
-    """Load the newest checkpoint of the run into `state` and return its cursor, or None where the run has no checkpoint."""
+    """Load the newest checkpoint of the run into `state` and return its cursor, or None without one."""
     name = world.broadcast_object(checkpoints.newest() if world.is_main else None)
     newest = checkpoints.load() if name else None
     commits = world.gather_objects(newest[0].name if newest else None)
