@@ -442,6 +442,7 @@ def test_renaming_a_recipe_does_not_make_it_another(stopped_run: Path, shards: s
         (["train.epoch=3"], "Did you mean 'train.epochs'"),
         (["--log-every", "0", "--keep", "0"], "--keep: input should be greater than or equal to 1 (got 0)"),
         (["--checkpoint-every-s", "nan"], "--checkpoint-every-s"),
+        (["--checkpoint-every-s", "inf"], "--checkpoint-every-s"),
     ],
 )
 def test_mistakes_cost_nothing(
