@@ -194,6 +194,8 @@ class Loader:
         self.recipe = recipe
         self.world = world
         self.workers = workers
+        if world.is_main:
+            self.dataset.reader.check()  # once for all ranks, so that damage shows at once and not in mid-epoch
         if world.is_main and recipe.train.order == "sorted" and self.dataset.rows > MOST_SORTED:
             log.warning(
                 "every rank sorts %s keys at the start of an epoch -> train.order=permutation in a new run",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +25,8 @@ from pirl.config import Recipe
 from pirl.data import Batch, CropDataset, Loader, Share, epoch_shares, negative_seeds
 from pirl.errors import DataError
 from pirl.order import epoch_order
-from pirl.shards import ShardReader, decode_image
+from pirl.shards import Manifest, ShardReader, decode_image
+from pirl.storage import encode_json, local_path, open_storage
 from pirl.views import crop_batch
 from pirl.world import World
 
@@ -306,19 +310,37 @@ def test_workers_end_with_a_killed_rank(shards: str, tiny_toml: Path, tmp_path: 
 
 
 def broken_image(world: World, shards: str, workers: int) -> str:
-    dataset = Loader(shards, tiny_recipe(), world, workers)
-    dataset.dataset.reader._offsets[30] += 7
-    dataset.dataset.reader._checksums[30] = -1  # as in shards that were made before there were checksums
     try:
-        for _ in dataset.batches(0, 0):
+        for _ in Loader(shards, tiny_recipe(), world, workers).batches(0, 0):
             pass
     except DataError as error:
         return str(error)
     return "went on"
 
 
+def with_broken_image(shards: str, folder: Path, id: int) -> str:
+    """Return a copy of shards in which the index says a wrong place for an image, without a checksum to show it."""
+    source = local_path(open_storage(shards))
+    assert source
+    shutil.copytree(source, folder)
+    manifest = Manifest.load(open_storage(folder))
+    number = [shard.first_id <= id for shard in manifest.shards].count(True) - 1
+    shard = manifest.shards[number]
+    index = json.loads((folder / shard.index_name).read_text())
+    index["offset"][id - shard.first_id] += 7
+    del index["crc32"]  # as in shards that were made before there were checksums
+    data = json.dumps(index).encode()
+    (folder / shard.index_name).write_bytes(data)
+    manifest.shards[number] = shard.model_copy(update={"index_sha256": hashlib.sha256(data).hexdigest()})
+    settings = (manifest.source, manifest.quarantined, manifest.decoding, manifest.pictures)
+    changed = Manifest.of(manifest.shards, manifest.classes, *settings)
+    (folder / "manifest.json").write_bytes(encode_json(changed.model_dump()))
+    return str(folder)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_image_is_named_without_a_traceback(shards: str, tmp_path: Path, workers: int) -> None:
-    (told,) = ranks.run(broken_image, 1, tmp_path, shards, workers)
+    broken = with_broken_image(shards, tmp_path / "broken", 30)
+    (told,) = ranks.run(broken_image, 1, tmp_path, broken, workers)
     assert "image 30 (" in told
     assert "Traceback" not in told

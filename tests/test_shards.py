@@ -740,14 +740,22 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+def read_all(place: Path) -> list[bytes]:
+    reader = ShardReader(place)
+    return [reader.read(id) for id in range(len(reader))]
+
+
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damage_is_found_when_it_is_opened(sharded: Path, case: str) -> None:
+def test_damage_is_found_when_a_shard_is_first_touched(sharded: Path, case: str) -> None:
     damage, message = DAMAGE[case]
     damage(sharded)
     with pytest.raises(DataError, match=message) as caught:
-        ShardReader(sharded)
+        read_all(sharded)
     assert caught.value.hint
     assert str(sharded) in caught.value.what
+    if case.startswith("shard") or case == "index missing":
+        with pytest.raises(DataError, match=message):
+            ShardReader(sharded).check()
 
 
 def test_verify_finds_what_a_size_cannot_tell(sharded: Path) -> None:
@@ -785,7 +793,8 @@ def test_a_shard_cut_while_in_use(sharded: Path) -> None:
 
 
 def test_reader_after_fork_pickle_and_in_threads(tree: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pirl.shards.read._max_open", lambda: 2)  # files are closed and opened all the time
+    for module in ("read", "index"):
+        monkeypatch.setattr(f"pirl.shards.{module}.max_open", lambda: 2)  # files are closed and opened all the time
     reader = ShardReader(sharded)
     expected = [(tree / reader.name(i)).read_bytes() for i in range(63)]
     assert [pickle.loads(pickle.dumps(reader)).read(i) for i in (0, 30, 62)] == [expected[i] for i in (0, 30, 62)]
@@ -845,7 +854,7 @@ def test_s3_damage(tree: Path, bucket: str, tmp_path: Path) -> None:  # noqa: F8
     assert reader.read(0) == (tree / reader.name(0)).read_bytes()
     storage.delete("shard-000002.tar")
     with pytest.raises(DataError, match=r"shard-000002\.tar is missing"):
-        ShardReader(out)
+        ShardReader(out).check()
     with pytest.raises(DataError, match=r"shard-000002\.tar is missing"):
         shard(tree, out, shard_bytes=40_000)
 

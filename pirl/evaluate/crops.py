@@ -50,7 +50,6 @@ class LabelledCrops(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, reader: ShardReader, recipe: Recipe, seed: int) -> None:
         self.reader, self.recipe, self.seed = reader, recipe, seed
-        self.labels = reader.labels()
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -63,7 +62,7 @@ class LabelledCrops(Dataset[tuple[Tensor, Tensor]]):
             pixels = np.stack([centre_crop(image, self.recipe) for image in images])
         else:
             pixels = random_crops(images, ids, self.seed, epoch, self.recipe.eval.crop)
-        return torch.from_numpy(pixels), torch.from_numpy(self.labels[ids])
+        return torch.from_numpy(pixels), torch.from_numpy(self.reader.labels(ids))
 
     def load(self, chunks: Iterable[Chunk], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The chunks in order, made by `workers` processes (0: in this one)."""

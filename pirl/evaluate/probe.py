@@ -76,6 +76,7 @@ def check_labels(train: ShardReader, test: ShardReader) -> list[str]:
                 f"{reader.storage.uri} has no labels: an evaluation needs them",
                 "shard a folder with one subfolder for each class",
             )
+        reader.check()
     assert train.manifest.classes is not None
     if absent := test.match_classes(train.manifest.classes):
         log.warning("%s has no image of %s: they count for nothing", test.storage.uri, listed(absent))

@@ -1,6 +1,7 @@
 """Parts of remote shards on the local disk: kept over restarts, shared by processes, never more than allowed.
 
     ROOT/DIGEST/000003-000017.block   block 17 of shard 3 of the data set with this digest
+    ROOT/DIGEST/shard-000003.index    where the images of shard 3 lie, see `index`
     ROOT/DIGEST/in-use                locked (flock) by every process that reads this data set
     ROOT/DIGEST/fetching              its byte n is locked by who fetches block n
 
@@ -37,13 +38,16 @@ class BlockCache:
     to 1/256 of that more for every process.
     """
 
-    def __init__(self, root: Path | None, digest: str) -> None:
-        """Without a root nothing is kept."""
+    def __init__(self, root: Path | None, digest: str, blocks: bool = True) -> None:
+        """Without a root nothing is kept. Without `blocks` only indexes are, and nothing is locked or measured."""
         self.root = root or Path(os.devnull)  # below a file there is nothing
         self.folder = self.root / digest
         self._in_use: BinaryIO | None = None
         self._limit = self._room = self._uncounted = 0
         self._off = root is None
+        self._quiet = not blocks  # what is not kept is held in memory
+        if not blocks:
+            return
         if root is None:
             _warn_once(
                 "no cache, as there is no home folder: images are read from S3 every time. PIRL_CACHE names a folder"
@@ -90,12 +94,9 @@ class BlockCache:
             name = _block_name(shard, (start + begin) // BLOCK_BYTES)
             self.save(name, data[begin : begin + BLOCK_BYTES])
 
-    def load(self, name: str) -> bytes | None:
-        """A small file, whole."""
-        try:
-            return (self.folder / name).read_bytes()
-        except OSError:
-            return None
+    def path(self, name: str) -> Path:
+        """Return where a file is kept, if it is."""
+        return self.folder / name
 
     def save(self, name: str, data: memoryview) -> None:
         """Keep a file; readers see all of it or nothing."""
@@ -162,6 +163,8 @@ class BlockCache:
     def _give_up(self, error: OSError) -> None:
         if not self._off:
             self._off = True
+            if self._quiet:
+                return
             _warn_once(
                 f"the cache {self.root} takes nothing more ({error.strerror or error}); what it lacks is read from S3 "
                 f"every time. Free some space, or name another folder by PIRL_CACHE or a smaller size by {LIMIT}"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import json
 import os
-import resource
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,26 +18,26 @@ from pirl.errors import DataError, StorageNotFoundError
 from pirl.shards.cache import BlockCache
 from pirl.shards.fashion import cache_root
 from pirl.shards.images import decode_image
+from pirl.shards.index import HINT, UNKNOWN, Record, ShardIndexes, max_open
 from pirl.shards.labels import match_classes
 from pirl.shards.manifest import Manifest, Shard
-from pirl.shards.remote import HINT, Ahead, RemoteShards, Span
+from pirl.shards.remote import Ahead, RemoteShards, Span
 from pirl.storage import Storage, local_path, open_storage
 from pirl.storage.local import local_errors
 from pirl.storage.patience import retry
 
 OPEN_THREADS = 16
 HASH_BYTES = 8 * 2**20
-UNKNOWN = -1  # checksum of an image in shards that were made before there were checksums
 
 
 class ShardReader:
     """The images of a sharded data set by id, 0 <= id < len(reader).
 
-    Opening it checks the manifest, the size of every shard and the hash of every index, so that damage shows at once
-    and not in mid-epoch; `read_many` finds out what has changed since. From S3 come only the parts that are asked for,
-    kept in a cache (`PIRL_CACHE`, default ~/.cache/pirl) and checked, wherever they come from, by each image's
-    checksum; who reads one image after the other gets the next ones in advance. A reader may be shared by threads,
-    inherited by fork, and pickled.
+    Opening it reads the manifest and nothing of a shard, and what it holds does not grow with the images. The size and
+    the index of a shard are checked when an image of it is first asked for, each image of `read_many` by its checksum,
+    and all shards by `check`. From S3 come only the parts that are asked for, kept in a cache (`PIRL_CACHE`, default
+    ~/.cache/pirl); sequential reads get the next images in advance. A reader may be shared by threads, inherited by
+    fork, and pickled.
     """
 
     manifest: Manifest
@@ -48,37 +46,37 @@ class ShardReader:
         self.storage = storage if isinstance(storage, Storage) else open_storage(storage)
         self.manifest = Manifest.load(self.storage)
         self._local = local_path(self.storage)
-        self._remote = self._open_remote()
         self._first_ids = [shard.first_id for shard in self.manifest.shards]
-        with ThreadPoolExecutor(OPEN_THREADS) as pool:  # on S3 each costs a round trip
-            columns = list(pool.map(self._open_shard, self.manifest.shards))
-        self._offsets, self._sizes, self._labels, self._checksums = (np.concatenate(c) for c in zip(*columns))
         self._classes = self.manifest.classes  # by which the labels are numbered
-        self._files: dict[int, _File] = {}
-        self._names: dict[int, list[str]] = {}
-        self._ahead = self._open_ahead()
+        self._numbers: np.ndarray | None = None  # of the classes; None: as the shards number them
+        self._open()
 
-    def _open_remote(self) -> RemoteShards | None:
-        if self._local:
-            return None
+    def _open(self) -> None:
         root = cache_root()
-        cache = BlockCache(root / "shards" if root else None, self.manifest.digest)
-        return RemoteShards(self.storage, self.manifest, cache)
-
-    def _open_ahead(self) -> Ahead | None:
-        return Ahead(self.read_many, len(self), float(self._sizes.mean())) if self._remote else None
+        cache = BlockCache(root / "shards" if root else None, self.manifest.digest, blocks=self._local is None)
+        self._indexes = ShardIndexes(self.storage, self.manifest, cache)
+        self._files: dict[int, _File] = {}
+        self._remote: RemoteShards | None = None
+        self._ahead: Ahead | None = None
+        if self._local is None:
+            mean_bytes = sum(shard.bytes for shard in self.manifest.shards) / len(self)
+            self._remote = RemoteShards(self.storage, self.manifest, cache)
+            self._ahead = Ahead(self.read_many, len(self), mean_bytes)
 
     def __len__(self) -> int:
         return self.manifest.images
 
     def read(self, id: int) -> bytes:
-        """The encoded image, as it was given (a lossless PNG for array data sets)."""
-        number = self._shard_of(id)
+        """Return the encoded image, as it was given (a lossless PNG for array data sets)."""
         if self._ahead:
+            self._shard_of(id)
             return self._ahead.read(id)
-        size = int(self._sizes[id])
-        data = retry(self.storage, lambda: self._pread(number, size, int(self._offsets[id])))
-        if len(data) != size:
+        return self._read(id, self._record(id))
+
+    def _read(self, id: int, record: Record) -> bytes:
+        number = self._shard_of(id)
+        data = retry(self.storage, lambda: self._pread(number, record.size, record.offset))
+        if len(data) != record.size:
             shard = self.manifest.shards[number]
             raise DataError(f"{self.storage.uri}/{shard.name} was cut while it was in use (image {id})", HINT)
         return data
@@ -98,69 +96,83 @@ class ShardReader:
         return decode_image(self.read(id), f"image {id} ({self.name(id)})", self.manifest.decoding)
 
     def read_many(self, ids: Sequence[int]) -> list[bytes]:
-        """Several images, checked against their checksums.
+        """Return several images, checked against their checksums.
 
         From S3, those that lie near each other come in one request, others at the same time.
         """
+        if self._remote:
+            numbers = {self._shard_of(id) for id in ids}
+            list(self._remote.threads().map(self._indexes.open, numbers))  # each may cost a round trip
+        records = [self._record(id) for id in ids]
         if self._remote is None:
-            images = [self.read(id) for id in ids]
-            for id, data in zip(ids, images):
-                if not self._sound(id, data):
+            images = [self._read(id, record) for id, record in zip(ids, records)]
+            for id, record, data in zip(ids, records, images):
+                if not _is_sound(record, data):
                     raise self._changed(id)
             return images
-        spans = [self._span(id) for id in ids]
+        spans = [self._span(id, record) for id, record in zip(ids, records)]
         images = self._remote.read(spans)
-        changed = [k for k, id in enumerate(ids) if not self._sound(id, images[k])]
+        changed = [k for k, record in enumerate(records) if not _is_sound(record, images[k])]
         if changed:  # in the cache, it is to be hoped
             again = self._remote.read([spans[k] for k in changed], fresh=True)
             for k, data in zip(changed, again):
-                if not self._sound(ids[k], data):
+                if not _is_sound(records[k], data):
                     raise self._changed(ids[k])
                 images[k] = data
         return images
 
-    def _span(self, id: int) -> Span:
-        start = int(self._offsets[id])
-        return Span(self._shard_of(id), start, start + int(self._sizes[id]))
-
-    def _sound(self, id: int, data: bytes) -> bool:
-        return int(self._checksums[id]) in (zlib_ng.crc32(data), UNKNOWN)
+    def _span(self, id: int, record: Record) -> Span:
+        return Span(self._shard_of(id), record.offset, record.offset + record.size)
 
     def _changed(self, id: int) -> DataError:
         name = self.manifest.shards[self._shard_of(id)].name
         return DataError(f"{self.storage.uri}/{name} has other content than its manifest says (image {id})", HINT)
 
     def label(self, id: int) -> int:
-        """Class index, -1 when unlabelled."""
-        self._shard_of(id)
-        return int(self._labels[id])
+        """Return the class index, -1 when unlabelled."""
+        label = self._record(id).label
+        return label if self._numbers is None else int(self._numbers[label])
 
-    def labels(self) -> np.ndarray:
-        """All class indices, int64 (N,), -1 when unlabelled."""
-        return self._labels.copy()
+    def labels(self, ids: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """Return the class indices of some or all images, int64, -1 when unlabelled."""
+        if ids is not None:
+            return np.array([self.label(int(id)) for id in ids], np.int64)
+        labels = self._column("label")
+        return labels if self._numbers is None else self._numbers[labels]
 
     def match_classes(self, classes: Sequence[str]) -> list[str]:
         """Number the labels from now on by `classes`, those of the training images, matched by name.
 
-        Returns the classes without an image in this data set. DataError naming what training does not have.
+        Return the classes without an image in this data set. DataError naming what training does not have.
         """
-        held = np.unique(self._labels).tolist()
+        held = np.unique(self.labels()).tolist()
         numbers, absent = match_classes(classes, self._classes or [], held, self.storage.uri)
         if numbers:
-            self._labels = np.array(numbers, np.int64)[self._labels]
+            new = np.array(numbers, np.int64)
+            self._numbers = new if self._numbers is None else new[self._numbers]
         self._classes = list(classes)
         return absent
 
     def sizes(self) -> np.ndarray:
-        """Bytes of all encoded images, int64 (N,), from the indexes."""
-        return self._sizes.copy()
+        """Return the bytes of all encoded images, int64 (N,), from the indexes."""
+        return self._column("size")
 
     def name(self, id: int) -> str:
-        """The file name that the image had, relative to its folder. Never to be used as a path to write to."""
+        """Return the file name that the image had, relative to its folder. Never to be used as a path to write to."""
         number = self._shard_of(id)
-        if number not in self._names:
-            self._names[number] = self._index(self.manifest.shards[number])["name"]
-        return self._names[number][id - self._first_ids[number]]
+        return self._indexes.open(number).name(id - self._first_ids[number])
+
+    def check(self) -> None:
+        """Raise DataError naming the first shard that is missing or has another size than its manifest says.
+
+        One listing shows all of them.
+        """
+        sizes = self.storage.sizes("shard-")
+        for shard in self.manifest.shards:
+            for name in (shard.name, shard.index_name):
+                if name not in sizes:
+                    raise DataError(f"{self.storage.uri}/{name} is missing", HINT)
+            self._check_size(shard, sizes[shard.name])
 
     def verify(self) -> None:
         """Hash every shard; DataError naming the first that is not what the manifest says."""
@@ -170,75 +182,58 @@ class ShardReader:
                 digest.update(self.storage.read_range(shard.name, offset, HASH_BYTES))
             if digest.hexdigest() != shard.sha256:
                 raise DataError(f"{self.storage.uri}/{shard.name} has other content than its manifest says", HINT)
-            self._index(shard)
+            self._indexes.fetch(shard)
+
+    def _column(self, name: str) -> np.ndarray:
+        out = np.empty(len(self), np.int64)
+
+        def fill(number: int) -> None:
+            shard = self.manifest.shards[number]
+            out[shard.first_id : shard.first_id + shard.images] = self._indexes.open(number).columns()[name]
+
+        with ThreadPoolExecutor(OPEN_THREADS) as pool:  # on S3 an index that is not in the cache costs a round trip
+            list(pool.map(fill, range(len(self.manifest.shards))))
+        return out
+
+    def _record(self, id: int) -> Record:
+        number = self._shard_of(id)
+        return self._indexes.open(number).record(id - self._first_ids[number])
+
+    def _check_size(self, shard: Shard, size: int) -> None:
+        if size != shard.bytes:
+            where = f"{self.storage.uri}/{shard.name}"
+            raise DataError(f"{where} has {size:,} bytes, its manifest says {shard.bytes:,}", HINT)
 
     def _shard_of(self, id: int) -> int:
         if not 0 <= id < self.manifest.images:
             raise IndexError(f"id {id} is not in 0..{self.manifest.images - 1}")
         return bisect.bisect_right(self._first_ids, id) - 1
 
-    def _open_shard(self, shard: Shard) -> tuple[np.ndarray, ...]:
-        """Check one shard's size and its index -> offsets, sizes, labels, checksums, each int64 (images,)."""
-        where = f"{self.storage.uri}/{shard.name}"
-        try:
-            size = self.storage.size(shard.name)
-        except StorageNotFoundError:
-            raise DataError(f"{where} is missing", HINT) from None
-        if size != shard.bytes:
-            raise DataError(f"{where} has {size:,} bytes, its manifest says {shard.bytes:,}", HINT)
-        index = self._index(shard)
-        try:
-            offsets, sizes = np.array(index["offset"], np.int64), np.array(index["size"], np.int64)
-            labels = np.full(shard.images, -1) if index["label"] is None else np.array(index["label"], np.int64)
-            checksums = np.array(index.get("crc32", [UNKNOWN] * shard.images), np.int64)
-            known = len(self.manifest.classes or ())
-            sound = {len(offsets), len(sizes), len(labels), len(checksums), len(index["name"])} == {shard.images}
-            sound &= offsets.min() >= 0 and sizes.min() >= 0 and (offsets + sizes).max() <= shard.bytes
-            sound &= index["label"] is None or (labels.min() >= 0 and labels.max() < known)
-        except (KeyError, TypeError, ValueError, OverflowError):
-            sound = False
-        if not sound:
-            raise DataError(f"{self.storage.uri}/{shard.index_name} does not describe {shard.name}", HINT)
-        return offsets, sizes, labels, checksums
-
-    def _index(self, shard: Shard) -> dict[str, Any]:
-        """The columns of a shard's index, from the cache where there is one; its hash is in the manifest."""
-        where = f"{self.storage.uri}/{shard.index_name}"
-        data = self._remote.cache.load(shard.index_name) if self._remote else None
-        if data is None or hashlib.sha256(data).hexdigest() != shard.index_sha256:
-            try:
-                data = self.storage.read_bytes(shard.index_name)
-            except StorageNotFoundError:
-                raise DataError(f"{where} is missing", HINT) from None
-            if hashlib.sha256(data).hexdigest() != shard.index_sha256:
-                raise DataError(f"{where} has other content than its manifest says", HINT)
-            if self._remote:
-                self._remote.cache.save(shard.index_name, memoryview(data))
-        index = json.loads(data)
-        return index if isinstance(index, dict) else {}
-
     def _file(self, number: int) -> _File:
         file = self._files.get(number)
         if file is None:
-            if len(self._files) >= _max_open():
+            if len(self._files) >= max_open():
                 self._files = {}  # a new dict: threads that are reading keep their file until they are done
             shard = self.manifest.shards[number]
             assert self._local
             path = self._local / shard.name
             try:
                 with local_errors("open", path, reading=True):
-                    file = self._files[number] = _File(path)
+                    file = _File(path)
+                    size = os.fstat(file.fd).st_size
             except StorageNotFoundError:
                 raise DataError(f"{self.storage.uri}/{shard.name} is missing", HINT) from None
+            self._check_size(shard, size)
+            self._files[number] = file
         return file
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": {}, "_names": {}, "_remote": None, "_ahead": None}
+        opened = ("_indexes", "_files", "_remote", "_ahead")
+        return {name: value for name, value in self.__dict__.items() if name not in opened}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._remote = self._open_remote()
-        self._ahead = self._open_ahead()
+        self._open()
 
 
 class _File:
@@ -253,7 +248,5 @@ class _File:
             os.close(self.fd)
 
 
-def _max_open() -> int:
-    """Shards kept open at a time: half of what this process may open, the rest is for others."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return min(soft // 2, 4096) if soft > 0 else 4096
+def _is_sound(record: Record, data: bytes) -> bool:
+    return record.checksum in (zlib_ng.crc32(data), UNKNOWN)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from pirl.errors import DataError, StorageNotFoundError
 from pirl.shards.cache import BLOCK_BYTES, BlockCache
+from pirl.shards.index import HINT
 from pirl.shards.manifest import Manifest
 from pirl.storage import Storage
 
@@ -18,7 +19,6 @@ GAP_BYTES = 128 * 2**10  # between two images: to read so much too much takes no
 THREADS = 8
 IN_ORDER = 3  # images one after the other, and the next ones are read in advance
 AHEAD_BYTES = 16 * 2**20
-HINT = "restore the file, or remove the folder and run `pirl shard` again"
 
 
 class Span(NamedTuple):
@@ -57,7 +57,7 @@ class RemoteShards:
         def answer(request: _Request) -> list[bytes]:
             return self._answer(request, [spans[number] for number in request.parts], fresh)
 
-        answers = map(answer, requests) if len(requests) < 2 else self._threads().map(answer, requests)
+        answers = map(answer, requests) if len(requests) < 2 else self.threads().map(answer, requests)
         for request, parts in zip(requests, answers):
             for number, data in zip(request.parts, parts):
                 found[number] = data
@@ -109,7 +109,8 @@ class RemoteShards:
             raise DataError(f"{self.storage.uri}/{name} was cut while it was in use", HINT)
         return data
 
-    def _threads(self) -> ThreadPoolExecutor:
+    def threads(self) -> ThreadPoolExecutor:
+        """Return the threads of this process for requests."""
         if self._pool is None or self._pool[0] != os.getpid():
             self._pool = os.getpid(), ThreadPoolExecutor(THREADS, "pirl-s3")
         return self._pool[1]

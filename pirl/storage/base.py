@@ -79,6 +79,10 @@ class Storage(ABC):
     def list(self, prefix: str = "") -> Names:
         """All names that start with `prefix`, from all levels, sorted; empty when there is nothing."""
 
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Return the bytes of each object that `list` names."""
+        return {name: self.size(name) for name in self.list(prefix)}
+
     @abstractmethod
     def size(self, name: str) -> int:
         """Bytes of the object; `StorageNotFoundError` when absent."""

@@ -175,6 +175,9 @@ class S3Storage(Storage):
     def list(self, prefix: str = "") -> Names:
         return [entry.name for entry in self.entries(prefix)]
 
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        return {entry.name: entry.bytes for entry in self.entries(prefix)}
+
     @retried
     def entries(self, prefix: str = "", unusable: Names | None = None) -> Entries:
         """What `list` names, with sizes and versions. Keys that are no names are put into `unusable`."""
