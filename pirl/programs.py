@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .errors import StorageNotFoundError, UsageError
+from .errors import UsageError
+from .run import METRICS, Run
 from .shards import Manifest
 from .storage import open_storage
 from .training.spec import TrainingSpec
@@ -56,6 +57,9 @@ class Program(Command, Protocol):
     def is_complete(self) -> bool:
         """Return whether its completion marker exists; raise `UsageError` if it is another program's."""
 
+    def update(self) -> None:
+        """Update the settings of a complete run that its result does not depend on."""
+
     def describe(self, line: Mapping[str, Any]) -> str:
         """Return a line of the record in words."""
 
@@ -66,7 +70,7 @@ class Training:
 
     spec: TrainingSpec
     module: str = "pirl.train"
-    record: str = "metrics.jsonl"
+    record: str = METRICS
 
     @property
     def name(self) -> str:
@@ -101,22 +105,25 @@ class Training:
         return [path]
 
     def is_complete(self) -> bool:
-        """Return whether DONE.json exists; raise if it names another recipe or other data."""
-        try:
-            done = open_storage(self.out).read_json("DONE.json")
-        except StorageNotFoundError:
+        """Return whether the completion marker exists; raise if it names another recipe or other data."""
+        completion = Run.at(self.out).completion()
+        if completion is None:
             return False
-        expected = {
-            "recipe_digest": self.spec.recipe.digests(),
-            "data_digest": {Manifest.load(open_storage(self.spec.data)).digest},
+        matches = {
+            "recipe_digest": completion.recipe_digest in self.spec.recipe.digests(),
+            "data_digest": completion.data_digest == Manifest.load(open_storage(self.spec.data)).digest,
         }
-        wrong = [name for name, digests in expected.items() if done.get(name) not in digests]
-        if wrong:
+        differing = [name for name, matching in matches.items() if not matching]
+        if differing:
             raise UsageError(
-                f"{self.out}/DONE.json is of another training ({', '.join(wrong)} differ)",
+                f"the completion marker in {self.out} is of another training ({', '.join(differing)} differ)",
                 "use another --out; image and launcher of different versions can do this too",
             )
         return True
+
+    def update(self) -> None:
+        """Save the recipe where only settings that are not learned have changed."""
+        Run.at(self.out).update_recipe(self.spec.recipe)
 
     def describe(self, line: Mapping[str, Any]) -> str:
         """Return epoch, step, loss and throughput."""

@@ -121,6 +121,11 @@ class Run:
     def save_recipe(self, recipe: Recipe) -> None:
         self.storage.write_bytes(RECIPE, recipe.to_toml().encode())
 
+    def update_recipe(self, recipe: Recipe) -> None:
+        """Save the recipe of a complete run where settings that are not learned have changed, as those of `eval`."""
+        if self.recipe() != recipe:
+            self.save_recipe(recipe)
+
     # ---- what the steps leave
 
     def completion(self) -> Completion | None:

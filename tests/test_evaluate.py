@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGES, shards_of, tiny_recipe, warned
+from conftest import IMAGES, pirl_train, shards_of, tiny_recipe, warned
 from images import folder_of_classes, picture
 from torchvision import transforms
 
@@ -43,7 +43,7 @@ from pirl.evaluate import (
 )
 from pirl.evaluate.load import is_collapsed
 from pirl.model import build_model, weights_digest
-from pirl.results import PROBES, Evaluation, ProbeSettings
+from pirl.results import PROBES, Evaluation, ProbeSettings, Scores
 from pirl.run import Run, split_checkpoint_uri
 from pirl.shards import ShardReader
 from pirl.storage import open_storage
@@ -457,3 +457,24 @@ def test_a_run_is_evaluated_once(
     assert named.checkpoint == "step-00000000"
     assert Run.at(str(folder)).evaluation() == named
     assert not list((folder / "checkpoints").rglob("eval.json"))
+
+
+def test_another_eval_section_is_applied_to_a_finished_run(
+    tiny_toml: Path, shards: str, test_shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is saved without training again, evaluated by both protocols, and the same section is evaluated once."""
+    run = Run.at(str(tmp_path / "run"))
+    place = ["--data", shards, "--out", run.uri, "--processes", 1, "train.epochs=1"]
+    assert pirl_train(tiny_toml, *place) == 0
+    completion, weights = run.completion(), weights_digest(load_trunk(run)[2].state_dict())
+    monkeypatch.setattr(sys.modules["pirl.evaluate.fast"], "probe", lambda *_: {"linear": Scores(top1=spread([0.5]))})
+    first = evaluate_run(run.uri, shards, test_shards)
+    assert pirl_train(tiny_toml, *place, "eval.resize=20", "eval.crop=12") == 0
+    assert run.completion() == completion
+    assert (run.recipe().eval.resize, run.recipe().eval.crop) == (20, 12)
+    second = evaluate_run(run.uri, shards, test_shards)
+    settings = [result.to_json()["protocol"] for result in (first, second)]
+    assert [(each["resize"], each["crop"]) for each in settings] == [(16, 16), (20, 12)]
+    assert first.weights == second.weights == weights
+    assert load_model(run)[0].eval == load_trunk(run)[0].eval == run.recipe().eval
+    assert evaluate_run(run.uri, shards, test_shards) == second

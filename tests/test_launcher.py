@@ -54,6 +54,9 @@ class Steps:
     def is_complete(self) -> bool:
         return open_storage(self.out).exists("marker")
 
+    def update(self) -> None:
+        open_storage(self.out).write_bytes("updated", b"")
+
     def describe(self, line: Mapping[str, Any]) -> str:
         return f"step {line['step']}"
 
@@ -319,6 +322,15 @@ def test_settings_that_cannot_work_are_not_restarted(scene: Scene) -> None:
     assert isinstance(scene.error, TrainingError)
     assert "unknown key" in str(scene.error)
     assert scene.server.all(scene.words.plural) == []
+
+
+def test_a_complete_run_is_updated_without_a_job(scene: Scene) -> None:
+    scene.program.complete()
+    with scene.launched():
+        pass
+    assert scene.error is None
+    assert open_storage(scene.program.out).exists("updated")
+    assert not any(request.startswith("POST") for request in scene.server.requests)
 
 
 @pytest.mark.parametrize(

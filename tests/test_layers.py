@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,36 @@ def test_no_module_warns_by_the_warnings_module() -> None:
     """Under `PYTHONWARNINGS=error` a warning would end the work: `logs.warn` never raises."""
     sources = {path.relative_to(ROOT): path.read_text() for path in ROOT.rglob("*.py")}
     assert [str(name) for name, text in sources.items() if "warnings.warn(" in text] == []
+
+
+FILES_OF_A_RUN = "config.toml DONE.json metrics.jsonl events.jsonl warm.json report.html registered.json eval.json"
+FILES_OF_A_RUN += " eval_zoo.json eval_champion.json gate.json"
+NAMES_OF_A_RUN = re.compile(
+    rf"(^|[/ ])({'|'.join(map(re.escape, FILES_OF_A_RUN.split()))})(?![.\w])"
+    r"|^(checkpoints|steps)/|/(checkpoints|steps)(/|$)"
+)
+
+
+def names_of_a_run(text: str) -> list[str]:
+    """Return the strings of a module with names in a run's folder, docstrings and hints with a command apart."""
+    tree = ast.parse(text)
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    strings = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    texts = [node.value for node in strings if id(node) not in prose and "`pirl" not in node.value]
+    return [text for text in texts if NAMES_OF_A_RUN.search(text)]
+
+
+@pytest.mark.parametrize("room", ["pirl", "components", "pipelines"])
+def test_one_module_has_the_names_in_a_runs_folder(room: str) -> None:
+    paths = sorted((ROOT.parent / room).rglob("*.py"))
+    assert paths
+    holders = {str(path): held for path in paths if (held := names_of_a_run(path.read_text()))}
+    assert set(holders) == ({str(ROOT / "run.py")} if room == "pirl" else set()), holders
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [('x = run / "DONE.json"', 1), ('x = f"{run}/checkpoints/{name}"', 1), ('"""The marker DONE.json."""', 0)],
+)
+def test_names_in_a_runs_folder_are_detected(text: str, count: int) -> None:
+    assert len(names_of_a_run(text)) == count

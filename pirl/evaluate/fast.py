@@ -179,7 +179,7 @@ def evaluate_run(
 
 
 def _kept_evaluation(run: Run, train_data: str, test_data: str) -> Evaluation | None:
-    """Return the run's evaluation if it is of the same checkpoint, data and protocol."""
+    """Return the run's evaluation if it is of the same checkpoint, data, protocol and section `eval`."""
     commit = run.commit()
     digests = [Manifest.load(open_storage(uri)).digest for uri in (train_data, test_data)]
     try:
@@ -191,4 +191,5 @@ def _kept_evaluation(run: Run, train_data: str, test_data: str) -> Evaluation | 
         return None
     same = [before.checkpoint, before.commit, before.train_data, before.test_data]
     settings = before.protocol.model_dump(mode="json")
-    return before if same == [commit.name, commit.sha256, *digests] and settings | as_json(FAST) == settings else None
+    own = applied(FAST, run.recipe()).model_dump(mode="json")
+    return before if same == [commit.name, commit.sha256, *digests] and settings | own == settings else None

@@ -1,4 +1,4 @@
-"""Loading a run's network for an evaluation, an export or a report, and refusing features that say nothing."""
+"""Network of a run for an evaluation, an export or a report, and checks of its features."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ COLLAPSED = 1e-8  # share of a feature's mean square that is variance; rounding 
 def load_model(uri: str | Run) -> tuple[Recipe, Commit, PIRL, Tensor]:
     """Return the network of a run's newest checkpoint, or of the one named, and the (N, D) rows of its memory bank.
 
-    The network is in evaluation mode, on the CPU.
+    The network is in evaluation mode, on the CPU. The recipe is the checkpoint's, with the run's own section `eval`:
+    that may change after the training.
     """
     recipe, commit, model, saved = _load(uri)
     return recipe, commit, model, saved["bank"]["memory"]
@@ -40,7 +41,12 @@ def _load(uri: str | Run) -> tuple[Recipe, Commit, PIRL, dict[str, Any]]:
     recipe = parse_recipe(saved["recipe"], origin=f"the recipe inside {commit.name}")
     model = build_model(recipe)
     model.load_state_dict(saved["model"])
-    return recipe, commit, model.eval(), saved
+    return with_own_eval(run, recipe), commit, model.eval(), saved
+
+
+def with_own_eval(run: Run, recipe: Recipe) -> Recipe:
+    """Return a checkpoint's recipe with the section `eval` of the run that holds it."""
+    return recipe.model_copy(update={"eval": run.recipe().eval}) if run.exists() else recipe
 
 
 def require_finite(features: Tensor, ids: Sequence[int] | np.ndarray, reader: ShardReader, trunk: str) -> None:

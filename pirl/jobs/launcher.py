@@ -82,6 +82,7 @@ class Launcher:
         """
         if self.program.is_complete():
             say("launcher: this run is complete: up to date")
+            self.program.update()
             return
         try:
             with _stop_signals():

@@ -47,6 +47,7 @@ def train(recipe: Recipe, options: Options, world: World) -> Completion:
     if completion := run.completion():
         if world.is_main:
             say("this run is complete: up to date")
+            run.update_recipe(recipe)
         return completion
     # checks the shards before anything is written
     loader = Loader(options.data, recipe, world, max(0, options.workers))

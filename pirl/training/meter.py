@@ -16,6 +16,7 @@ from ..logs import say
 from ..loss import StepLoss
 from ..metrics import Log
 from ..metrics.clock import StepClock
+from ..run import EVENTS
 from ..text import duration
 from ..world import World
 from .spec import Options
@@ -140,7 +141,7 @@ class Meter:
         return TrainingError(
             f"{subject}{' is no longer finite' if where else ''}, first at step {cursor.step} (epoch {cursor.epoch}), "
             f"with the images {named}",
-            "the last checkpoint is from before, events.jsonl has all ids; look at these images, lower optim.base_lr "
+            f"the last checkpoint is from before, {EVENTS} has all ids; look at these images, lower optim.base_lr "
             "or use train.precision=fp32",
         )
 
