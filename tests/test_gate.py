@@ -23,7 +23,7 @@ from pirl.evaluate.probe import FAST
 from pirl.gate import RejectedError, decide, register_run
 from pirl.memory import MemoryBank
 from pirl.model import build_model, weights_digest
-from pirl.registry import Registry, Version
+from pirl.registry import FolderCatalogue, Version, open_registry
 from pirl.results import PROBES, Completion, Evaluation, Score, Scores
 from pirl.run import Run
 from pirl.shards import Manifest
@@ -211,7 +211,7 @@ def test_a_champion_of_other_images_is_evaluated_on_those_of_the_run(
     assert decide(worse, registry, "m", min_gain=-1) == decision
     kept = worse.champion_evaluation()
     assert kept
-    assert kept.weights == Registry(registry).get("m").lineage.weights
+    assert kept.weights == open_registry(registry).get("m").lineage.weights
     assert kept.pretrained["linear_1pct"].top1.mean > 0
     expected = kept.pretrained["linear_1pct"].top1
     assert decision.reasons[1] == f"the champion v0001 has {expected}, measured on the same images now, more"
@@ -278,7 +278,7 @@ def test_the_same_weights_are_one_version_wherever_they_lie(tmp_path: Path, regi
         registered = Run.at(str(tmp_path / folder)).registered()
         assert registered
         assert registered.version == version.version
-    assert [version.version for version in Registry(registry).versions("m")] == ["v0001"]
+    assert [version.version for version in open_registry(registry).versions("m")] == ["v0001"]
 
 
 def test_a_run_that_was_evaluated_early_and_finished_later_is_refused(tmp_path: Path, registry: str) -> None:
@@ -308,7 +308,7 @@ def test_another_training_at_the_place_of_the_evaluation_is_refused(tmp_path: Pa
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(CheckpointError, match="has no checkpoint"):
         register_run(run.uri, registry, "m")
-    assert Registry(registry).models() == []
+    assert open_registry(registry).models() == []
 
 
 def test_another_training_at_the_place_of_a_registered_one_is_refused(tmp_path: Path, registry: str) -> None:
@@ -340,7 +340,7 @@ def test_what_did_not_pass_cannot_be_registered(tmp_path: Path, registry: str) -
     decide(run, registry, "m")
     with pytest.raises(RejectedError, match=r"did not pass the gate: .* not more than"):
         register_run(run.uri, registry, "m")
-    assert Registry(registry).models() == []
+    assert open_registry(registry).models() == []
 
 
 def test_without_a_decision_or_an_end_nothing_is_registered(tmp_path: Path, registry: str) -> None:
@@ -365,8 +365,8 @@ def test_a_decision_for_another_model_or_champion_is_made_again(tmp_path: Path, 
     assert decision
     assert (decision.promote, decision.champion) == (False, "v0001")
     assert register_run(worse.uri, registry, "other").version == "v0001"  # there it is alone, and asked again
-    assert Registry(registry).get("m").version == "v0001"
-    assert len(Registry(registry).versions("m")) == 1
+    assert open_registry(registry).get("m").version == "v0001"
+    assert len(open_registry(registry).versions("m")) == 1
 
 
 def test_scores_are_compared_again_when_the_pointer_is_moved(
@@ -376,19 +376,19 @@ def test_scores_are_compared_again_when_the_pointer_is_moved(
     better, worse = finished(tmp_path / "better", 0.7, seed=1), finished(tmp_path / "worse", 0.6, seed=2)
     for run in (better, worse):
         assert decide(run, registry, "m").promote
-    advance = Registry._move_champion
+    advance = FolderCatalogue.move_champion
     calls: list[str] = []
 
-    def overtaken(self: Registry, model: str, version: str, moves: Any) -> bool:
+    def overtaken(self: FolderCatalogue, model: str, version: str, moves: Any) -> bool:
         calls.append(version)
         if len(calls) == 1:
             register_run(better.uri, registry, "m")
         return advance(self, model, version, moves)
 
-    monkeypatch.setattr(Registry, "_move_champion", overtaken)
+    monkeypatch.setattr(FolderCatalogue, "move_champion", overtaken)
     with pytest.raises(RejectedError, match="more"):
         register_run(worse.uri, registry, "m")
-    assert Registry(registry).get("m").record["run_id"] == better.uri
+    assert open_registry(registry).get("m").record["run_id"] == better.uri
     assert calls == ["v0001", "v0002"]
 
 
@@ -399,18 +399,18 @@ def test_the_better_of_two_that_register_at_once_becomes_the_champion(
     better, worse = finished(tmp_path / "better", 0.7, seed=1), finished(tmp_path / "worse", 0.6, seed=2)
     for run in (better, worse):
         assert decide(run, registry, "m").promote
-    advance = Registry._move_champion
+    advance = FolderCatalogue.move_champion
     calls: list[str] = []
 
-    def overtaken(self: Registry, model: str, version: str, moves: Any) -> bool:
+    def overtaken(self: FolderCatalogue, model: str, version: str, moves: Any) -> bool:
         calls.append(version)
         if len(calls) == 1:
             register_run(worse.uri, registry, "m")
         return advance(self, model, version, moves)
 
-    monkeypatch.setattr(Registry, "_move_champion", overtaken)
+    monkeypatch.setattr(FolderCatalogue, "move_champion", overtaken)
     assert register_run(better.uri, registry, "m").version == "v0001"
-    assert Registry(registry).get("m").version == "v0001"
+    assert open_registry(registry).get("m").version == "v0001"
     assert calls == ["v0001", "v0002", "v0001"]
 
 
@@ -419,9 +419,9 @@ def test_a_repeated_registration_does_not_undo_a_rollback(tmp_path: Path, regist
     run = finished(tmp_path / "run", 0.7, seed=2)
     assert decide(run, registry, "m").promote
     version = register_run(run.uri, registry, "m")
-    Registry(registry).promote("m", "v0001")
+    open_registry(registry).promote("m", "v0001")
     assert register_run(run.uri, registry, "m") == version
-    assert Registry(registry).get("m").version == "v0001"
+    assert open_registry(registry).get("m").version == "v0001"
 
 
 def test_the_defaults_are_those_of_the_commands() -> None:

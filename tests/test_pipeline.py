@@ -25,7 +25,7 @@ from pipelines.retrain import pirl_retrain
 from pirl import __version__
 from pirl.errors import PirlError, UsageError
 from pirl.jobs.settings import SECRET_NAMES
-from pirl.registry import Registry
+from pirl.registry import open_registry
 from pirl.storage import Storage
 
 STEPS = {"shard-train", "shard-test", "pretrain", "linear_eval", "gate", "report"}
@@ -69,7 +69,7 @@ def test_a_rejected_run_says_why_and_is_not_registered(facts: dict[str, Any], ar
     assert gate["promote"] is False
     assert "not more than 200.00" in gate["reasons"][0]
     assert "registered.json" not in facts
-    assert Registry(f"{arguments['root']}/registry").models() == []
+    assert open_registry(f"{arguments['root']}/registry").models() == []
     assert {name.split("/")[1].removesuffix(".json") for name in facts if name.startswith("steps/")} == STEPS
     assert b"not more than 200.00" in facts["report.html"]
 
@@ -90,7 +90,7 @@ def test_repeating_it_trains_nothing_again_and_registers(
     assert promoted.read_bytes("DONE.json") == facts["DONE.json"]
     assert promoted.read_bytes("metrics.jsonl") == facts["metrics.jsonl"]
     assert promoted.read_bytes("eval.json") == facts["eval.json"]
-    champion = Registry(f"{arguments['root']}/registry").get("pirl", "champion", verify=True)
+    champion = open_registry(f"{arguments['root']}/registry").get("pirl", "champion", verify=True)
     assert champion.record["lineage"]["data_digest"] == json.loads(facts["DONE.json"])["data_digest"]
     assert champion.record["metrics"] == json.loads(facts["eval.json"])
     assert champion.version.encode() in promoted.read_bytes("report.html")
@@ -101,7 +101,7 @@ def test_registering_again_gives_the_same_version(promoted: Storage, arguments: 
 
     before = promoted.read_json("registered.json")
     assert register_run(promoted.uri, f"{arguments['root']}/registry", "pirl").version == before["version"]
-    assert len(Registry(f"{arguments['root']}/registry").versions("pirl")) == 1
+    assert len(open_registry(f"{arguments['root']}/registry").versions("pirl")) == 1
 
 
 def test_a_step_that_was_skipped_silently_is_an_error(promoted: Storage) -> None:
@@ -129,7 +129,9 @@ def test_a_scheduled_run_registers_and_the_next_has_nothing_to_do(
         pirl_retrain(**given, root=str(tmp_path / "out"), min_gain=-1.0)
         shown = capfd.readouterr()
         assert ("nothing to do" in shown.out + shown.err) == (tick == 1)
-    assert [version.version for version in Registry(str(tmp_path / "out" / "registry")).versions("pirl")] == ["v0001"]
+    assert [version.version for version in open_registry(str(tmp_path / "out" / "registry")).versions("pirl")] == [
+        "v0001"
+    ]
 
 
 def test_a_word_that_the_local_runner_would_change_is_refused(arguments: dict[str, Any]) -> None:

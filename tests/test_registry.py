@@ -16,7 +16,7 @@ from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401
 
 from pirl.config import ModelConfig, load_recipe
 from pirl.errors import PirlError, RegistryError, StorageError, UsageError
-from pirl.registry import Registry, Version, model_card
+from pirl.registry import FolderCatalogue, Registry, Version, model_card, open_registry
 from pirl.storage import LocalStorage, Storage, open_storage
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -47,16 +47,22 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def registry(root: str) -> Registry:
-    return Registry(root)
+    return open_registry(root)
 
 
 def register(registry: Registry, run: str, *, promote: bool = False, model: str = "pirl-demo", **more: Any) -> Version:
     return registry.register(model, run_id=run, files=more.get("files", FILES), record=RECORD, promote=promote)
 
 
+def folder(registry: Registry) -> Storage:
+    """Return the storage of a registry in a folder."""
+    assert isinstance(registry.catalogue, FolderCatalogue)
+    return registry.catalogue.storage
+
+
 def pointers(registry: Registry, model: str = "pirl-demo") -> tuple[str | None, str | None]:
     """Return (champion, latest); the copies that people and version 0.1 read say the same."""
-    place = registry.storage / model
+    place = folder(registry) / model
     names = ("champion", "latest")
     copies = [place.read_json(f"{name}.json")["version"] if place.exists(f"{name}.json") else None for name in names]
     assert copies == [registry.pointer(model, name) for name in names]
@@ -90,9 +96,9 @@ class TestRegister:
 
     def test_the_same_run_twice_is_one_version(self, registry: Registry) -> None:
         first = register(registry, "run-1")
-        before = {name: registry.storage.read_bytes(name) for name in registry.storage.list()}
+        before = {name: folder(registry).read_bytes(name) for name in folder(registry).list()}
         assert register(registry, "run-1") == first
-        assert {name: registry.storage.read_bytes(name) for name in registry.storage.list()} == before
+        assert {name: folder(registry).read_bytes(name) for name in folder(registry).list()} == before
         assert register(registry, "run-2").version == "v0002"
         assert register(registry, "run-1") == first
         assert [version.version for version in registry.versions("pirl-demo")] == ["v0001", "v0002"]
@@ -116,7 +122,7 @@ class TestRegister:
         assert "is not a name for a model" in message(lambda: register(registry, "r", model=name), UsageError)
         assert "is not a name for a file" in message(lambda: register(registry, "r", files={name: b""}), UsageError)
         message(lambda: registry.get(name), UsageError)
-        assert registry.storage.list() == []
+        assert folder(registry).list() == []
 
     def test_what_the_registry_writes_itself_is_refused(self, registry: Registry) -> None:
         with pytest.raises(ValueError, match=r"COMMIT\.json"):
@@ -127,10 +133,10 @@ class TestRegister:
     def test_a_file_that_is_not_there(self, registry: Registry, tmp_path: Path) -> None:
         text = message(lambda: register(registry, "r", files={"trunk.safetensors": tmp_path / "gone"}), RegistryError)
         assert str(tmp_path / "gone") in text
-        assert registry.storage.list() == []
+        assert folder(registry).list() == []
 
     def test_ten_thousand_versions_keep_their_order(self, tmp_path: Path) -> None:
-        registry = Registry(str(tmp_path))
+        registry = open_registry(str(tmp_path))
         place = register(registry, "run-1", promote=True).uri
         for version in ("v9999", "v10000"):
             for name in ("model.json", "COMMIT.json", "GATE.json"):
@@ -184,12 +190,12 @@ class TestCrash:
         deaths = 0
         while True:
             root = tmp_path / str(deaths)
-            whole = Registry(str(root))
+            whole = open_registry(str(root))
             register(whole, "earlier", promote=True)
             storage = DyingStorage(root)
             storage.clock[0] = deaths
             try:
-                register(Registry(storage), "run", promote=True)
+                register(Registry(FolderCatalogue(storage)), "run", promote=True)
                 break
             except Interrupted:
                 pass
@@ -206,8 +212,8 @@ class TestCrash:
         assert deaths == 9  # model.json, claims, trunk, card, COMMIT, GATE, the move, champion, latest
 
     def test_a_half_version_is_passed_by(self, root: str) -> None:
-        registry = Registry(root)
-        half = registry.storage / "pirl-demo" / "versions" / "v0001"
+        registry = open_registry(root)
+        half = folder(registry) / "pirl-demo" / "versions" / "v0001"
         half.write_json("model.json", {"run_id": "dead", "files": {}})
         assert registry.models() == []
         assert "no model 'pirl-demo'" in message(lambda: registry.versions("pirl-demo"), UsageError)
@@ -225,14 +231,14 @@ class TestCrash:
                 super().upload(path, name)
 
         (tmp_path / "trunk").write_bytes(b"weights")
-        registry = Registry(Meddling(tmp_path / "registry"))
+        registry = Registry(FolderCatalogue(Meddling(tmp_path / "registry")))
         call = lambda: register(registry, "r", files={"trunk.safetensors": tmp_path / "trunk"})  # noqa: E731
         assert "trunk.safetensors is not what was registered" in message(call, RegistryError)
         assert registry.models() == []
 
 
 def register_many(root: str, runs: list[str], gate: Any, queue: Any) -> None:
-    registry = Registry(root)
+    registry = open_registry(root)
     gate.wait()
     for run in runs:
         queue.put((run, register(registry, run, promote=True).version))
@@ -258,7 +264,7 @@ class TestConcurrency:
             child.join()
         count = each if shared else processes * each
         assert len(set(results)) == len(dict(results)) == count
-        registry = Registry(str(tmp_path))
+        registry = open_registry(str(tmp_path))
         versions = registry.versions("pirl-demo")
         assert [version.version for version in versions] == [f"v{number:04d}" for number in range(1, count + 1)]
         assert {version.record["run_id"]: version.version for version in versions} == dict(results)
@@ -266,20 +272,20 @@ class TestConcurrency:
 
     def test_a_slow_promotion_does_not_stay_before_a_newer_one(self, tmp_path: Path) -> None:
         """Just before the pointer to v0001 is written, v0002 comes and is registered and promoted completely."""
-        whole = Registry(str(tmp_path))
+        whole = open_registry(str(tmp_path))
 
         class Overtaken(LocalStorage):
             def __truediv__(self, part: str) -> Overtaken:
                 return Overtaken(self.path / part)
 
             def write_bytes(self, name: str, data: bytes) -> None:
-                if name == overtaken_at and not whole.storage.exists("pirl-demo/versions/v0002/COMMIT.json"):
+                if name == overtaken_at and not folder(whole).exists("pirl-demo/versions/v0002/COMMIT.json"):
                     register(whole, "quick", promote=True)
                 super().write_bytes(name, data)
 
         for overtaken_at in ("champion.json", "latest.json"):
-            whole = Registry(str(tmp_path / overtaken_at))
-            register(Registry(Overtaken(tmp_path / overtaken_at)), "slow", promote=True)
+            whole = open_registry(str(tmp_path / overtaken_at))
+            register(Registry(FolderCatalogue(Overtaken(tmp_path / overtaken_at))), "slow", promote=True)
             assert pointers(whole) == ("v0002", "v0002")
 
 
@@ -288,13 +294,13 @@ class TestClaims:
         for number in range(3):
             register(registry, f"run-{number}")
         for number in range(1, 4):
-            (registry.storage / f"pirl-demo/versions/v000{number}").write_bytes("model.json", b"not read")
+            (folder(registry) / f"pirl-demo/versions/v000{number}").write_bytes("model.json", b"not read")
         assert register(registry, "run-3").version == "v0004"
 
     def test_what_is_forgotten_or_damaged_is_read_again(self, registry: Registry) -> None:
         first = register(registry, "run-1")
         for content in (None, b"{", b"[]", b'{"v0001": "run-1"}'):
-            place = registry.storage / "pirl-demo"
+            place = folder(registry) / "pirl-demo"
             place.write_bytes("claims.json", content) if content else place.delete("claims.json")
             assert register(registry, "run-1") == first
         assert register(registry, "run-2").version == "v0002"
@@ -335,14 +341,14 @@ class TestPointers:
     def test_a_pointer_to_nothing(self, registry: Registry) -> None:
         register(registry, "run-1", promote=True)
         register(registry, "run-2", promote=True)
-        (registry.storage / "pirl-demo/versions/v0002").delete("COMMIT.json")
+        (folder(registry) / "pirl-demo/versions/v0002").delete("COMMIT.json")
         assert "points to v0002" in message(lambda: registry.get("pirl-demo"), RegistryError)
 
     @pytest.mark.parametrize("damage", [b"{}", b"{", b"[]", b""])
     def test_a_damaged_pointer_is_repaired_by_promoting(self, registry: Registry, damage: bytes) -> None:
         """Also one of version 0.1, which had champion.json alone; the versions are listed all the same."""
         register(registry, "run-1", promote=True)
-        place = registry.storage / "pirl-demo"
+        place = folder(registry) / "pirl-demo"
         for name in ("champion/00000001.json", "champion.json"):
             place.write_bytes(name, damage)
             text = message(lambda: registry.get("pirl-demo"), RegistryError)
@@ -357,17 +363,31 @@ class TestPointers:
     def test_the_pointer_of_version_0_1_is_read_and_moved(self, registry: Registry) -> None:
         register(registry, "run-1", promote=True)
         register(registry, "run-2", promote=True)
-        place = registry.storage / "pirl-demo"
+        place = folder(registry) / "pirl-demo"
         for move in place.list("champion/"):
             place.delete(move)
         assert pointers(registry) == ("v0002", "v0002")
         registry.promote("pirl-demo", "v0001")
         assert pointers(registry) == ("v0001", "v0002")
 
-    def test_a_damaged_version_does_not_hide_the_others(self, registry: Registry) -> None:
+    @pytest.mark.parametrize("damage", [b"{}", b"{", b"[]", b""])
+    def test_a_damaged_latest_is_repaired_by_promoting(self, registry: Registry, damage: bytes) -> None:
+        register(registry, "run-1", promote=True)
+        register(registry, "run-2", promote=True)
+        folder(registry).write_bytes("pirl-demo/latest.json", damage)
+        assert "pirl promote pirl-demo" in message(lambda: registry.get("pirl-demo", "latest"), RegistryError)
+        registry.promote("pirl-demo", "v0001")
+        assert pointers(registry) == ("v0001", "v0002")
+        assert registry.get("pirl-demo", "latest").version == "v0002"
+
+    @pytest.mark.parametrize(
+        ("name", "damage"),
+        [("model.json", b"{"), ("COMMIT.json", b"{"), ("COMMIT.json", b"{}"), ("COMMIT.json", b"[]")],
+    )
+    def test_a_damaged_version_does_not_hide_the_others(self, registry: Registry, name: str, damage: bytes) -> None:
         for number in (1, 2):
             register(registry, f"run-{number}")
-        (registry.storage / "pirl-demo/versions/v0001").write_bytes("model.json", b"{")
+        (folder(registry) / "pirl-demo/versions/v0001").write_bytes(name, damage)
         with warned("v0001 is left out"):
             assert [version.version for version in registry.versions("pirl-demo")] == ["v0002"]
 
@@ -380,7 +400,7 @@ class TestPointers:
             answers.append(champion)
             if champion is None:
                 registry.register("pirl-demo", run_id="quick", files=FILES, record=RECORD, promote=False)
-                registry._move_champion("pirl-demo", "v0002", 0)
+                registry.catalogue.move_champion("pirl-demo", "v0002", 0)
             return champion is None
 
         slow = registry.register("pirl-demo", run_id="slow", files=FILES, record=RECORD, promote=True, ask=ask)
@@ -417,7 +437,7 @@ class TestWrongNamesAndDamage:
 
     def test_a_disk_that_refuses(self, tmp_path: Path) -> None:
         (tmp_path / "registry").write_bytes(b"a file")
-        assert str(tmp_path) in message(lambda: register(Registry(str(tmp_path / "registry")), "r"), StorageError)
+        assert str(tmp_path) in message(lambda: register(open_registry(str(tmp_path / "registry")), "r"), StorageError)
 
 
 class TestModelCard:
@@ -434,7 +454,7 @@ class TestModelCard:
     def test_an_empty_record(self) -> None:
         card = model_card({})
         assert "registered without an evaluation" in card
-        assert "does not tell the architecture" in card
+        assert "has no architecture" in card
 
     @pytest.mark.parametrize(
         ("model", "ways"),
@@ -475,5 +495,5 @@ class TestModelCard:
 
 def test_storage_is_accepted_as_root(tmp_path: Path) -> None:
     storage: Storage = open_storage(tmp_path)
-    assert register(Registry(storage), "r").uri == f"file://{tmp_path}/pirl-demo/versions/v0001"
+    assert register(Registry(FolderCatalogue(storage)), "r").uri == f"file://{tmp_path}/pirl-demo/versions/v0001"
     assert os.listdir(tmp_path) == ["pirl-demo"]

@@ -12,7 +12,7 @@ from model_registry_server import ModelRegistryServer
 
 from pirl.errors import PirlError, RegistryError, UsageError
 from pirl.registry import Version, open_registry
-from pirl.registry.kubeflow import KubeflowRegistry
+from pirl.registry.kubeflow import KubeflowCatalogue
 from pirl.storage import open_storage
 
 RECORD: dict[str, Any] = {
@@ -145,7 +145,7 @@ def test_pointers_move_by_the_gate_and_by_hand(server: ModelRegistryServer, regi
 def test_others_in_the_same_server_are_left_alone(
     server: ModelRegistryServer, register: Callable[..., Version]
 ) -> None:
-    api = KubeflowRegistry(server.uri)._api
+    api = KubeflowCatalogue(server.uri)._api
     theirs = api.post("registered_models", {"name": "bert"})
     assert theirs
     api.post("model_versions", {"name": "v0001", "registeredModelId": theirs["id"]})
@@ -197,7 +197,7 @@ class TestServers:
         server.stop()
         assert "refuses GET (401)" in text
         assert "very-secret" not in text
-        assert KubeflowRegistry("model-registry+https://host")._api._headers["Authorization"] == "Bearer very-secret"
+        assert KubeflowCatalogue("model-registry+https://host")._api._headers["Authorization"] == "Bearer very-secret"
 
     @pytest.mark.parametrize("uri", ["model-registry://host", "model-registry+ftp://host", "model-registry:x"])
     def test_wrong_addresses(self, uri: str) -> None:

@@ -28,7 +28,7 @@ from pirl.gate import question
 from pirl.memory import MemoryBank
 from pirl.model import build_model
 from pirl.programs import Program, Training
-from pirl.registry import Registry
+from pirl.registry import open_registry
 from pirl.results import Evaluation, GateDecision, Score, Scores
 from pirl.retraining import Gating, data_uri, decide_retrain
 from pirl.retraining.retrain import Retraining, keep_up_to_date
@@ -70,8 +70,8 @@ def champion(root: Path, data: str, recipe: Recipe, **lineage: str) -> str:
         "checkpoint": f"{root}/runs/old/checkpoints/step-00000001",
     }
     registry = f"{root}/registry"
-    number = len(Registry(registry).versions("pirl")) if Registry(registry).has("pirl") else 0
-    Registry(registry).register(
+    number = len(open_registry(registry).versions("pirl")) if open_registry(registry).has("pirl") else 0
+    open_registry(registry).register(
         "pirl", run_id=f"run-{number}", files={}, record={"lineage": known | lineage}, promote=True
     )
     return registry
@@ -122,7 +122,7 @@ class TestDecision:
     def test_a_rolled_back_champion_stays(self, tmp_path: Path, data: str, tiny: Recipe) -> None:
         champion(tmp_path, data, tiny, data_digest="before")
         registry = champion(tmp_path, data, tiny)
-        Registry(registry).promote("pirl", "v0001")
+        open_registry(registry).promote("pirl", "v0001")
         decision = decide_retrain(str(tmp_path), Gating(registry, "pirl"), tiny, data)
         assert not decision.retrain
         assert "v0002 was made of the same" in decision.reasons[0]
@@ -333,7 +333,7 @@ def test_spoiled_images_do_not_replace_a_better_champion(
 ) -> None:
     """The images change, the new network is worse on them: the champion stays. A lower threshold decides again."""
     assert keep_up_to_date(retraining(tmp_path, tiny_toml, min_gain=-1.0)) == 0
-    registry = Registry(f"{tmp_path}/root/registry")
+    registry = open_registry(f"{tmp_path}/root/registry")
     first = registry.get("pirl")
     assert "linear_1pct top-1 is" in capsys.readouterr().out  # the reasons are printed on promotion, too
     add_image(tmp_path / "train")
@@ -387,7 +387,7 @@ def test_a_sigterm_during_the_evaluation_ends_cleanly_and_is_resumed(
     assert caught.value.exit_code == EXIT_PREEMPTED
     assert signal.getsignal(signal.SIGTERM) is before
     assert keep_up_to_date(wanted) == 0
-    assert Registry(f"{tmp_path}/root/registry").get("pirl").version == "v0001"
+    assert open_registry(f"{tmp_path}/root/registry").get("pirl").version == "v0001"
 
 
 @pytest.mark.slow

@@ -1,7 +1,21 @@
 """Registered models: immutable versions with their lineage and model card, and the pointers `latest` and `champion`."""
 
 from pirl.registry.card import model_card
-from pirl.registry.embedded import CHAMPION, LATEST, TRUNK, Registry, Version, check_name
+from pirl.registry.catalogue import Catalogue
+from pirl.registry.folder import FolderCatalogue
 from pirl.registry.locate import open_registry
+from pirl.registry.record import CHAMPION, LATEST, TRUNK, Version, check_name
+from pirl.registry.registry import Registry
 
-__all__ = ["CHAMPION", "LATEST", "TRUNK", "Registry", "Version", "check_name", "model_card", "open_registry"]
+__all__ = [
+    "CHAMPION",
+    "LATEST",
+    "TRUNK",
+    "Catalogue",
+    "FolderCatalogue",
+    "Registry",
+    "Version",
+    "check_name",
+    "model_card",
+    "open_registry",
+]

@@ -1,4 +1,4 @@
-"""The model card of a version: what it is, how it was trained, what was measured, how to load it, its limits."""
+"""The model card of a version: its training, its scores, code that loads it, its limits."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pirl.text import score
 
 
 def model_card(record: Mapping[str, Any]) -> str:
-    """The model card in Markdown.
+    """Return the model card in Markdown.
 
     Read from the record, each of them optional: `lineage` (data_digest, recipe, code_version, checkpoint...),
-    `metrics` (the content of eval.json), `config` (the resolved recipe; its model and views sections tell how to load).
+    `metrics` (the content of eval.json), `config` (the resolved recipe; its model and views sections give the code).
     """
     title = f"{record.get('name', 'model')} {record.get('version', '')}".strip()
     return "\n\n".join(
@@ -41,7 +41,7 @@ def _facts(facts: Mapping[str, Any]) -> str:
 
 
 def _measured(metrics: Mapping[str, Any]) -> str:
-    """A table of the rates in percent, the pretrained trunk beside the same trunk with its initial weights."""
+    """Return a table of the rates in percent, of the pretrained trunk and of its initial weights."""
     pretrained, initial = metrics.get("pretrained") or {}, metrics.get("random") or {}
     if not pretrained:
         return "Nothing: this version was registered without an evaluation."
@@ -73,7 +73,7 @@ def _percent(value: Mapping[str, Any] | None) -> str:
 
 
 def _loading(config: Mapping[str, Any]) -> str:
-    """Code that runs as it stands beside trunk.safetensors."""
+    """Return code that runs unchanged in the folder of trunk.safetensors."""
     model, views = config.get("model"), config.get("views", {})
     load = 'weights = load_file("trunk.safetensors")  # keys are those of torchvision\'s ResNet'
     text = ""
@@ -104,13 +104,11 @@ def _loading(config: Mapping[str, Any]) -> str:
         if model and model.get("stem") == "small":
             lines.append("net.maxpool = torch.nn.Identity()")
         lines += [
-            "net.fc = torch.nn.Identity()  # there is no classifier",
+            "net.fc = torch.nn.Identity()  # the weights have no classifier",
             "net.load_state_dict(weights)",
             "net.eval()",
         ]
-        text += (
-            "\nOr without this project:\n\n" if model else "The record does not tell the architecture. A ResNet-50:\n\n"
-        )
+        text += "\nOr without this project:\n\n" if model else "The record has no architecture. A ResNet-50:\n\n"
         text += _code(*lines)
     else:
         text += "\ntorchvision has no ResNet of this width; the keys are its keys, the shapes are not.\n"

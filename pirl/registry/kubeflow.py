@@ -1,4 +1,4 @@
-"""The same registry on a Kubeflow Model Registry, by its REST API.
+"""A catalogue on a Kubeflow Model Registry, by its REST API.
 
     model-registry+https://registry.example.com         also +http, with a port or a path before /api
     MODEL_REGISTRY_TOKEN, or KF_PIPELINES_SA_TOKEN_PATH  the bearer token or its file; sent over https only
@@ -8,14 +8,14 @@ in the storage of the run that it was made of, in <run>/registered/<model>/: kee
 
 Three objects make a version: the model, the version (its number in the name), its artifact. A version begins as
 ARCHIVED and without the property `pirl_record_sha256`; setting both in one request, after the artifact, makes it
-visible. What broke off before is invisible, and the same call finishes it.
+visible. A version that was interrupted before is invisible, and the same call completes it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -23,8 +23,18 @@ from urllib.parse import quote, urlencode
 import urllib3
 
 from pirl.errors import RegistryError, StorageNotFoundError, UsageError
-from pirl.registry import embedded
-from pirl.registry.embedded import Registry, Version
+from pirl.registry.record import (
+    CHAMPION,
+    RECORD,
+    RESTORE,
+    TRUNK,
+    Version,
+    new_record,
+    order,
+    parse_record,
+    require_digest,
+    require_same_files,
+)
 from pirl.storage import Storage, open_storage
 from pirl.storage.base import without_login
 
@@ -36,47 +46,26 @@ TIMEOUT_S = 30.0
 _RUN, _SHA, _GATED = "pirl_run", "pirl_record_sha256", "pirl_gated"
 
 
-class KubeflowRegistry(Registry):
-    """Versions of models on a server; what they promise is what `Registry` promises."""
+class KubeflowCatalogue:
+    """Versions of models on a server."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
         self._api = _Api(self.uri.removeprefix("model-registry+"))
 
-    def models(self) -> list[str]:
-        names = [model["name"] for model in self._api.all("registered_models")]
-        return sorted(name for name in names if self.has(name))
-
-    def pointer(self, model: str, pointer: str) -> str | None:
-        found = self._model(model)
-        return (_get(found, f"pirl_{pointer}") or None) if found else None
-
-    def _moves(self, model: str) -> Any:
-        return self.pointer(model, embedded.CHAMPION)
-
-    def _move_champion(self, model: str, version: str, moves: Any) -> bool:
-        """Point to this version if the pointer is as `_moves` saw it. The API has no conditional write: between the
-        last look and the request another process may still move it."""
-        if self.pointer(model, embedded.CHAMPION) != moves:
-            return False
-        self._point(model, embedded.CHAMPION, version)
-        return True
-
-    def _point(self, model: str, pointer: str, version: str) -> None:
-        self._set("registered_models", self._model(model) or {}, {f"pirl_{pointer}": version})
-
-    def _claim(self, model: str, run_id: str, stamps: dict[str, Any], record: dict[str, Any]) -> tuple[str, bytes]:
+    def claim(self, model: str, run_id: str, stamps: dict[str, Any], record: Mapping[str, Any]) -> tuple[str, bytes]:
+        """Return the version of this run and its model.json, which lies in the run."""
         version = self._number(model, run_id, record)
-        place = self._files(model, run_id)
-        claim = embedded.new_record(model, version, run_id, stamps, record)
-        if place.create("model.json", claim):
+        files = _files_of(run_id, model)
+        claim = new_record(model, version, run_id, stamps, record)
+        if files.create(RECORD, claim):
             return version, claim
-        found = place.read_small("model.json")
-        embedded.require_same_files(embedded.parse(found, place), stamps, version)
-        return version, found
+        registered = files.read_small(RECORD)
+        require_same_files(parse_record(registered, files), stamps, version)
+        return version, registered
 
-    def _number(self, model: str, run_id: str, record: dict[str, Any]) -> str:
-        """The version of this run, a new one if it has none.
+    def _number(self, model: str, run_id: str, record: Mapping[str, Any]) -> str:
+        """Return the version of this run, a new one if it has none.
 
         The server refuses a name that is taken: a number has one winner, and the losers look again.
         """
@@ -85,25 +74,30 @@ class KubeflowRegistry(Registry):
         properties = _properties({_RUN: run_id, **lineage, **_scores(record)})
         while True:
             versions = self._versions(parent["id"])
-            for name, found in versions.items():
-                if _get(found, _RUN) == run_id:
+            for name, version in versions.items():
+                if _get(version, _RUN) == run_id:
                     return name
-            name = f"v{1 + max(map(embedded.order, versions), default=0):04d}"
+            name = f"v{1 + max(map(order, versions), default=0):04d}"
             body = {"name": name, "registeredModelId": parent["id"], "state": "ARCHIVED"}
             if self._api.post("model_versions", {**body, "customProperties": properties}):
                 return name
 
-    def _commit(self, model: str, version: str, record_sha256: str) -> None:
-        found = self._version(model, version)
-        where = f"model_versions/{found['id']}/artifacts"
-        if not list(self._api.all(where)):
-            run = _get(found, _RUN)
+    def files(self, model: str, version: str) -> Storage:
+        """Return the folder of a version, in the run that it was made of."""
+        return _files_of(_get(self._version(model, version), _RUN), model)
+
+    def commit(self, model: str, version: str, record_sha256: str) -> None:
+        """Create the artifact, then make the version LIVE."""
+        entry = self._version(model, version)
+        path = f"model_versions/{entry['id']}/artifacts"
+        if not list(self._api.all(path)):
+            run = _get(entry, _RUN)
             self._api.post(
-                where,
+                path,
                 {
                     "artifactType": "model-artifact",
                     "name": f"{model}-{version}",
-                    "uri": f"{self._files(model, run).uri}/trunk.safetensors",
+                    "uri": f"{_files_of(run, model).uri}/{TRUNK}",
                     "modelFormatName": "safetensors",
                     "modelFormatVersion": "1",
                     "modelSourceKind": "pirl",
@@ -112,65 +106,95 @@ class KubeflowRegistry(Registry):
                     "state": "LIVE",
                 },
             )
-        self._set("model_versions", found, {_SHA: record_sha256}, state="LIVE")
+        self._set("model_versions", entry, {_SHA: record_sha256}, state="LIVE")
 
-    def _pass_gate(self, model: str, version: str) -> None:
-        found = self._version(model, version)
-        if not _get(found, _GATED):
-            self._set("model_versions", found, {_GATED: "true"})
+    def gate(self, model: str, version: str) -> None:
+        """Set the property of a version that came through the gate."""
+        entry = self._version(model, version)
+        if not _get(entry, _GATED):
+            self._set("model_versions", entry, {_GATED: "true"})
 
-    def _place(self, model: str, version: str) -> Storage:
-        return self._files(model, _get(self._version(model, version), _RUN))
+    def models(self) -> list[str]:
+        """Return the names of all models that have a visible version, sorted."""
+        names = [model["name"] for model in self._api.all("registered_models")]
+        return sorted(name for name in names if self.versions(name))
 
-    def _with(self, model: str, *wanted: str) -> list[str]:
+    def versions(self, model: str, gated: bool = False) -> list[str]:
+        """Return the visible versions of a model, oldest first; with `gated` those that came through the gate."""
+        required = (_SHA, _GATED) if gated else (_SHA,)
         parent = self._model(model)
-        properties = [{"COMMIT.json": _SHA, "GATE.json": _GATED}[name] for name in wanted]
-        versions = self._versions(parent["id"]) if parent else {}
-        found = (name for name, version in versions.items() if all(_get(version, key) for key in properties))
-        return sorted(found, key=embedded.order)
+        entries = self._versions(parent["id"]) if parent else {}
+        visible = (name for name, entry in entries.items() if all(_get(entry, key) for key in required))
+        return sorted(visible, key=order)
 
-    def _load(self, model: str, version: str) -> Version:
-        found = self._version(model, version)
-        place = self._files(model, _get(found, _RUN))
+    def load(self, model: str, version: str) -> Version:
+        """Return a visible version; raise `RegistryError` where its record is missing or damaged."""
+        entry = self._version(model, version)
+        files = _files_of(_get(entry, _RUN), model)
         try:
-            record = place.read_small("model.json")
+            record = files.read_small(RECORD)
         except StorageNotFoundError as error:
-            raise RegistryError(f"{error.what} It belongs to {model} {version}.", embedded.RESTORE) from None
-        embedded.require_digest(record, _get(found, _SHA), place)
-        return Version(model, version, place.uri, embedded.parse(record, place), bool(_get(found, _GATED)))
+            raise RegistryError(f"{error.what}; it belongs to {model} {version}", RESTORE) from None
+        require_digest(record, _get(entry, _SHA), files)
+        return Version(model, version, files.uri, parse_record(record, files), bool(_get(entry, _GATED)))
 
-    def _files(self, model: str, run_id: str) -> Storage:
-        return open_storage(run_id) / "registered" / model
+    def pointer(self, model: str, pointer: str) -> str | None:
+        """Return the version that a pointer names, a property of the model."""
+        entry = self._model(model)
+        return (_get(entry, f"pirl_{pointer}") or None) if entry else None
+
+    def point(self, model: str, pointer: str, version: str) -> None:
+        """Set the property of a pointer."""
+        self._set("registered_models", self._model(model) or {}, {f"pirl_{pointer}": version})
+
+    def moves(self, model: str) -> str | None:
+        """Return the champion, as the state of its pointer."""
+        return self.pointer(model, CHAMPION)
+
+    def move_champion(self, model: str, version: str, moves: str | None) -> bool:
+        """Point to a version if the champion is still `moves`.
+
+        The API has no conditional write: between this look and the request another process may still move it.
+        """
+        if self.pointer(model, CHAMPION) != moves:
+            return False
+        self.point(model, CHAMPION, version)
+        return True
 
     def _model(self, name: str) -> dict[str, Any] | None:
         return self._api.get("registered_model", name=name)
 
     def _create_model(self, name: str) -> dict[str, Any]:
         body = {"name": name, "description": "A ResNet trunk, pretrained without labels by PIRL."}
-        found = self._api.post("registered_models", body) or self._model(name)  # another one was quicker
-        if found is None:
-            raise RegistryError(f"{self.uri} neither makes nor has the model {name!r}", "ask who keeps the server")
-        return found
+        model = self._api.post("registered_models", body) or self._model(name)  # another process may have created it
+        if model is None:
+            raise RegistryError(f"{self.uri} cannot create the model {name!r}", "ask the administrator of the server")
+        return model
 
     def _versions(self, model_id: str) -> dict[str, dict[str, Any]]:
-        """All by name, also the unfinished and those of other programs: their numbers are taken."""
+        """Return all by name, also the unfinished and those of other programs: their numbers are taken."""
         return {version["name"]: version for version in self._api.all(f"registered_models/{model_id}/versions")}
 
     def _version(self, model: str, version: str) -> dict[str, Any]:
         parent = self._model(model)
-        found = self._versions(parent["id"]).get(version) if parent else None
-        if found is None:
+        entry = self._versions(parent["id"]).get(version) if parent else None
+        if entry is None:
             raise RegistryError(f"{self.uri} has no {model} {version}", "it was removed meanwhile")
-        return found
+        return entry
 
-    def _set(self, kind: str, found: dict[str, Any], properties: dict[str, str], **fields: str) -> None:
-        """Change properties of an object: servers replace all of them at once, so the others go along."""
-        merged = {**found.get("customProperties", {}), **_properties(properties)}
-        self._api.patch(f"{kind}/{found['id']}", {"customProperties": merged, **fields})
+    def _set(self, kind: str, entry: dict[str, Any], properties: dict[str, str], **fields: str) -> None:
+        """Change properties of an object; all of them are sent, because servers replace all at once."""
+        merged = {**entry.get("customProperties", {}), **_properties(properties)}
+        self._api.patch(f"{kind}/{entry['id']}", {"customProperties": merged, **fields})
+
+
+def _files_of(run_id: str, model: str) -> Storage:
+    """Return the folder of a run's version."""
+    return open_storage(run_id) / "registered" / model
 
 
 class _Api:
-    """Requests to one server; what it answers other than expected is a `RegistryError` with the next step."""
+    """Requests to one server; an unexpected answer is a `RegistryError` with the next step."""
 
     def __init__(self, server: str) -> None:
         self.server = server
@@ -178,7 +202,7 @@ class _Api:
         self._headers = {"Accept": "application/json", "Content-Type": "application/json"}
         if server.startswith("https://") and (token := _token()):
             self._headers["Authorization"] = f"Bearer {token}"
-        # a POST whose answer was lost is not repeated here: the caller looks again what there is
+        # a POST whose answer was lost is not repeated, because the caller reads the state again
         retries = urllib3.Retry(
             total=4, connect=2, backoff_factor=0.3, status_forcelist=(502, 503, 504), raise_on_status=False
         )
@@ -186,12 +210,12 @@ class _Api:
         self._root = ""
 
     def get(self, path: str, **query: Any) -> dict[str, Any] | None:
-        """One object; None where there is none."""
+        """Return one object, None if it does not exist."""
         status, body = self._request("GET", f"{path}?{urlencode(query)}")
         return None if status == 404 else body
 
     def all(self, path: str) -> Iterator[dict[str, Any]]:
-        """The objects of a list, page by page."""
+        """Yield the objects of a list, page by page."""
         token = ""
         while True:
             query = {"pageSize": PAGE, "orderBy": "ID", **({"nextPageToken": token} if token else {})}
@@ -204,11 +228,12 @@ class _Api:
                 return
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
-        """The created object; None where the server has one of this name."""
+        """Create an object and return it; None where the server has one of this name."""
         status, answer = self._request("POST", path, body)
         return None if status == 409 else answer
 
     def patch(self, path: str, body: dict[str, Any]) -> None:
+        """Change fields of an object."""
         self._request("PATCH", path, body)
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
@@ -223,7 +248,7 @@ class _Api:
                 return root
         raise RegistryError(
             f"{self._shown} serves no Model Registry API of {' or '.join(API_VERSIONS)}",
-            "is it the address of the REST service (port 8080), and not of the web page?",
+            "give the address of the REST service (port 8080), not of the web page",
         )
 
     def _send(self, method: str, url: str, body: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
@@ -245,17 +270,19 @@ class _Api:
             text = answer.data.decode(errors="replace")[:200]
             raise RegistryError(
                 f"{self._shown} answers {method} with {answer.status}: {text}",
-                "run it again: what is done is found done",
+                "run it again: finished steps are not repeated",
             )
         try:
-            found = json.loads(answer.data or b"{}")
+            content = json.loads(answer.data or b"{}")
         except ValueError:
-            found = None
-        if not isinstance(found, dict):
+            content = None
+        if not isinstance(content, dict):
             if answer.status == 404:
                 return 404, {}
-            raise RegistryError(f"{self._shown} answers with no JSON object", "is it a Kubeflow Model Registry?")
-        return answer.status, found
+            raise RegistryError(
+                f"{self._shown} does not answer with a JSON object", "check that it is a Kubeflow Model Registry"
+            )
+        return answer.status, content
 
 
 def _token() -> str:
@@ -266,7 +293,7 @@ def _token() -> str:
 
 
 def _properties(values: dict[str, Any]) -> dict[str, Any]:
-    """As the API wants them: a type beside each value. Anything else than a number becomes text."""
+    """Return values with their types, as the API expects them; anything but a number becomes text."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, float):
@@ -278,19 +305,21 @@ def _properties(values: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _get(found: dict[str, Any], key: str) -> str:
-    return str(found.get("customProperties", {}).get(key, {}).get("string_value", ""))
+def _get(entry: dict[str, Any], key: str) -> str:
+    return str(entry.get("customProperties", {}).get(key, {}).get("string_value", ""))
 
 
-def _scores(record: dict[str, Any]) -> dict[str, float]:
+def _scores(record: Mapping[str, Any]) -> dict[str, float]:
     scores = (record.get("metrics") or {}).get("pretrained") or {}
     return {f"{name}_top1": float(rates["top1"]["mean"]) for name, rates in scores.items() if "top1" in rates}
 
 
 def is_model_registry(uri: str) -> bool:
-    """Whether a registry's URI names a server; `UsageError` for one that nearly does."""
+    """Return whether a registry's URI names a server; raise `UsageError` for one with a wrong scheme."""
     if uri.startswith(SCHEMES):
         return True
     if uri.startswith("model-registry"):
-        raise UsageError(f"{without_login(uri)!r} is no address of a model registry", f"write {SCHEMES[0]}HOST:PORT")
+        raise UsageError(
+            f"{without_login(uri)!r} is not the address of a model registry", f"write {SCHEMES[0]}HOST:PORT"
+        )
     return False

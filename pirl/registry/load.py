@@ -11,7 +11,7 @@ from safetensors.torch import load
 from pirl.config import Recipe
 from pirl.errors import RegistryError
 from pirl.model import Trunk, weights_digest
-from pirl.registry.embedded import RESTORE, TRUNK, Version
+from pirl.registry.record import RESTORE, TRUNK, Version
 from pirl.storage import open_storage
 
 
@@ -21,7 +21,7 @@ def load_version(version: Version) -> tuple[Recipe, Trunk, str]:
     data = open_storage(version.uri).read_bytes(TRUNK)
     stamp = version.record["files"].get(TRUNK, {})
     if hashlib.sha256(data).hexdigest() != stamp.get("sha256"):
-        raise RegistryError(f"{where} is not what was registered: its SHA-256 differs.", RESTORE)
+        raise RegistryError(f"{where} is not what was registered: its SHA-256 differs", RESTORE)
     try:
         recipe = Recipe.model_validate(version.record.get("config"))
         trunk = Trunk(recipe.model)

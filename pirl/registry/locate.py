@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pirl.registry.embedded import Registry
-from pirl.registry.kubeflow import KubeflowRegistry, is_model_registry
+from pirl.registry.folder import FolderCatalogue
+from pirl.registry.kubeflow import KubeflowCatalogue, is_model_registry
+from pirl.registry.registry import Registry
 
 
 def open_registry(uri: str) -> Registry:
-    """The registry in a folder, at s3://bucket/prefix, or on the server model-registry+https://host[:port]."""
-    return KubeflowRegistry(uri) if is_model_registry(uri) else Registry(uri)
+    """Return the registry in a folder, at s3://bucket/prefix, or on the server model-registry+https://host[:port]."""
+    return Registry(KubeflowCatalogue(uri) if is_model_registry(uri) else FolderCatalogue(uri))

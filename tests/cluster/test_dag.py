@@ -14,7 +14,7 @@ from training import Place, kubectl, make_place, remove_place, until
 
 from pirl.errors import EXIT_DONE
 from pirl.jobs.pod import job_name
-from pirl.registry import CHAMPION, Registry
+from pirl.registry import CHAMPION, open_registry
 from pirl.storage import Storage, open_storage
 
 pytestmark = [
@@ -90,5 +90,5 @@ def test_from_images_to_a_registered_model(place: Place) -> None:
     assert done["ranks"] == 4
     assert run.exists("report.html")
     assert run.read_json("gate.json")["promote"], run.read_json("gate.json")
-    champion = Registry(f"{dag.root}/registry").pointer("demo", CHAMPION)
+    champion = open_registry(f"{dag.root}/registry").pointer("demo", CHAMPION)
     assert run.read_json("registered.json")["version"] == champion == "v0001"

@@ -16,7 +16,7 @@ import yaml
 from images import folder_of_classes, jpeg
 from training import Place, kubectl, make_place, read_only_volume, remove_place, until
 
-from pirl.registry import CHAMPION, Registry
+from pirl.registry import CHAMPION, open_registry
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 NAMESPACE = "pirl-cron"
@@ -139,7 +139,7 @@ def test_the_first_tick_trains_the_second_skips_the_third_has_new_data(place: Pl
     assert "tiny has no champion yet" in log(first)
     ended("by-hand")
     assert "created job" not in log("by-hand")
-    registry = Registry(f"{place.uri}/registry")
+    registry = open_registry(f"{place.uri}/registry")
     assert [version.version for version in registry.versions("tiny")] == ["v0001"]
     during = {job["metadata"]["name"] for job in jobs()}
     assert len(during) <= 3  # the first, the one by hand, and one tick of all those that came meanwhile
