@@ -21,6 +21,51 @@ from pirl.training.spec import TrainingOptions, TrainingSpec
 
 torch.set_num_threads(1)
 
+# Modules whose tests start programs or ranks, the longest first: `make test-fast` leaves them out.
+PROCESSES = [
+    "pipeline",
+    "readme",
+    "train_faults",
+    "train",
+    "retrain",
+    "train_s3",
+    "outages",
+    "lease",
+    "distributed",
+    "console",
+    "operations",
+    "kills",
+    "docker",
+    "new_option",
+    "metrics",
+    "cache",
+    "benchmarks",
+    "submit",
+    "schedule",
+    "export",
+    "plan",
+    "storage",
+    "data",
+    "cli",
+    "outputs",
+    "ways",
+    "gpu",
+    "monitoring",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that start processes, and run them first: two workers then end at about the same time."""
+
+    def rank(item: pytest.Item) -> int:
+        name = item.path.stem.removeprefix("test_")
+        return PROCESSES.index(name) if name in PROCESSES else len(PROCESSES)
+
+    for item in items:
+        if rank(item) < len(PROCESSES):
+            item.add_marker(pytest.mark.process)
+    items.sort(key=rank)
+
 
 @contextmanager
 def warned(pattern: str) -> Iterator[io.StringIO]:
