@@ -1,4 +1,4 @@
-"""What has changed -> a new champion; or nothing to do."""
+"""Retraining of a model after changes of data, recipe or code; up to date without them."""
 
 from kfp import dsl
 

@@ -65,7 +65,7 @@ def check_question(metric: str, min_gain: float) -> None:
     """Raise `UsageError` for a metric that no evaluation has, or a threshold that is not finite."""
     if metric not in PROBES:
         raise UsageError(
-            f"there is no metric {metric!r}.{did_you_mean(metric, PROBES)}", f"an evaluation has {', '.join(PROBES)}"
+            f"unknown metric {metric!r}.{did_you_mean(metric, PROBES)}", f"an evaluation has {', '.join(PROBES)}"
         )
     if not math.isfinite(min_gain):
         raise UsageError(f"the least gain is not a finite number: {min_gain}", "give a number such as 0.01")
@@ -88,7 +88,7 @@ def question(
 
 
 def current_evaluation(run: Run) -> Evaluation:
-    """Return a run's evaluation; raise `RegistryError` where there is none, or it is not of the run's weights."""
+    """Return a run's evaluation; raise `RegistryError` where it is missing, or not of the run's weights."""
     evaluation = run.evaluation()
     if evaluation is None or not evaluation.pretrained:
         raise RegistryError(f"{run.uri} has no evaluation", "`pirl eval RUN --data URI --test URI` makes one")
@@ -135,7 +135,7 @@ def _compare(
     dry_run: bool,
     progress: Callable[[str], None],
 ) -> tuple[bool, str]:
-    """Return whether a run does not fall behind the champion on the same images, and a sentence that says so."""
+    """Return whether a run does not fall behind the champion on the same images, and a sentence about it."""
     other = champion.evaluation
     where = ""
     if other is None or not _comparable(other, evaluation):
@@ -211,10 +211,10 @@ def register_run(uri: str, registry: str, model: str) -> Version:
     run = Run.at(uri)
     evaluation = current_evaluation(run)
     completion, decision = _ready(run, evaluation)
-    known = open_registry(registry)
+    target = open_registry(registry)
     check_registry(registry)
-    before = _registered_before(known, model, evaluation)
-    if before and before.gated and not known.is_newer(before):
+    before = _registered_before(target, model, evaluation)
+    if before and before.gated and not target.is_newer(before):
         return _note(run, registry, before)
     decision = _decide_again(run, evaluation, registry, model, decision)
 
@@ -228,7 +228,7 @@ def register_run(uri: str, registry: str, model: str) -> Version:
     trunk, record = _content(run, evaluation, completion, decision)
     run_id = before.record["run_id"] if before else run.uri
     files = {TRUNK: trunk}
-    version = known.register(model, run_id=run_id, files=files, record=record, promote=True, ask=still_better)
+    version = target.register(model, run_id=run_id, files=files, record=record, promote=True, ask=still_better)
     if not decision.promote:
         raise _rejected(run, decision)
     return _note(run, registry, version)

@@ -73,9 +73,9 @@ class TestDocument:
         folder, (run_now, resume, roll_back, delete) = followed
         assert "would be sharded" in run_now
         assert "pirl v0001: " in run_now
-        assert resume.endswith("nothing to do\n")
+        assert resume.endswith("up to date\n")
         assert "pirl: champion v0001 -> v0001 (not done)" in roll_back
-        assert roll_back.endswith("nothing to do\n")
+        assert roll_back.endswith("up to date\n")
         assert "v0001" in delete
         version = open_registry(str(folder / "root" / "registry")).get("pirl", "champion", verify=True)
         assert version.version == "v0001", "a version does not need the checkpoints of its run"

@@ -128,7 +128,7 @@ def test_a_scheduled_run_registers_and_the_next_has_nothing_to_do(
         local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "kfp"))
         pirl_retrain(**given, root=str(tmp_path / "out"), min_gain=-1.0)
         shown = capfd.readouterr()
-        assert ("nothing to do" in shown.out + shown.err) == (tick == 1)
+        assert ("up to date" in shown.out + shown.err) == (tick == 1)
     assert [version.version for version in open_registry(str(tmp_path / "out" / "registry")).versions("pirl")] == [
         "v0001"
     ]

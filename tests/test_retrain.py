@@ -1,4 +1,4 @@
-"""Retraining: nothing to do unless something changed, and a warm start that keeps what belongs to an image."""
+"""Retraining: up to date unless something changed, and a warm start that keeps what belongs to an image."""
 
 from __future__ import annotations
 
@@ -347,7 +347,7 @@ def test_spoiled_images_do_not_replace_a_better_champion(
         assert "not registered" in shown
         assert registry.get("pirl") == first
         assert keep_up_to_date(wanted) == 0
-        assert capsys.readouterr().out.endswith("nothing to do\n")
+        assert capsys.readouterr().out.endswith("up to date\n")
         lower = replace(wanted, min_gain=-2.0)
         assert keep_up_to_date(lower) == 0
         assert "decides again" in capsys.readouterr().out
@@ -418,7 +418,7 @@ def test_the_command(tmp_path: Path, tiny_toml: Path) -> None:
     assert "pirl has no champion yet" in first
     assert "pirl v0001: " in first
     runs = sorted((tmp_path / "root/runs").iterdir())
-    assert pirl("retrain", *settings).endswith("nothing to do\n")
+    assert pirl("retrain", *settings).endswith("up to date\n")
     assert sorted((tmp_path / "root/runs").iterdir()) == runs
     add_image(tmp_path / "train")
     third = pirl("retrain", *settings)
@@ -427,7 +427,7 @@ def test_the_command(tmp_path: Path, tiny_toml: Path) -> None:
     assert "pirl v0002: " in third
     registry = str(tmp_path / "root/registry")
     assert pirl("promote", "pirl", "v0001", "--registry", registry) == "pirl: champion v0002 -> v0001\n"
-    assert pirl("retrain", *settings).endswith("nothing to do\n")
+    assert pirl("retrain", *settings).endswith("up to date\n")
 
 
 def test_settings_of_a_job_need_the_backend_that_has_jobs(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Keeping a model up to date: whether anything has changed, a warm start, and the whole way to the registry."""
+"""Retraining: changes of data, recipe and code, a warm start, and all steps up to the registry."""
 
 from pirl.retraining.changes import Decision, Gating, data_uri, decide_retrain
 

@@ -1,4 +1,4 @@
-"""Whether there is anything new to train: data, recipe and code compared with those of the registered versions.
+"""Changes since the registered versions: data, recipe and code are compared with theirs.
 
 Everything is compared by content: the digest of the shards, of the recipe, and the version of this code. The name of a
 run is made of the three, so that a schedule that is repeated, overlaps itself or broke off resumes the same run.
@@ -42,7 +42,7 @@ def data_uri(root: str, split: str, source: Source) -> str:
 
 @dataclass(frozen=True)
 class Gating:
-    """What the gate will be asked about the new run."""
+    """The question to the gate about the new run."""
 
     registry: str
     model: str
@@ -58,8 +58,8 @@ def decide_retrain(root: str, gating: Gating, recipe: Recipe, data: str, warm_ep
     `warm_epochs` allows a warm start from the champion, where images were added and nothing else has changed: for that
     many epochs, 0 for as many as the recipe has.
 
-    Nothing to do: if the champion was made of the same; if another version was (somebody went back to an older
-    champion: the schedule does not undo that); or if a run of the same was trained and did not pass the same gate.
+    No retraining if the champion was made of the same; if another version was (an older champion was promoted by
+    hand: the schedule does not undo that); or if a run of the same was trained and did not pass the same gate.
     """
     digest = Manifest.load(open_storage(data)).digest
     warm_recipe = parse_recipe(recipe.to_toml(), [f"train.epochs={warm_epochs}"]) if warm_epochs else recipe
@@ -111,22 +111,22 @@ def _run(root: str, recipe: Recipe, digest: str, start: str) -> str:
 
 
 def _unless_rejected(decision: Decision, gating: Gating, champion: Version | None) -> Decision:
-    """Return `decision`, or that there is nothing to do where the gate has rejected the run for the same question."""
+    """Return `decision`, or that the model is up to date where the gate has rejected the run for the same question."""
     run = Run.at(decision.run)
     evaluation, gate = run.evaluation(), run.gate()
     if evaluation is None or gate is None or gate.promote:  # or it broke off between the gate and the registry
         return decision
     evaluation = evaluation.model_copy(update={"test_data": _digest_of(gating.test_data) or evaluation.test_data})
     asked = question(evaluation, gating.registry, gating.model, gating.metric, gating.min_gain, champion)
-    told = f"{decision.run} was trained on the same and did not pass the gate: {'; '.join(gate.reasons)}"
+    rejection = f"{decision.run} was trained on the same and did not pass the gate: {'; '.join(gate.reasons)}"
     if gate.answers(asked):
-        return replace(decision, retrain=False, reasons=[*decision.reasons, told])
+        return replace(decision, retrain=False, reasons=[*decision.reasons, rejection])
     again = f"{decision.run} is trained; the gate has not been asked this question yet and decides again"
     return replace(decision, reasons=[*decision.reasons, again])
 
 
 def _digest_of(data: str) -> str:
-    """Return the digest of the shards at `data`; "" where it names none, "unknown" where there are none yet."""
+    """Return the digest of the shards at `data`; "" where it is empty, "unknown" where there are no shards yet."""
     if not data:
         return ""
     try:
@@ -136,9 +136,12 @@ def _digest_of(data: str) -> str:
 
 
 def _warm(root: str, champion: Lineage, data: str) -> tuple[WarmStart | None, str]:
-    """Return a warm start and a sentence about it: the champion's shards are below ROOT/data, images were only added,
-    and its checkpoint still holds the weights that were registered."""
-    from pirl.retraining.warm import WarmStart, only_added  # here, so that a look into a registry does not load torch
+    """Return a warm start, None where it is impossible, and a sentence about it.
+
+    It needs the champion's shards below ROOT/data, images that were only added, and a checkpoint that still holds the
+    registered weights.
+    """
+    from pirl.retraining.warm import WarmStart, only_added  # loads torch, which a look into a registry does not need
 
     for uri in Workspace(root).all_shards():
         try:

@@ -1,7 +1,7 @@
 """From "something has changed" to a registered model, as a schedule runs it.
 
     decide --> shard --> train --> evaluate --> gate --> register
-      `-> nothing to do                           `-> not registered, and not trained again until something changes
+      `-> up to date                              `-> not registered, and not trained again until something changes
 
 Every step is done once for the same images, recipe and code, under names made of these. So this is repeated after it
 broke off, or started twice at once: with a job on a cluster the second finds the job of the first and follows it.
@@ -53,48 +53,48 @@ class Retraining:
     options: TrainingOptions = field(default_factory=TrainingOptions)
     """How the ranks run."""
     backend: Backend = field(default_factory=LocalBackend)
-    """Where to train."""
+    """Backend of the training."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """Labels of the training that say who started it, on a backend that keeps labels."""
+    """Labels that name the origin of the training, on a backend that keeps labels."""
 
 
-def keep_up_to_date(wanted: Retraining, dry_run: bool = False) -> int:
+def keep_up_to_date(retraining: Retraining, dry_run: bool = False) -> int:
     """Train, evaluate, register if there is anything new, else print why not. Return the exit code of the training.
 
-    `dry_run` prints what would be done, as far as that can be known without making shards.
+    `dry_run` prints what would be done, as far as possible without making shards.
     """
-    check_question(wanted.metric, wanted.min_gain)
-    sources = {"train": open_source(wanted.train_source), "test": open_source(wanted.test_source)}
+    check_question(retraining.metric, retraining.min_gain)
+    sources = {"train": open_source(retraining.train_source), "test": open_source(retraining.test_source)}
     for split, source in sources.items():
         for line in summary(source):
             say(f"{split}: {line}")
     for note in compare_sources(sources["train"], sources["test"]):
         say(note)
-    check_outside(wanted.root, list(sources.values()))
-    check_registry(wanted.registry, list(sources.values()))
-    open_storage(wanted.root).require_writable()
-    data = {split: data_uri(wanted.root, split, source) for split, source in sources.items()}
+    check_outside(retraining.root, list(sources.values()))
+    check_registry(retraining.registry, list(sources.values()))
+    open_storage(retraining.root).require_writable()
+    data = {split: data_uri(retraining.root, split, source) for split, source in sources.items()}
     if not dry_run:
         write_shards(sources["train"], open_storage(data["train"]))
     elif not open_storage(data["train"]).exists(MANIFEST):
         say(f"new images: {len(sources['train']):,} would be sharded to {data['train']} and compared")
-        say(f"what is new would be trained {wanted.backend.where}")
+        say(f"what is new would be trained {retraining.backend.where}")
         return EXIT_DONE
-    recipe = load_recipe(wanted.recipe, wanted.overrides)
-    gating = Gating(wanted.registry, wanted.model, wanted.metric, wanted.min_gain, data["test"])
-    decision = decide_retrain(wanted.root, gating, recipe, data["train"], wanted.warm_epochs)
+    recipe = load_recipe(retraining.recipe, retraining.overrides)
+    gating = Gating(retraining.registry, retraining.model, retraining.metric, retraining.min_gain, data["test"])
+    decision = decide_retrain(retraining.root, gating, recipe, data["train"], retraining.warm_epochs)
     for reason in decision.reasons:
         say(reason)
     if not decision.retrain:
-        say("nothing to do")
+        say("up to date")
         return EXIT_DONE
-    say(f"{'would train' if dry_run else 'training'} {decision.run} {wanted.backend.where}")
+    say(f"{'would train' if dry_run else 'training'} {decision.run} {retraining.backend.where}")
     if dry_run:
         return EXIT_DONE
-    if code := _train(wanted, decision, data["train"]):
+    if code := _train(retraining, decision, data["train"]):
         return code
     with ending_on_sigterm(f"the training is saved in {decision.run}"):
-        _register(wanted, decision.run, data, sources["test"])
+        _register(retraining, decision.run, data, sources["test"])
     return EXIT_DONE
 
 
@@ -115,27 +115,27 @@ def ending_on_sigterm(saved: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _train(wanted: Retraining, decision: Decision, data: str) -> int:
-    """Train to the end of the recipe, from the champion where the decision says so. Return the exit code."""
+def _train(retraining: Retraining, decision: Decision, data: str) -> int:
+    """Train to the end of the recipe, from the champion where the decision has a warm start. Return the exit code."""
     if decision.warm and not Run.at(decision.run).checkpoints().names():
         kept, fresh = warm_start(decision.warm, data, decision.run, decision.recipe)
         say(f"from {decision.warm.run}: {count(kept, 'row')} of the bank kept, {fresh:,} new")
-    spec = TrainingSpec(recipe=decision.recipe, data=data, out=decision.run, **dict(wanted.options))
-    return wanted.backend.run(Training(spec), wanted.labels)
+    spec = TrainingSpec(recipe=decision.recipe, data=data, out=decision.run, **dict(retraining.options))
+    return retraining.backend.run(Training(spec), retraining.labels)
 
 
-def _register(wanted: Retraining, run: str, data: dict[str, str], test: Source) -> None:
-    """Evaluate, and register what passes the gate. What does not is no failure."""
+def _register(retraining: Retraining, run: str, data: dict[str, str], test: Source) -> None:
+    """Evaluate, and register what passes the gate. A rejection is not a failure."""
     write_shards(test, open_storage(data["test"]))
     evaluate_run(run, data["train"], data["test"], say)
-    decision = decide(run, wanted.registry, wanted.model, wanted.metric, wanted.min_gain)
+    decision = decide(run, retraining.registry, retraining.model, retraining.metric, retraining.min_gain)
     for reason in decision.reasons:
         say(reason)
     if not decision.promote:
         say("not registered")
         return
     try:
-        version = register_run(run, wanted.registry, wanted.model)
+        version = register_run(run, retraining.registry, retraining.model)
     except RejectedError as error:  # another version has become the champion meanwhile
         say(f"not registered: {error.what}")
         return

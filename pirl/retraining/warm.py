@@ -1,9 +1,9 @@
 """A warm start: a new run that begins with what an older one has learned, on the same images and more.
 
-The trunk, the heads and the constant Z are taken over. The memory bank is laid out anew, since ids are dense and in
-the order of the source: an image added in the middle moves the ids behind it. An image is known again by its name and
+The trunk, the heads and the constant Z are taken over. The memory bank is laid out again, because ids are dense and in
+the order of the source: an image added in the middle moves the ids behind it. An image is recognised by its name and
 its size in bytes, both from the shards' indexes (no image is read); its row moves with it. The row of an image that is
-new is a random unit vector, as in a fresh bank. The optimiser and the schedule begin anew.
+new is a random unit vector, as in a fresh bank. The optimiser and the schedule start from the beginning.
 
 The result is a checkpoint of step 0 in the new run: training resumes from it like from any other.
 """
@@ -29,19 +29,19 @@ from pirl.training.state import TrainState
 
 
 def same_images(old: ShardReader, new: ShardReader) -> np.ndarray:
-    """(len(new),) int64: the id in `old` of every image of `new`, -1 for one that was not there."""
-    known = {key: id for id, key in enumerate(_keys(old))}
-    return np.array([known.get(key, -1) for key in _keys(new)], np.int64)
+    """Return (len(new),) int64: the id in `old` of every image of `new`, -1 for one that was not there."""
+    old_ids = {key: id for id, key in enumerate(_keys(old))}
+    return np.array([old_ids.get(key, -1) for key in _keys(new)], np.int64)
 
 
 def only_added(old: ShardReader, new: ShardReader) -> bool:
-    """Whether `new` has every image of `old`, and more."""
+    """Return whether `new` has every image of `old`, and more."""
     return int((same_images(old, new) >= 0).sum()) == len(old) < len(new)
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What a run may begin with: a checkpoint of an older run, and the shards that it was trained on."""
+    """The origin of a new run: a checkpoint of an older run, and the shards that it was trained on."""
 
     run: str
     checkpoint: str
@@ -49,7 +49,7 @@ class WarmStart:
 
 
 def warm_start(start: WarmStart, data: str, out: str, recipe: Recipe) -> tuple[int, int]:
-    """Make the checkpoint of step 0 of the run `out` on `data`. Returns (rows kept, rows begun anew).
+    """Make the checkpoint of step 0 of the run `out` on `data`. Return (rows kept, new rows).
 
     `CheckpointError` when that checkpoint's bank is not one of that data's images.
     """

@@ -148,7 +148,7 @@ def test_the_first_tick_trains_the_second_skips_the_third_has_new_data(place: Pl
     second = next_tick(during)
     ended(second)
     assert "v0001 was made of the same data, recipe and code" in log(second)
-    assert "nothing to do" in log(second).splitlines()[-1]
+    assert "up to date" in log(second).splitlines()[-1]
     assert place.jobs() == trained
 
     seen = {job["metadata"]["name"] for job in jobs()}
