@@ -5,7 +5,7 @@
     sheet       the views of real images, with the places that they come from
     neighbours  nearest training images of a few test images
 
-What is not there yet is said on the page. Everything that comes from outside is escaped by the templates.
+Missing parts are named on the page. Everything that comes from outside is escaped by the templates.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EXAMPLES = 8
 
 @dataclass(frozen=True)
 class DataSet:
-    """What the page says of one sharded data set."""
+    """One sharded data set on the page."""
 
     uri: str
     manifest: Manifest
@@ -42,9 +42,9 @@ class DataSet:
 
 
 def write_report(run: str, train_data: str, test_data: str | None = None) -> str:
-    """Write `report.html` into the run; returns its URI. `train_data` and `test_data` are URIs of shards.
+    """Write `report.html` into the run; return its URI. `train_data` and `test_data` are URIs of shards.
 
-    Neighbours need `test_data`. Raises `StorageNotFoundError` where there is no run, `DataError` where no shards are.
+    Neighbours need `test_data`. `StorageNotFoundError` if the run does not exist, `DataError` without shards.
     """
     folder = Run.at(run)
     folder.require_writable(REPORT)
@@ -52,11 +52,11 @@ def write_report(run: str, train_data: str, test_data: str | None = None) -> str
 
 
 def render_report(run: str, train_data: str, test_data: str | None = None) -> str:
-    """The text of the page."""
+    """Return the text of the page."""
     facts = read_run(Run.at(run))
     dataset = CropDataset(train_data, facts.recipe)
     train = dataset.reader
-    found: Neighbours | None = None
+    nearest: Neighbours | None = None
     why_not = ""
     test = ShardReader(test_data) if test_data else None
     if test is None:
@@ -65,7 +65,7 @@ def render_report(run: str, train_data: str, test_data: str | None = None) -> st
         why_not = "The run has no checkpoint yet."
     else:
         try:
-            found = find_neighbours(run, train, test)
+            nearest = find_neighbours(run, train, test)
         except CheckpointError as error:
             why_not = f"No checkpoint can be read: {error.what}."
     rows = rates(facts.evaluation) if facts.evaluation else []
@@ -82,7 +82,7 @@ def render_report(run: str, train_data: str, test_data: str | None = None) -> st
         most_points=MOST_POINTS,
         curves=curves(facts),
         examples=first_examples(dataset),
-        neighbours=found,
+        neighbours=nearest,
         why_no_neighbours=why_not,
         usage=usage(facts),
     )
@@ -100,7 +100,7 @@ def other_data(run: RunFacts, train: ShardReader, test: ShardReader | None) -> l
 
 
 def first_examples(dataset: CropDataset) -> list[Example]:
-    """The views of the first images of the first epoch, as training drew them (on the same data)."""
+    """Return the views of the first images of the first epoch, as training drew them (on the same data)."""
     recipe, reader = dataset.recipe, dataset.reader
     rows = epoch_order(recipe.train.seed, 0, dataset.rows)[:EXAMPLES]
     ids = [int(id) for id in dataset.image_ids(rows)]
@@ -109,7 +109,7 @@ def first_examples(dataset: CropDataset) -> list[Example]:
 
 
 def usage(run: RunFacts) -> str | None:
-    """Python that loads the registered trunk and turns an image into features; None without a registered version."""
+    """Return Python that loads the registered trunk and computes features; None without a registered version."""
     if not run.registered:
         return None
     views = run.recipe.views

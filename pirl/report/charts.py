@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 540, 230  # of the viewBox: one unit is one pixel at the usual size
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 40
 MOST_POINTS = 240
-"""Of one line. More are averaged in groups of neighbours, which the page says."""
+"""Of one line. More are averaged in groups of neighbours, which the page notes."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """What the page shows of one chart: `svg`, and a legend of (name, style, last value)."""
+    """One chart of the page: `svg`, and a legend of (name, style, last value)."""
 
     title: str
     svg: Markup
@@ -123,14 +123,14 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def number(value: float, among: Sequence[float]) -> str:
-    """A tick's label, with as many decimals as the steps between ticks need."""
+    """Return a tick's label, with as many decimals as the steps between ticks need."""
     step = among[1] - among[0]
     decimals = next(d for d in range(12) if abs(step - round(step, d)) < step * 1e-6)
     return f"{value if abs(value) > step * 1e-6 else 0:,.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def short(value: float) -> str:
-    """A measured value for reading: three significant digits or more."""
+    """Return a measured value for reading: three significant digits or more."""
     decimals = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
     return f"{value:,.{min(decimals, 6)}f}".replace("-", "\N{MINUS SIGN}")
 
@@ -148,17 +148,17 @@ def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _hover(lines: Sequence[Line], frame: _Frame, x_name: str) -> list[str]:
-    """Invisible strips over the plot whose tooltips tell the values: the browser shows them without a script."""
+    """Return invisible strips over the plot, whose tooltips show the values without a script."""
     points = lines[0].points
     edges = [frame.x(frame.x_low), *((frame.x(a[0]) + frame.x(b[0])) / 2 for a, b in pairwise(points))]
     edges.append(frame.x(frame.x_high))
     strips = []
     for index, (x, _) in enumerate(points):
         values = [f"{line.name} {short(line.points[index][1])}" for line in lines if index < len(line.points)]
-        told = escape(f"{x_name} {x:.2f}: {', '.join(values)}")
+        tooltip = escape(f"{x_name} {x:.2f}: {', '.join(values)}")
         strips.append(
             f'<rect class="strip" x="{edges[index]:.1f}" y="{TOP}" width="{edges[index + 1] - edges[index]:.1f}" '
-            f'height="{HEIGHT - TOP - BOTTOM}"><title>{told}</title></rect>'
+            f'height="{HEIGHT - TOP - BOTTOM}"><title>{tooltip}</title></rect>'
         )
     return strips
 

@@ -52,7 +52,7 @@ class RunFacts:
 
 
 def read_run(run: Run) -> RunFacts:
-    """Return everything but the checkpoints' states; raise `StorageNotFoundError` where there is no run.
+    """Return everything but the checkpoints' states; raise `StorageNotFoundError` where the run does not exist.
 
     A file that is damaged is left out and named in `problems`: it does not hide the rest.
     """
@@ -105,7 +105,7 @@ def _commit(checkpoints: Checkpoints, name: str) -> Commit | str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`tone` is good, bad or open; `helped` says whether pretraining did, in a sentence."""
+    """`tone` is good, bad or open; `helped` is a sentence about the gain of pretraining."""
 
     tone: str
     title: str
@@ -115,7 +115,7 @@ class Verdict:
 
 
 def verdict(run: RunFacts) -> Verdict:
-    """Whether the trunk was registered and why, and, in the same place, whether pretraining helped at all."""
+    """Return the state of the registration with its reasons, and the gain of pretraining."""
     reasons = list(run.gate.reasons) if run.gate else []
     if run.registered:
         tone, title = "good", f"Registered as {run.registered.model} {run.registered.version}"
@@ -133,15 +133,15 @@ def _helped(run: RunFacts) -> tuple[str, str]:
         started = "is finished" if run.done else "is not finished"
         return "open", f"Not evaluated yet, so nothing is known about its use. Training {started}."
     rows = [row for row in rates(run.evaluation) if row.rate == "top1"]
-    told = "; ".join(f"{row.title[0].lower()}{row.title[1:]} ({row.detail}) {row.gain_text}" for row in rows)
+    gains = "; ".join(f"{row.title[0].lower()}{row.title[1:]} ({row.detail}) {row.gain_text}" for row in rows)
     if "pretrained" in run.evaluation.collapsed:
-        return "bad", f"The features have collapsed: they are the same for all training images. Rates: {told}."
+        return "bad", f"The features have collapsed: they are the same for all training images. Rates: {gains}."
     better, worse = ([row for row in rows if row.tone == tone] for tone in ("good", "bad"))
     if len(better) == len(rows):
-        return "good", f"Pretraining helped, in points over random weights: {told}."
+        return "good", f"Pretraining helped, in points over random weights: {gains}."
     if better:
-        return ("bad" if worse else "open"), f"Pretraining helped in part, in points over random weights: {told}."
-    return "bad", f"Pretraining did not help, in points over random weights: {told}."
+        return ("bad" if worse else "open"), f"Pretraining helped in part, in points over random weights: {gains}."
+    return "bad", f"Pretraining did not help, in points over random weights: {gains}."
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def rates(evaluation: Evaluation) -> list[Rate]:
 
 @dataclass(frozen=True)
 class Scale:
-    """The axis beside the table: percentages low..high as places 0..100 of its width."""
+    """The axis next to the table: percentages low..high as places 0..100 of its width."""
 
     low: float
     high: float
@@ -209,7 +209,7 @@ class Scale:
 
 
 def scale(rows: list[Rate]) -> Scale:
-    """An axis that holds all rates with their spreads. It need not start at 0: it carries dots, not bars."""
+    """Return an axis that holds all rates with their spreads. It need not start at 0: it carries dots, not bars."""
     ends = [100 * (side.mean + sign * side.std) for r in rows for side in (r.pretrained, r.random) for sign in (-1, 1)]
     marks = ticks(min(ends), max(ends), 4)
     low, high = marks[0], marks[-1]
@@ -217,17 +217,17 @@ def scale(rows: list[Rate]) -> Scale:
 
 
 def points(gain: float) -> str:
-    """A difference of shares as signed percentage points."""
+    """Return a difference of shares as signed percentage points."""
     return f"{100 * gain:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def when(seconds: float) -> str:
-    """Seconds since 1970 as a UTC time."""
+    """Return seconds since 1970 as a UTC time."""
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def header(run: RunFacts) -> list[tuple[str, str]]:
-    """The facts under the title: (name, value)."""
+    """Return the facts under the title: (name, value)."""
     recipe, model = run.recipe, run.recipe.model
     starts = [event for event in run.events if event["event"] in ("start", "resume")]
     last = run.metrics[-1] if run.metrics else None
@@ -258,7 +258,7 @@ def header(run: RunFacts) -> list[tuple[str, str]]:
 
 
 def curves(run: RunFacts) -> list[Chart]:
-    """The charts of a training. Empty where no step was logged."""
+    """Return the charts of a training. Empty where no step was logged."""
     lines = run.metrics
     if not lines:
         return []

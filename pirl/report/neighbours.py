@@ -1,4 +1,4 @@
-"""What a trunk finds alike: the nearest training images of a few test images, beside those of random weights."""
+"""The nearest training images of a few test images, by the trunk and by random weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUERIES, SHOWN = 10, 6
 GALLERY = 10_000  # training images that are searched
 BATCH = 256
 BUDGET_S = 8.0
-"""Of extracting features: a large trunk on a slow machine searches fewer images, and the page tells how many."""
+"""Of extracting features: a large trunk on a slow machine searches fewer images, and the page shows how many."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,14 @@ def find_neighbours(run: str, train: ShardReader, test: ShardReader) -> Neighbou
         return extracted
 
     queries = choose_queries(test, recipe.train.seed)
-    wanted = features(test, queries)
+    query_features = features(test, queries)
     ids = epoch_order(recipe.train.seed, 0, len(train))[:GALLERY].tolist()
-    found: list[list[torch.Tensor]] = [[], []]
+    gathered: list[list[torch.Tensor]] = [[], []]
     started = time.perf_counter()
     searched = 0
     while searched < len(ids) and (searched == 0 or time.perf_counter() - started < BUDGET_S):
         part = ids[searched : searched + BATCH]
-        for parts, new in zip(found, features(train, part)):
+        for parts, new in zip(gathered, features(train, part)):
             parts.append(new)
         searched += len(part)
 
@@ -86,7 +86,7 @@ def find_neighbours(run: str, train: ShardReader, test: ShardReader) -> Neighbou
 
     shown = [show(test, id) for id in queries]
     nearest: list[list[list[Shown]]] = []
-    for parts, query in zip(found, wanted):
+    for parts, query in zip(gathered, query_features):
         index, similarity = next(neighbours(torch.cat(parts), query, min(SHOWN, searched)))
         nearest.append(
             [
@@ -98,7 +98,7 @@ def find_neighbours(run: str, train: ShardReader, test: ShardReader) -> Neighbou
 
 
 def choose_queries(test: ShardReader, seed: int) -> list[int]:
-    """The first test image of each class in an order that nobody chose, for up to 10 classes; any 10 without labels."""
+    """Return the first test image of each class in a fixed order, for up to 10 classes; any 10 without labels."""
     order = epoch_order(seed, 0, len(test))
     labels = test.labels()[order]
     if test.manifest.classes is None:

@@ -11,7 +11,7 @@ from pirl.text import duration, percent, size
 
 
 def render(template: str, **values: Any) -> str:
-    """A page from `pirl/templates`. Names that are no UTF-8 are shown with backslashes."""
+    """Return a page from `pirl/templates`. Names that are not UTF-8 are shown with backslashes."""
     environment = Environment(
         loader=PackageLoader("pirl"),
         autoescape=True,
@@ -24,5 +24,5 @@ def render(template: str, **values: Any) -> str:
 
 
 def writable(text: str) -> str:
-    """Text without the lone surrogates that stand for undecodable bytes of file names."""
+    """Return text without the lone surrogates that stand for undecodable bytes of file names."""
     return text.encode("utf-8", "backslashreplace").decode()

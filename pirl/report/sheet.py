@@ -106,7 +106,7 @@ def draw_views(
 
 
 def cell_colour(cell: int, cells: int) -> str:
-    """The same colour marks a patch and the place that it comes from."""
+    """Return the colour that marks a patch and the place that it comes from."""
     return f"hsl({round(360 * cell / cells)}, 70%, 45%)"
 
 
@@ -118,7 +118,7 @@ def views_sheet(
     epoch: int = 0,
     names: Sequence[str] = (),
 ) -> bytes:
-    """A PNG with one row for each image: the original with the places, the image view, the patches in their order."""
+    """Return a PNG with one row for each image: the original with the places, the image view, the patches."""
     return paint(draw_views(recipe, images, ids, seed, epoch, names), recipe)
 
 
@@ -126,7 +126,7 @@ PANEL, GAP, MARGIN, CAPTION = 252, 28, 28, 30  # pixels
 
 
 def paint(examples: Sequence[Example], recipe: Recipe) -> bytes:
-    """The sheet as a PNG file."""
+    """Return the sheet as a PNG file."""
     font, bold = ImageFont.load_default(13), ImageFont.load_default(15)
     head = MARGIN + 46
     row_height = PANEL + CAPTION + GAP
