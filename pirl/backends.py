@@ -17,9 +17,9 @@ from .jobs.kind import JobKind
 from .jobs.pytorchjob import PyTorchJob
 from .jobs.settings import JobSettings, job_settings
 from .jobs.trainjob import TrainJob
-from .settings import Collector
+from .settings import Collector, items_of
 from .text import count
-from .training.spec import TrainingOptions, TrainingSpec, items_of, training_options
+from .training.spec import TrainingOptions, TrainingSpec, training_options
 
 if TYPE_CHECKING:
     from .programs import Program, Training

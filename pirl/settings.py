@@ -12,7 +12,8 @@ import shlex
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
@@ -197,6 +198,34 @@ def validated(
     if found:
         raise all_at_once(origin, found, hint or f"the {entry}s are {', '.join(names or model.model_fields)}")
     return made
+
+
+def items_of(text: str | Iterable[str]) -> list[str]:
+    """Return the items of a text, or those of a list."""
+    return split_items(text) if isinstance(text, str) else list(text)
+
+
+def options_from(model: type[Model], items: str | Iterable[str]) -> Model:
+    """Return the options of NAME=VALUE items, given as a list or as one text."""
+    values, problems = read_items(items_of(items), json_value, "name=value")
+    return validated(model, values, "options", problems, entry="option")
+
+
+class Specification(Settings):
+    """Settings that a program gets as one JSON file."""
+
+    @classmethod
+    def read(cls, path: str) -> Self:
+        """Return the specification in a JSON file."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"specification {path} cannot be read: {error}", "name a file of `to_json`") from None
+        return validated(cls, read_json(text, path), path)
+
+    def to_json(self) -> str:
+        """Return the text that `read` takes."""
+        return self.model_dump_json(indent=2, exclude_none=True) + "\n"
 
 
 class SettingsError(ConfigError):

@@ -17,7 +17,7 @@ from images import folder_of_classes, picture
 from torchvision import transforms
 
 from pirl.checkpoint import Checkpoints
-from pirl.errors import CheckpointError, DataError, UsageError
+from pirl.errors import CheckpointError, ConfigError, DataError, UsageError
 from pirl.evaluate import (
     Features,
     Protocol,
@@ -37,11 +37,12 @@ from pirl.evaluate import (
     load_trunk,
     nearest_neighbours,
     neighbours,
-    probe,
     require_finite,
     spread,
 )
 from pirl.evaluate.load import is_collapsed
+from pirl.evaluate.probe import probe
+from pirl.evaluate.spec import EvaluationOptions, EvaluationSpec
 from pirl.model import build_model, weights_digest
 from pirl.results import PROBES, Evaluation, ProbeSettings, Scores
 from pirl.run import Run, split_checkpoint_uri
@@ -478,3 +479,22 @@ def test_another_eval_section_is_applied_to_a_finished_run(
     assert first.weights == second.weights == weights
     assert load_model(run)[0].eval == load_trunk(run)[0].eval == run.recipe().eval
     assert evaluate_run(run.uri, shards, test_shards) == second
+
+
+# ---- the specification
+
+
+def test_texts_items_options_and_json_give_the_same_specification(tmp_path: Path) -> None:
+    options = ["protocol=zoo", "epochs=3"]
+    ways = [options, " ".join(options), EvaluationOptions(protocol="zoo", epochs=3)]
+    specs = [EvaluationSpec.parse("r", data="d", test="t", options=way) for way in ways]
+    (tmp_path / "spec.json").write_text(specs[0].to_json())
+    specs.append(EvaluationSpec.read(str(tmp_path / "spec.json")))
+    assert specs == [EvaluationSpec(run="r", data="d", test="t", protocol="zoo", epochs=3, workers=0)] * 4
+
+
+def test_every_problem_of_a_specification_is_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        EvaluationSpec.parse("ftp://r", data="d", test="s3:/t", options="protocol=zo workers=-1 run=x epoch=2")
+    for problem in ("--run", "--test", "Did you mean 'zoo'?", "workers", "'run'", "Did you mean 'epochs'?"):
+        assert problem in caught.value.what, problem

@@ -1,4 +1,4 @@
-"""A new option of training is one edit: commands, pipelines, ranks and pods have it by that."""
+"""A new option of training or evaluation is one edit: commands, pipelines, ranks and pods have it by that."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import pirl
 
@@ -65,15 +67,53 @@ print("everywhere")
 """
 
 
-def test_an_option_is_one_edit(tmp_path: Path) -> None:
+EVALUATION_BEFORE = "    epochs: int | None = Field"
+EVALUATION_PROGRAM = """
+import contextlib, io, sys
+from unittest import mock
+
+import pirl.evaluate.apply
+from components.linear_eval import linear_eval
+from pirl import cli
+from pirl.evaluate.spec import EvaluationSpec
+
+assert cli.__file__.startswith(sys.argv[1]), cli.__file__
+specs = []
+
+
+def pirl_eval(*words):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), mock.patch("sys.argv", ["pirl", "eval", *words]):
+        with contextlib.suppress(SystemExit):
+            cli.main()
+    return out.getvalue()
+
+
+shown = " ".join(pirl_eval("--help").split())
+assert "--toy" in shown and "A toy that nobody needs." in shown, shown
+with mock.patch("pirl.evaluate.apply.apply_protocol", lambda spec, *_: specs.append(spec) or {}):
+    with mock.patch("components.step.step", lambda *_: contextlib.nullcontext()):
+        linear_eval.python_func(run="r", train_data="d", test_data="t", metrics=None, options="toy=4")
+    with mock.patch("pirl.cli.evaluate.show_layers"):
+        pirl_eval("r", "--data=d", "--test=t", "--toy=5")
+assert [(spec.run, spec.data, spec.test, spec.toy) for spec in specs] == [("r", "d", "t", 4), ("r", "d", "t", 5)]
+print("everywhere")
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "before", "program"),
+    [("training", BEFORE, PROGRAM), ("evaluate", EVALUATION_BEFORE, EVALUATION_PROGRAM)],
+)
+def test_an_option_is_one_edit(tmp_path: Path, module: str, before: str, program: str) -> None:
     for name in ("pirl", "components", "pipelines"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    spec = tmp_path / "pirl" / "training" / "spec.py"
-    before = spec.read_text()
-    assert before.count(BEFORE) == 1
-    spec.write_text(before.replace(BEFORE, FIELD + BEFORE))
+    spec = tmp_path / "pirl" / module / "spec.py"
+    text = spec.read_text()
+    assert text.count(before) == 1
+    spec.write_text(text.replace(before, FIELD + before))
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "200"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=tmp_path, env=env, capture_output=True, text=True
+        [sys.executable, "-c", program, str(tmp_path)], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert done.stdout.endswith("everywhere\n"), done.stdout + done.stderr

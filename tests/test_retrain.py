@@ -381,7 +381,7 @@ def test_a_sigterm_during_the_evaluation_ends_cleanly_and_is_resumed(
     before = signal.getsignal(signal.SIGTERM)
     wanted = retraining(tmp_path, tiny_toml, min_gain=-1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(retrain, "evaluate_run", stopped)
+        patch.setattr(retrain, "apply_protocol", stopped)
         with pytest.raises(PreemptedError, match="the training is saved in") as caught:
             keep_up_to_date(wanted)
     assert caught.value.exit_code == EXIT_PREEMPTED

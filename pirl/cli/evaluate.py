@@ -1,4 +1,4 @@
-"""`pirl eval` and `pirl report`: what a run has learned."""
+"""`pirl eval` and `pirl report`: probes of a run's backbone, and its page."""
 
 from __future__ import annotations
 
@@ -9,57 +9,37 @@ import typer
 from rich.table import Table
 
 from .. import logs
-from ..errors import UsageError, did_you_mean
+from ..evaluate.spec import EvaluationOptions, EvaluationSpec
 from ..results import Evaluation
 from ..text import count, percent
 from .app import Json, app, console, show_table
-
-PROTOCOLS = ("fast", "zoo", "bank")
+from .options import options_of
 
 
 @app.command("eval")
+@options_of(EvaluationOptions)
 def evaluate(
     run: Annotated[str, typer.Argument(help="URI of a run.")],
     data: Annotated[str, typer.Option(help="URI of labelled shards to train the probe on.")],
     test: Annotated[str, typer.Option(help="URI of labelled shards to test it on.")],
-    protocol: Annotated[
-        str, typer.Option(help="fast: features once; zoo: as the zoo's numbers were made; bank: its rows as they are.")
-    ] = "fast",
-    epochs: Annotated[int | None, typer.Option(help="Epochs of the protocol zoo, 28 if not given.", min=1)] = None,
-    workers: Annotated[int, typer.Option(help="Data loading processes of the protocol zoo.", min=0)] = 0,
+    options: EvaluationOptions,
     as_json: Json = False,
 ) -> None:
-    """Probe a run's frozen trunk: beside the same trunk with random weights (fast), layer by layer (zoo), or by the
-    nearest neighbours in its memory bank (bank), which takes a pass over the test images only.
+    """Probe a run's frozen backbone.
+
+    Protocol fast compares it with its random initial weights; zoo probes it layer by layer; bank searches the nearest
+    neighbours in its memory bank, with one pass over the test images alone.
 
     Example: pirl eval runs/mine --data shards/train --test shards/test
     """
-    if protocol not in PROTOCOLS:
-        guess = did_you_mean(protocol, PROTOCOLS)
-        raise UsageError(f"there is no protocol {protocol!r}.{guess}", f"give --protocol {', '.join(PROTOCOLS)}")
+    spec = EvaluationSpec.parse(run, data=data, test=test, options=options)
+    from ..evaluate import apply_protocol
 
-    def tell(text: str) -> None:
-        if not as_json:
-            console.print(text)
-
-    if protocol != "zoo" and (epochs is not None or workers):
-        raise UsageError("--epochs and --workers are for --protocol zoo", "leave them out, or choose that protocol")
-    if protocol == "zoo":
-        from ..evaluate import ZooProtocol, evaluate_layers
-
-        settings = ZooProtocol() if epochs is None else ZooProtocol(epochs=epochs)
-        layers = evaluate_layers(run, data, test, settings, workers, tell)
-        print(json.dumps(layers)) if as_json else show_layers(layers)
-        return
-    if protocol == "bank":
-        from ..evaluate import evaluate_bank
-
-        result = evaluate_bank(run, data, test)
+    result = apply_protocol(spec, lambda text: None if as_json else console.print(text))
+    if isinstance(result, Evaluation):
+        logs.output(f"{json.dumps(result.to_json())}\n") if as_json else show_scores(result)
     else:
-        from ..evaluate import evaluate_run
-
-        result = evaluate_run(run, data, test, progress=tell)
-    logs.output(f"{json.dumps(result.to_json())}\n") if as_json else show_scores(result)
+        logs.output(f"{json.dumps(result)}\n") if as_json else show_layers(result)
 
 
 def show_scores(result: Evaluation) -> None:
@@ -75,7 +55,7 @@ def show_scores(result: Evaluation) -> None:
 
 
 def show_layers(result: dict[str, Any]) -> None:
-    """The table of `pirl eval --protocol zoo`."""
+    """Print the table of the protocol zoo."""
     epochs = result["epochs"]
     trained = f"after {count(len(epochs), 'epoch')} of the zoo's linear protocol"
     table = Table(title=f"the frozen trunk, layer by layer, {trained}")

@@ -1,37 +1,46 @@
-"""Evaluations of a frozen trunk, by two protocols.
+"""Evaluations of a frozen backbone, by three protocols.
 
-`probe` is the fast one: features once, a linear probe and nearest neighbours, beside the same trunk's initial weights;
-and nearest neighbours in the memory bank, for which the training images need not be looked at again.
-`zoo` is that of the published models: a linear classifier on every layer, trained on random crops for 28 epochs.
+`fast`: features once, a linear probe and nearest neighbours, compared with the same backbone's initial weights.
+`bank`: nearest neighbours in the memory bank, without reading the training images.
+`zoo`: that of the published models, a linear classifier on every layer, trained on random crops for 28 epochs.
+
+Names are loaded when they are used: `spec` alone loads no torch.
 """
 
 from __future__ import annotations
 
-from pirl.evaluate.fast import evaluate, evaluate_bank, evaluate_run, evaluate_trunk
-from pirl.evaluate.load import load_model, load_trunk, require_finite
-from pirl.evaluate.probe import (
-    Features,
-    Protocol,
-    as_json,
-    bank_neighbours,
-    centre_crop,
-    check_labels,
-    embed,
-    extract,
-    few_labels,
-    linear_probe,
-    load_pixels,
-    nearest_neighbours,
-    neighbours,
-    probe,
-    spread,
-)
-from pirl.evaluate.zoo import ZooProtocol, evaluate_layers
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pirl.evaluate.apply import apply_protocol
+    from pirl.evaluate.fast import evaluate, evaluate_bank, evaluate_run, evaluate_trunk
+    from pirl.evaluate.load import load_model, load_trunk, require_finite
+    from pirl.evaluate.probe import (
+        Features,
+        Protocol,
+        as_json,
+        bank_neighbours,
+        centre_crop,
+        check_labels,
+        embed,
+        extract,
+        few_labels,
+        linear_probe,
+        load_pixels,
+        nearest_neighbours,
+        neighbours,
+        spread,
+    )
+    from pirl.evaluate.zoo import ZooProtocol, evaluate_layers
+
+MODULES = ("load", "probe", "fast", "zoo", "apply")
 
 __all__ = [
     "Features",
     "Protocol",
     "ZooProtocol",
+    "apply_protocol",
     "as_json",
     "bank_neighbours",
     "centre_crop",
@@ -50,7 +59,15 @@ __all__ = [
     "load_trunk",
     "nearest_neighbours",
     "neighbours",
-    "probe",
     "require_finite",
     "spread",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Return a public name from the module that defines it."""
+    if name in __all__:
+        for module in (import_module(f"pirl.evaluate.{each}") for each in MODULES):
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

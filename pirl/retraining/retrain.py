@@ -19,7 +19,8 @@ from typing import Any
 from pirl.backends import Backend, LocalBackend
 from pirl.config import load_recipe
 from pirl.errors import EXIT_DONE, PreemptedError
-from pirl.evaluate import evaluate_run
+from pirl.evaluate import apply_protocol
+from pirl.evaluate.spec import EvaluationSpec
 from pirl.gate import METRIC, MIN_GAIN, RejectedError, check_question, decide, register_run
 from pirl.logs import say
 from pirl.outputs import check_outside, check_registry
@@ -127,7 +128,7 @@ def _train(retraining: Retraining, decision: Decision, data: str) -> int:
 def _register(retraining: Retraining, run: str, data: dict[str, str], test: Source) -> None:
     """Evaluate, and register what passes the gate. A rejection is not a failure."""
     write_shards(test, open_storage(data["test"]))
-    evaluate_run(run, data["train"], data["test"], say)
+    apply_protocol(EvaluationSpec.parse(run, data=data["train"], test=data["test"]), say)
     decision = decide(run, retraining.registry, retraining.model, retraining.metric, retraining.min_gain)
     for reason in decision.reasons:
         say(reason)

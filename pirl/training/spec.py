@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from ..config import Recipe, load_recipe
 from ..errors import UsageError
-from ..settings import Collector, Settings, json_value, read_items, read_json, split_items, validated
+from ..settings import Collector, Settings, Specification, items_of, options_from, validated
 from ..storage import open_storage
 
 
@@ -45,25 +44,29 @@ class TrainingOptions(Settings):
         return [f"{name}={json.dumps(value)}" for name, value in self.model_dump(exclude_defaults=True).items()]
 
 
+def check_location(uri: str) -> str:
+    """Return a URI that names a storage, or raise `ValueError`."""
+    try:
+        open_storage(uri)
+    except UsageError as error:
+        raise ValueError(f"{error.what} {error.hint}") from None
+    return uri
+
+
+Location = Annotated[str, AfterValidator(check_location)]
+"""URI of a folder in a storage."""
+
+
 class Options(TrainingOptions):
     """Locations that a training reads and writes, and how its ranks run."""
 
-    data: str
+    data: Location
     """URI of the shards."""
-    out: str
+    out: Location
     """URI of the run; an existing run is resumed."""
 
-    @field_validator("data", "out")
-    @classmethod
-    def _is_location(cls, uri: str) -> str:
-        try:
-            open_storage(uri)
-        except UsageError as error:
-            raise ValueError(f"{error.what} {error.hint}") from None
-        return uri
 
-
-class TrainingSpec(Options):
+class TrainingSpec(Specification, Options):
     """Complete specification of a training, for its ranks."""
 
     recipe: Recipe
@@ -90,29 +93,10 @@ class TrainingSpec(Options):
         assert made is not None
         return cls(recipe=resolved, **dict(made))
 
-    @classmethod
-    def read(cls, path: str) -> TrainingSpec:
-        """Return the specification in a JSON file."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"specification {path} cannot be read: {error}", "name a file of `to_json`") from None
-        return validated(cls, read_json(text, path), path)
-
-    def to_json(self) -> str:
-        """Return the text that `read` takes."""
-        return self.model_dump_json(indent=2, exclude_none=True) + "\n"
-
-
-def items_of(text: str | Iterable[str]) -> list[str]:
-    """Return the items of a text, or those of a list."""
-    return split_items(text) if isinstance(text, str) else list(text)
-
 
 def training_options(items: str | Iterable[str]) -> TrainingOptions:
     """Return the options of NAME=VALUE items."""
-    values, problems = read_items(items_of(items), json_value, "name=value")
-    return validated(TrainingOptions, values, "options", problems, entry="option")
+    return options_from(TrainingOptions, items)
 
 
 def _options(data: str, out: str, options: str | Iterable[str] | TrainingOptions) -> Options:
