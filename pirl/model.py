@@ -59,7 +59,7 @@ class Trunk(nn.Module):
 
 
 def memory_format(trunk: Trunk) -> torch.memory_format:
-    """The layout in which the trunk is fastest: channels last.
+    """Return the layout in which the trunk is fastest: channels last.
 
     Not below 16 channels: there oneDNN's backward pass of a channels-last convolution corrupts memory when it runs on
     two threads (torch 2.14.1, seen with 4 channels on 16-pixel images).
@@ -120,7 +120,7 @@ class PIRL(nn.Module):
 
 
 def build_model(recipe: Recipe) -> PIRL:
-    """The recipe's network with the initial weights of its seed: the same on every rank and every machine.
+    """Return the recipe's network with the initial weights of its seed: the same on every rank and every machine.
 
     >>> trunk = build_model(load_recipe("r50-200ep-linear")).trunk  # doctest: +SKIP
     """

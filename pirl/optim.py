@@ -42,7 +42,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
 
 
 def learning_rate(recipe: Recipe, epoch: float) -> float:
-    """The learning rate at `epoch`, fractional within one: epoch 0.5 is the middle of the first.
+    """Return the learning rate at `epoch`, fractional within one: epoch 0.5 is the middle of the first.
 
     Cosine from the peak to `end_lr_ratio` of it over all epochs, after a linear warm-up. With schedule "epoch" the
     value of an epoch's start holds for all of it, so the end value itself is never used.

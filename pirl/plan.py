@@ -1,4 +1,4 @@
-"""What a training will take before any of it is paid for: time, money, memory, network and storage, per rank and node.
+"""Prediction of the resources of a training before it is paid for: time, money, memory, network and storage.
 
 Sizes are exact: the recipe's own network is built without memory (on PyTorch's meta device) and counted. Times follow
 from the rates in `Machine`, which are assumptions until they are measured where the training will run.
@@ -27,7 +27,7 @@ GROWTH = ((1_281_167, 4), (10_000_000, 4), (100_000_000, 16), (1_000_000_000, 64
 
 @dataclass(frozen=True)
 class Machine:
-    """What a GPU, a node and the storage are assumed to do."""
+    """Assumed rates of a GPU, a node and the storage."""
 
     images_per_s: float | None = None
     """Of one GPU in training; None: `step_bytes_per_s` over the bytes that the recipe's network moves."""
@@ -68,7 +68,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """One training on one set of machines. Bytes, seconds and hours as the names say; a rank is a GPU."""
+    """One training on one set of machines. Bytes, seconds and hours by the names; a rank is a GPU."""
 
     nodes: int
     gpus: int
@@ -85,7 +85,7 @@ class Plan:
     cost: float
     bank_bytes_per_rank: int
     sharded_bank_bytes_per_rank: int
-    """What a bank cut by rows over all ranks would need; this version holds all of it on every rank."""
+    """Bytes that a bank cut by rows over all ranks would need; this version holds all of it on every rank."""
     weights_bytes_per_rank: int
     """Parameters, gradients and momentum."""
     activation_bytes_per_rank: int
@@ -144,17 +144,17 @@ def measure(recipe: Recipe) -> Sizes:
 @contextmanager
 def saved_storages() -> Iterator[dict[int, int]]:
     """Bytes of every storage that autograd holds for the backward pass of what is computed inside, by its address."""
-    found: dict[int, int] = {}
+    sizes_by_storage: dict[int, int] = {}
     kept = []  # an address is only its own as long as its storage lives
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         kept.append(storage)
-        found[storage._cdata] = storage.nbytes()
+        sizes_by_storage[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield found
+        yield sizes_by_storage
 
 
 def value_bytes(recipe: Recipe) -> int:
@@ -169,7 +169,7 @@ def plan_training(recipe: Recipe, nodes: int, gpus: int, images: int, machine: M
 
 
 def predict(recipe: Recipe, sizes: Sizes, nodes: int, gpus: int, images: int, machine: Machine) -> Plan:
-    """The plan of a network that has been measured."""
+    """Return the plan of a network that has been measured."""
     ranks, batch, dim = nodes * gpus, recipe.train.batch_size, recipe.model.embedding_dim
     rows = recipe.rows(images)
     if batch < ranks:
@@ -184,7 +184,7 @@ def predict(recipe: Recipe, sizes: Sizes, nodes: int, gpus: int, images: int, ma
     gathered = batch * (4 * dim + ROW_ID_BYTES)
     sent = 2 * (nodes - 1) / nodes * gradients + (nodes - 1) / nodes * gathered
     network_s = sent / machine.network_bytes_per_s
-    # gradients travel while the backward pass goes on, so only what is longer than that is waited for
+    # gradients travel during the backward pass, so only the longer rest is waited for
     stepping_s = compute_s * (1 - BACKWARD_SHARE) + max(compute_s * BACKWARD_SHARE, network_s)
     loading_s = batch / nodes / (machine.cpus * machine.worker_images_per_s) if machine.cpus else 0.0
     reading_s = batch / nodes * machine.image_bytes / machine.network_bytes_per_s
@@ -242,7 +242,7 @@ def predict(recipe: Recipe, sizes: Sizes, nodes: int, gpus: int, images: int, ma
 
 
 def growth(recipe: Recipe, gpus: int, images_per_gpu: int, machine: Machine = Machine()) -> list[Plan]:
-    """The recipe on more images and nodes, the batch growing with the GPUs as in the reference."""
+    """Return the plans of the recipe on more images and nodes, the batch growing with the GPUs as in the reference."""
     sizes = measure(recipe)
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"images": 0})})
     plans = []

@@ -63,7 +63,7 @@ class Completion(Versioned):
     recipe_digest: str
     data_digest: str
     ranks: int
-    """0: not known, as the run was imported."""
+    """0: unknown, as the run was imported."""
     version: str
     """Of pirl-pipeline."""
     imported: str | None = None
@@ -150,14 +150,14 @@ class Evaluation(Versioned):
 
 
 class GateQuestion(Content):
-    """What a gate is asked. A decision counts for the same question only."""
+    """Question to a gate. A decision counts for the same question only."""
 
     metric: str = ""
     min_gain: float | None = Field(default=None, allow_inf_nan=False)
     model: str = ""
     registry: str = ""
     champion: str = ""
-    """Version that is the champion; empty where there is none."""
+    """Version that is the champion; empty without one."""
     weights: str = ""
     train_data: str = ""
     test_data: str = ""
@@ -189,7 +189,7 @@ class Registered(Versioned):
 
 
 class Lineage(Content):
-    """Where a registered version comes from. Version 0.1 recorded neither `weights` nor `commit`."""
+    """Origin of a registered version. Version 0.1 recorded neither `weights` nor `commit`."""
 
     data_digest: str = ""
     recipe: str = ""
@@ -229,7 +229,7 @@ class WarmRecord(Versioned):
 
 
 def parse_lines(text: str) -> tuple[list[dict[str, Any]], int]:
-    """Return the objects of JSON lines, and the number of lines that are none, such as a last one that is cut off."""
+    """Return the objects of JSON lines, and the number of other lines, such as a last one that is cut off."""
     objects, damaged = [], 0
     for line in text.splitlines():
         if not line.strip():

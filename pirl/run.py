@@ -54,7 +54,7 @@ def split_checkpoint_uri(uri: str) -> tuple[str, str | None]:
 
 
 def read_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
-    """Return the objects of a JSON-lines file, [] where there is none; leave out damaged lines with a warning."""
+    """Return the objects of a JSON-lines file, [] without a file; leave out damaged lines with a warning."""
     try:
         text = storage.read_bytes(name).decode(errors="replace")
     except StorageNotFoundError:
@@ -67,7 +67,7 @@ def read_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Record:
-    """What a training has written about itself."""
+    """Metrics and events of a training."""
 
     metrics: list[dict[str, Any]]
     """By step; every line has `step`."""
@@ -101,21 +101,21 @@ class Run:
     # ---- the recipe: a folder with one is a run
 
     def exists(self) -> bool:
-        """Return whether a training or an import has begun here."""
+        """Return whether a training or an import has begun in this folder."""
         return self.storage.exists(RECIPE)
 
     def recipe_text(self) -> str:
-        """Return the resolved recipe as TOML; raise `StorageNotFoundError` where there is no run."""
+        """Return the resolved recipe as TOML; raise `StorageNotFoundError` without a run."""
         try:
             return self.storage.read_bytes(RECIPE).decode()
         except StorageNotFoundError:
             raise StorageNotFoundError(
-                f"there is no run at {self.uri}: it has no {RECIPE}",
+                f"{self.uri} does not hold a run: {RECIPE} is missing",
                 "give the --out of a `pirl train` that has started; `pirl runs` lists runs",
             ) from None
 
     def recipe(self) -> Recipe:
-        """Return the resolved recipe; raise `StorageNotFoundError` where there is no run."""
+        """Return the resolved recipe; raise `StorageNotFoundError` without a run."""
         return parse_recipe(self.recipe_text(), origin=f"{self.uri}/{RECIPE}")
 
     def save_recipe(self, recipe: Recipe) -> None:
@@ -220,7 +220,7 @@ class Run:
         return f"{self.uri}/{CHECKPOINTS}/{name}"
 
     def commit(self) -> Commit:
-        """Return what is recorded of the checkpoint named, or of the newest; `CheckpointError` where there is none."""
+        """Return the record of the checkpoint named, or of the newest; raise `CheckpointError` without one."""
         checkpoints = self.checkpoints()
         name = self.checkpoint or checkpoints.newest()
         if name is None:
@@ -228,7 +228,7 @@ class Run:
         return checkpoints.commit(name)
 
     def load(self) -> tuple[Commit, dict[str, Any]]:
-        """Return the checkpoint named, or the newest that is whole; `CheckpointError` where there is none."""
+        """Return the checkpoint named, or the newest that is whole; raise `CheckpointError` without one."""
         loaded = self.checkpoints().load(self.checkpoint)
         if loaded is None:
             raise self._no_checkpoint()

@@ -184,7 +184,7 @@ def validated(
     `names` are the choices for "did you mean"; what was given for a name in `secret` is not repeated; `option` names
     settings as a command does (--log-every).
     """
-    found = list(problems)
+    reasons = list(problems)
     try:
         made = model.model_validate(dict(values))
     except ValidationError as error:
@@ -194,9 +194,9 @@ def validated(
             shown = {**item, "input": {}} if first in hidden else dict(item)
             if option and first:
                 shown["loc"] = ("--" + first.replace("_", "-"), *item["loc"][1:])
-            found.append(describe(shown, origin, entry, names or model.model_fields))
-    if found:
-        raise all_at_once(origin, found, hint or f"the {entry}s are {', '.join(names or model.model_fields)}")
+            reasons.append(describe(shown, origin, entry, names or model.model_fields))
+    if reasons:
+        raise all_at_once(origin, reasons, hint or f"the {entry}s are {', '.join(names or model.model_fields)}")
     return made
 
 

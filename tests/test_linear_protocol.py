@@ -549,7 +549,7 @@ def test_a_separable_set_is_learned(colours: str, tmp_path: Path) -> None:
     assert [line.split(";")[0].split(":")[0] for line in result["differences"]] == [
         "8 epochs for 28",
         "batches of 8 for 256",
-        "crops of 16 pixels for 224, cut for the test from images resized to 16 for 256, as the recipe's [eval] says",
+        "crops of 16 pixels for 224, cut for the test from images resized to 16 for 256, by the recipe's [eval]",
         "adaptive pooling to at most 9,216 features",
     ]
 
@@ -599,7 +599,7 @@ def test_the_command(
     for name, features in zip(HEADS, (1024, 1024, 512, 256, 128, 32, 32)):
         assert re.search(rf"│ {name} +│ \w+\(.*\) +│ +{features} │ +[\d.]+ │ +100.00 │ +[\d.]+ \(epoch [12]\) │", out)
     assert "not as in the zoo: 2 epochs for 28; the learning rate drops in proportion, to a tenth before" in out
-    assert "as the recipe's [eval] says" in out
+    assert "by the recipe's [eval]" in out
     code, out, _ = pirl_eval("--protocol", "zoo", "--epochs", "2", "--json")
     assert code == 0
     assert json.loads(out) == json.loads((tmp_path / "run" / "eval_zoo.json").read_text())

@@ -481,7 +481,7 @@ def test_nce_has_no_chance_level(trained: Path, data: tuple[str, str], tmp_path:
 
 
 def test_mistakes(trained: Path, data: tuple[str, str], tmp_path: Path) -> None:
-    with pytest.raises(StorageNotFoundError, match="there is no run at") as caught:
+    with pytest.raises(StorageNotFoundError, match="does not hold a run") as caught:
         write_report(str(tmp_path / "none"), *data)
     assert "pirl runs" in caught.value.hint
     assert not (tmp_path / "none").exists()

@@ -116,7 +116,7 @@ def test_what_is_absent_is_none(tmp_path: Path) -> None:
     assert run.steps() == []
     assert (run.record().metrics, run.record().events) == ([], [])
     assert not run.exists()
-    with pytest.raises(StorageNotFoundError, match="there is no run at"):
+    with pytest.raises(StorageNotFoundError, match="does not hold a run"):
         run.recipe()
 
 

@@ -1,4 +1,4 @@
-"""What the commands share: the program, its options, tables and bars."""
+"""Parts that the commands share: the program, its options, tables and bars."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ app = typer.Typer(
 
 
 def plain_console(**settings: Any) -> Console:
-    """A console that prints names as they are: brackets are no markup, colons no emoji, and no line is folded."""
+    """Return a console that prints names as they are: no markup, no emoji, no folded lines."""
     return Console(markup=False, emoji=False, highlight=False, soft_wrap=True, **settings)
 
 
@@ -58,12 +58,12 @@ JobItems = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=VALUE", help="Setting of the cluster job (once for each): nodes=4, gpus=8, image=..."),
 ]
-DRY_RUN_HELP = "Check everything, say what would be done, and stop."
+DRY_RUN_HELP = "Check everything, print what would be done, and stop."
 DEFAULT_ROOT = "runs"
 
 
-def version_callback(wanted: bool) -> None:
-    if wanted:
+def version_callback(requested: bool) -> None:
+    if requested:
         console.print(f"pirl {__version__}")
         raise typer.Exit()
 
@@ -78,7 +78,7 @@ def options(
 
 
 def show_rows(rows: list[dict[str, Any]], as_json: bool, hide: tuple[str, ...] = ()) -> None:
-    """A list of dictionaries with the same keys as JSON, or as a table without the keys to `hide`."""
+    """Print a list of dictionaries with the same keys as JSON, or as a table without the keys to `hide`."""
     if as_json:
         logs.output(f"{json.dumps(rows)}\n")
         return
@@ -102,7 +102,7 @@ def show_table(table: Table) -> None:
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, a line for every tenth where it is none."""
+    """Show a bar on a terminal, elsewhere print a line for every tenth."""
     if console.is_terminal:
         columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
         with Progress(*columns, TimeRemainingColumn(), console=console) as bar:

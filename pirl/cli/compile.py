@@ -24,7 +24,7 @@ def compile_pipeline(
 
     if pipeline not in PIPELINES:
         raise UsageError(
-            f"there is no pipeline {pipeline!r}.{did_you_mean(pipeline, PIPELINES)}",
+            f"pipeline {pipeline!r} does not exist.{did_you_mean(pipeline, PIPELINES)}",
             f"the pipelines are {', '.join(PIPELINES)}",
         )
     out = out or Path("pipelines") / f"{pipeline}.yaml"

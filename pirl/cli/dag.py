@@ -21,7 +21,9 @@ from .options import options_of
 
 @app.command()
 def demo(
-    root: Annotated[str, typer.Option(help="Where everything goes.")] = f"{DEFAULT_ROOT}/demo",
+    root: Annotated[
+        str, typer.Option(help="Folder or s3:// prefix of data, runs and registry.")
+    ] = f"{DEFAULT_ROOT}/demo",
     recipe: Annotated[str, typer.Option(help="Recipe; `demo-long` takes about 40 minutes.")] = "demo",
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP)] = False,
@@ -48,7 +50,7 @@ def run(
     test_source: Annotated[str, typer.Argument(help="The same for the test images.")],
     options: TrainingOptions,
     recipe: Annotated[str, typer.Option(help="Recipe.")] = "demo",
-    root: Annotated[str, typer.Option(help="Where everything goes.")] = DEFAULT_ROOT,
+    root: Annotated[str, typer.Option(help="Folder or s3:// prefix of data, runs and registry.")] = DEFAULT_ROOT,
     registry: Annotated[str, typer.Option(help="Registry; else ROOT/registry.")] = "",
     model: Annotated[str, typer.Option(help="Name in the registry.")] = "pirl",
     backend: BackendName = "local",

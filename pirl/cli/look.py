@@ -114,13 +114,13 @@ def runs(
 def doctor(
     cluster: Annotated[bool, typer.Option("--cluster", help="Look at the cluster, not at this machine.")] = False,
     root: Annotated[
-        str, typer.Option(envvar="PIRL_ROOT", help="s3:// place of the runs; a pod tries to write there.")
+        str, typer.Option(envvar="PIRL_ROOT", help="s3:// location of the runs; a pod tries to write to it.")
     ] = "",
     backend: BackendName = DEFAULT_CLUSTER,
     job: JobItems = None,
     as_json: Json = False,
 ) -> None:
-    """Look at what this machine, or a cluster, can do for a training, and how to mend what it cannot.
+    """Look at what this machine, or a cluster, can do for a training, and how to fix the rest.
 
     With --cluster: API, operator, rights of the launcher, GPUs, queue, and a job of one pod, deleted afterwards.
 

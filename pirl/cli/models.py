@@ -18,7 +18,7 @@ def register(
     run: Annotated[str, typer.Argument(help="URI of an evaluated run.")],
     registry: Annotated[str, typer.Option(help="URI of the registry.")] = f"{DEFAULT_ROOT}/registry",
     model: Annotated[str, typer.Option(help="Name in the registry.")] = "pirl",
-    metric: Annotated[str, typer.Option(help="What the gate looks at.")] = "linear_1pct",
+    metric: Annotated[str, typer.Option(help="Probe that the gate compares.")] = "linear_1pct",
     min_gain: Annotated[float, typer.Option(help="Least gain over random weights; 0.01 is a point.")] = 0.01,
     dry_run: Annotated[bool, typer.Option(help="Only ask the gate.")] = False,
 ) -> None:
@@ -86,7 +86,7 @@ def import_checkpoint(
     file: Annotated[Path, typer.Argument(help="Checkpoint of VISSL's, a converted trunk, or a ResNet's state dict.")],
     out: Annotated[str, typer.Option(help="URI of the run to make.")],
     data: Annotated[str | None, typer.Option(help="URI of the shards that it was trained on, to continue.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Recipe that it is of, if the file does not tell.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe that it is of, if the file does not name one.")] = None,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP)] = False,
 ) -> None:

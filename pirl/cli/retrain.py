@@ -29,17 +29,18 @@ def retrain(
         ),
     ],
     recipe: Annotated[str, typer.Option(envvar="PIRL_RECIPE", help="Recipe.")] = "demo",
-    root: Annotated[str, typer.Option(envvar="PIRL_ROOT", help="Where everything goes.")] = DEFAULT_ROOT,
+    root: Annotated[
+        str, typer.Option(envvar="PIRL_ROOT", help="Folder or s3:// prefix of data, runs and registry.")
+    ] = DEFAULT_ROOT,
     registry: Annotated[str, typer.Option(envvar="PIRL_REGISTRY", help="Registry; else ROOT/registry.")] = "",
     model: Annotated[str, typer.Option(envvar="PIRL_MODEL", help="Name in the registry.")] = "pirl",
-    metric: Annotated[str, typer.Option(envvar="PIRL_METRIC", help="What the gate looks at.")] = "linear_1pct",
+    metric: Annotated[str, typer.Option(envvar="PIRL_METRIC", help="Probe that the gate compares.")] = "linear_1pct",
     min_gain: Annotated[float, typer.Option(envvar="PIRL_MIN_GAIN", help="Least gain over random weights.")] = 0.01,
     warm_epochs: Annotated[
         int,
         typer.Option(
             envvar="PIRL_WARM_EPOCHS",
-            help="Where images were only added, go on from the champion for so many epochs (0: the recipe's); "
-            "-1: always start anew.",
+            help="Epochs from the champion, if images were only added (0: the recipe's); -1: always a cold start.",
             min=-1,
         ),
     ] = -1,
@@ -58,15 +59,15 @@ def retrain(
 ) -> None:
     """Train, evaluate and register, if data, recipe or code have changed since the champion; else do nothing.
 
-    Made for a schedule: unchanged it ends within seconds, repeated it goes on with the same run. A new network that
-    does not pass the gate is no failure of the command.
+    Made for a schedule: unchanged it ends within seconds, repeated it continues the same run. The command succeeds
+    too where a new network does not pass the gate.
 
     Example: pirl retrain --train-source photos/train --test-source photos/test --root runs
     """
     from ..retraining.retrain import Retraining, keep_up_to_date
 
     given = {"nodes": nodes or "", "gpus": gpus, "processes": options.processes}
-    wanted = Retraining(
+    retraining = Retraining(
         train_source=train_source,
         test_source=test_source,
         root=root,
@@ -80,7 +81,7 @@ def retrain(
         options=options,
         backend=open_backend(backend, job, given),
     )
-    if code := keep_up_to_date(wanted, dry_run):
+    if code := keep_up_to_date(retraining, dry_run):
         raise typer.Exit(code)
 
 
@@ -97,13 +98,13 @@ def promote(
     """
     from ..registry import CHAMPION, open_registry
 
-    known = open_registry(registry)
-    chosen = known.get(model, version, verify=True)
+    catalogue = open_registry(registry)
+    chosen = catalogue.get(model, version, verify=True)
     try:
-        before = known.pointer(model, CHAMPION) or "none"
+        before = catalogue.pointer(model, CHAMPION) or "none"
     except RegistryError as error:  # promoting repairs it
         console.print(f"{error.what}", markup=False, highlight=False)
         before = "unknown"
     if not dry_run:
-        known.promote(model, chosen.version)
+        catalogue.promote(model, chosen.version)
     console.print(f"{model}: champion {before} -> {chosen.version}{' (not done)' if dry_run else ''}", markup=False)

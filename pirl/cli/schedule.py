@@ -138,7 +138,7 @@ def six_fields(cron: str) -> str:
         return cron
     if len(fields) not in (5, 6) or not all(re.fullmatch(r"[\w*/,?-]+", field) for field in fields):
         raise UsageError(
-            f"{cron!r} is no cron expression",
+            f"cron expression {cron!r} is not valid",
             '--cron "MINUTE HOUR DAY MONTH WEEKDAY", for instance "0 2 * * 0" for Sundays at two',
         )
     return " ".join(["0", *fields] if len(fields) == 5 else fields)

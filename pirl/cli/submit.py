@@ -66,7 +66,7 @@ train_source=s3://bucket/train test_source=s3://bucket/test backend=pytorchjob j
 
 
 def connect(endpoint: str, namespace: str) -> Any:
-    """The `Backend` at `endpoint`."""
+    """Return the `Backend` at `endpoint`."""
     if not endpoint:
         raise UsageError("no KFP backend is named", "--endpoint http://HOST:8888, or KFP_ENDPOINT in the environment")
     from pipelines.backend import Backend
@@ -75,17 +75,14 @@ def connect(endpoint: str, namespace: str) -> Any:
 
 
 def resolve(backend: Any, pipeline: str, items: list[str], upload: bool, dry_run: bool) -> tuple[Any, dict[str, Any]]:
-    """The `Version` to run and its checked arguments; nothing is uploaded before they are right, nor in a dry run.
-
-    Only a dry run may go without a backend, or get None: a version that the backend does not have yet.
-    """
+    """Return the `Version` to run and its checked arguments; upload nothing before that, nor in a dry run."""
     from pipelines.arguments import complete, inputs_of, require_all, typed_arguments
     from pipelines.compiled import PIPELINES, compiled
 
     ours: Any = compiled(pipeline) if pipeline in PIPELINES and upload else None
     if backend is None and ours is None:
         raise UsageError(
-            f"there is no pipeline {pipeline!r} in this code.{did_you_mean(pipeline, PIPELINES)}",
+            f"pipeline {pipeline!r} does not exist in this code.{did_you_mean(pipeline, PIPELINES)}",
             f"here are {', '.join(PIPELINES)}; --endpoint asks a backend for others",
         )
     version: Any = backend.newest(pipeline, ours.version if ours else "") if backend else None
@@ -105,7 +102,7 @@ def resolve(backend: Any, pipeline: str, items: list[str], upload: bool, dry_run
 
 
 def tell_plan(what: str, pipeline: str, version: Any, values: dict[str, Any]) -> None:
-    """What a dry run shows."""
+    """Print what a run would use."""
     known = f"version {version.name}" if version else "this code's version, to be uploaded first"
     console.print(f"{what} {pipeline}, {known}")
     for name, value in values.items():

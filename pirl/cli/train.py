@@ -1,4 +1,4 @@
-"""`pirl train`: one training, here or on a cluster."""
+"""`pirl train`: one training, on this machine or on a cluster."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class LabelledCrops(Dataset[tuple[Tensor, Tensor]]):
         return torch.from_numpy(pixels), torch.from_numpy(self.reader.labels(ids))
 
     def load(self, chunks: Iterable[Chunk], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The chunks in order, made by `workers` processes (0: in this one)."""
+        """Yield the chunks in order, made by `workers` processes (0: in this one)."""
         loader = DataLoader(
             ErrorsAsValues(self),
             batch_size=None,

@@ -46,7 +46,7 @@ def evaluate(
 
     All rates are shares of 1. The spread is the standard deviation over the probe's seeds; for nearest neighbours,
     which have no seed, the standard error of a share. Where the bank is of the training images, `bank` is what its own
-    rows tell of the test images; random weights have no counterpart to it.
+    rows score on the test images; random weights have no counterpart.
     """
     started = time.perf_counter()
     recipe, commit, model, memory = load_model(checkpoint)

@@ -1,4 +1,4 @@
-"""What a frozen trunk shows of an image at every layer: its maps, pooled to about 9,000 values each."""
+"""Layers of a frozen trunk: the maps of an image, pooled to about 9,000 values each."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def adaptive_pool(channels: int, height: int, width: int) -> nn.AdaptiveAvgPool2
 
 
 def zoo_shapes(width: int) -> Shapes:
-    """The maps of the zoo's ResNets of this width on crops of 224 pixels."""
+    """Return the maps of the zoo's ResNets of this width on crops of 224 pixels."""
     sides, channels = (112, 56, 28, 14, 7, 1), (64, 256, 512, 1024, 2048, 2048)
     return {name: (width * planes, side, side) for name, planes, side in zip(LAYERS, channels, sides)}
 
@@ -64,7 +64,7 @@ def choose_pools(shapes: Shapes) -> tuple[bool, dict[str, nn.Module]]:
 
 
 class FrozenLayers:
-    """Pixels -> the pooled maps of every layer, by a trunk in evaluation mode that nothing here changes."""
+    """Pixels -> the pooled maps of every layer, by a frozen trunk in evaluation mode."""
 
     def __init__(self, trunk: Trunk, recipe: Recipe, device: torch.device) -> None:
         self.device = device

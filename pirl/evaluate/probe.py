@@ -1,6 +1,6 @@
-"""What a frozen trunk knows: a linear probe and nearest neighbours on its features, beside its own initial weights.
+"""The fast protocol: a linear probe and nearest neighbours on the features of a frozen trunk.
 
-This is the fast protocol: every image goes through the trunk once, without augmentation, and the probe is trained on
+Every image passes the trunk once, without augmentation, and the probe is trained on
 the stored features of the last layer, averaged over the map. It answers in seconds whether pretraining has helped. Its
 numbers are not those of the model zoo, which come from `layers`: augmented crops, pooled maps of every layer, another
 optimiser. Compare like with like.
@@ -59,7 +59,7 @@ class Features:
 
 
 def as_json(protocol: Protocol) -> dict[str, Any]:
-    """The protocol as JSON gives it back: lists for tuples."""
+    """Return the protocol as JSON does: lists for tuples."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(protocol).items()}
 
 
@@ -159,7 +159,7 @@ def linear_probe(train: Features, test: Features, classes: int, protocol: Protoc
 
 
 def few_labels(train: Features, share: float, seed: int) -> Features:
-    """A share of each class, at least one image, drawn by `seed`."""
+    """Return a share of each class, at least one image, drawn by `seed`."""
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for label in train.y.unique():

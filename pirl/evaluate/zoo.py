@@ -4,7 +4,7 @@ Seven heads share each pass through the trunk, which stays as it is, the running
 A head is batch norm on a pooled map of about 9,000 values, then one linear layer; the averaged last map has one such
 head and one without batch norm. The losses are added up, so that each head learns what it would learn alone. SGD for 28
 epochs, tested on centre crops after each: VISSL's `eval_resnet_8gpu_transfer_in1k_linear` (after Goyal et al., ICCV
-2019), which runs on 8 GPUs with batch norm over all of their 256 images; here one process sees the whole batch.
+2019), which runs on 8 GPUs with batch norm over all of their 256 images; one process sees the whole batch in ours.
 
 The published numbers of the zoo are, by all signs, those of head res5 after the last epoch. The fast protocol of
 `probe` reads the averaged last map only and sees each image once: it costs one epoch where this one costs 28.
@@ -42,7 +42,7 @@ ZOO_EPOCHS, ZOO_DROPS = 28, (8, 16, 24)
 ZOO_RESIZE, ZOO_CROP = 256, 224
 CHUNK = 32  # images that go through the trunk at a time: it is frozen, so this changes no statistics
 KEPT_BYTES = 1 << 29  # of test features, which are the same in every epoch
-TELL_EVERY_S = 15.0
+REPORT_EVERY_S = 15.0
 
 HEADS = {**{name: name for name in LAYERS[:5]}, "res5avg_bn": "res5avg", "res5avg": "res5avg"}
 """Head -> the layer it reads, in the reference's order. Only the last one has no batch norm."""
@@ -73,7 +73,7 @@ class ZooProtocol:
             )
 
     def drops(self) -> list[int]:
-        """The epochs from which on the learning rate is a tenth of what it was."""
+        """Return the epochs from which the learning rate is a tenth of the one before."""
         return [-(-drop * self.epochs // ZOO_EPOCHS) for drop in ZOO_DROPS]
 
     def learning_rate(self, epoch: int, batch: int) -> float:
@@ -109,7 +109,7 @@ def head_optimizer(heads: nn.ModuleDict, protocol: ZooProtocol) -> torch.optim.S
             groups["linear" if isinstance(module, nn.Linear) else "norm"] += [module.weight, module.bias]
     decay = {"linear": protocol.weight_decay, "norm": 0.0}
     return torch.optim.SGD(
-        [{"name": name, "params": found, "weight_decay": decay[name]} for name, found in groups.items() if found],
+        [{"name": name, "params": params, "weight_decay": decay[name]} for name, params in groups.items() if params],
         lr=protocol.base_lr,
         momentum=protocol.momentum,
         nesterov=True,
@@ -152,7 +152,7 @@ def score_heads(heads: nn.ModuleDict, parts: Iterable[Part], images: int) -> dic
 
 
 class CentreFeatures:
-    """The test images' features in parts: computed anew in each epoch, unless they are few enough to be kept."""
+    """The test images' features in parts: computed again in each epoch, unless they are few enough to be kept."""
 
     def __init__(self, layers: FrozenLayers, crops: LabelledCrops, workers: int) -> None:
         self.layers, self.crops, self.workers = layers, crops, workers
@@ -190,7 +190,7 @@ def train_heads(
     optimizer = head_optimizer(heads, protocol)
     size = min(protocol.batch_size, len(train))
     test_features = CentreFeatures(layers, test, workers)
-    started = told = time.monotonic()
+    started = reported = time.monotonic()
     records = []
     for epoch in range(protocol.epochs):
         rate = protocol.learning_rate(epoch, size)
@@ -203,9 +203,11 @@ def train_heads(
             features, labels = _gather((layers(x), y) for x, y in islice(pixels, len(chunks)))
             total += train_step(heads, optimizer, features, labels.to(layers.device)) * len(labels)
             seen += len(labels)
-            if time.monotonic() - told > TELL_EVERY_S:
-                told = time.monotonic()
-                progress(f"epoch {epoch + 1}: {seen:,} of {len(train):,}, {seen / (told - epoch_started):.0f} images/s")
+            if time.monotonic() - reported > REPORT_EVERY_S:
+                reported = time.monotonic()
+                progress(
+                    f"epoch {epoch + 1}: {seen:,} of {len(train):,}, {seen / (reported - epoch_started):.0f} images/s"
+                )
         losses = dict(zip(heads, (total / seen).tolist()))
         if broken := [name for name, loss in losses.items() if not math.isfinite(loss)]:
             raise TrainingError(
@@ -213,11 +215,11 @@ def train_heads(
                 "look for values that are not finite in the trunk: `pirl report` shows how its training went",
             )
         scores = score_heads(heads, test_features, len(test))
-        told = time.monotonic()
+        reported = time.monotonic()
         records.append(
-            {"epoch": epoch + 1, "lr": rate, "loss": losses, **scores, "seconds": round(told - epoch_started, 2)}
+            {"epoch": epoch + 1, "lr": rate, "loss": losses, **scores, "seconds": round(reported - epoch_started, 2)}
         )
-        left = (told - started) / (epoch + 1) * (protocol.epochs - epoch - 1)
+        left = (reported - started) / (epoch + 1) * (protocol.epochs - epoch - 1)
         shown = "  ".join(f"{name} {100 * top1:.1f}" for name, top1 in scores["top1"].items())
         progress(f"epoch {epoch + 1}/{protocol.epochs}  lr {rate:.3g}  top-1 in %: {shown}  left {duration(left)}")
     return records
@@ -231,7 +233,7 @@ def _gather(parts: Iterator[Part]) -> Part:
 def describe(
     protocol: ZooProtocol, recipe: Recipe, layers: FrozenLayers, images: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """The protocol as it is applied to `images` training images, and in what it is not that of the zoo."""
+    """Return the protocol as it is applied to `images` training images, and its differences from the zoo's."""
     batch = min(protocol.batch_size, images)
     applied = {
         "name": "zoo",
@@ -258,14 +260,14 @@ def describe(
         drops = [str(drop + 1) for drop in protocol.drops() if drop < protocol.epochs]
         differences.append(
             f"{protocol.epochs} epochs for {ZOO_EPOCHS}; the learning rate drops in proportion, "
-            + (f"to a tenth before epochs {', '.join(drops)}" if drops else "here never")
+            + (f"to a tenth before epochs {', '.join(drops)}" if drops else "never in this one")
         )
     if batch != ZooProtocol.batch_size:
         differences.append(f"batches of {batch} for {ZooProtocol.batch_size}; the learning rate is scaled with them")
     if (recipe.eval.resize, recipe.eval.crop) != (ZOO_RESIZE, ZOO_CROP):
         differences.append(
             f"crops of {recipe.eval.crop} pixels for {ZOO_CROP}, cut for the test from images resized to "
-            f"{recipe.eval.resize} for {ZOO_RESIZE}, as the recipe's [eval] says"
+            f"{recipe.eval.resize} for {ZOO_RESIZE}, by the recipe's [eval]"
         )
     if not layers.exact:
         differences.append(
@@ -286,7 +288,7 @@ def evaluate_layers(
     """Apply the protocol to a run's newest checkpoint, or to the one named, and write the run's `eval_zoo.json`.
 
     Returns its content: top-1 and top-5 by head after the last epoch, and all of it for each epoch, as shares of 1.
-    What is there already for the same checkpoint, data and protocol is kept.
+    An existing result for the same checkpoint, data and protocol is kept.
     """
     started = time.monotonic()
     folder = Run.at(run)
