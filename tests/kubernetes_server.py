@@ -164,9 +164,10 @@ class Handler(BaseHTTPRequestHandler):
         elif key not in server.objects:
             self.answer(404, {"message": f"{rest[0]} not found"})
         elif self.command == "PATCH":
-            (change,) = body  # a JSON patch
-            assert (change["op"], change["path"]) == ("add", "/metadata/ownerReferences")
-            server.objects[key]["metadata"]["ownerReferences"] = change["value"]
+            if self.headers["Content-Type"] != "application/merge-patch+json" or not isinstance(body, dict):
+                self.answer(400, {"message": "error decoding patch"})
+                return
+            server.objects[key]["metadata"] |= body["metadata"]
             self.answer(200, server.objects[key])
         elif self.command == "DELETE":
             uid = ((body or {}).get("preconditions") or {}).get("uid")

@@ -83,7 +83,7 @@ class Cluster:
         *parts, resource = self.kind.resources
         name, uid = job["metadata"]["name"], job["metadata"]["uid"]
         reference = {"apiVersion": f"{resource.group}/{resource.version}", "kind": resource.kind, "name": name}
-        patch = [{"op": "add", "path": "/metadata/ownerReferences", "value": [{**reference, "uid": uid}]}]
+        patch = {"metadata": {"ownerReferences": [{**reference, "uid": uid}]}}  # the client sends a merge patch
         for part in parts:
             with suppress(AbsentError):
                 self._call(self.custom.patch_namespaced_custom_object, *self._path(part), name, patch)

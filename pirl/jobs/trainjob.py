@@ -61,7 +61,9 @@ class TrainJob(JobKind):
         if recreate:
             refused = {"containerName": NODE, "operator": "In", "values": [EXIT_USAGE]}
             job["podFailurePolicy"] = {"rules": [{"action": "FailJob", "onExitCodes": refused}]}
-            failure["rules"] = [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
+            failure["rules"] = [
+                {"name": "refusedSettings", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+            ]
         node = {
             "name": NODE,
             "template": {"metadata": {"labels": {f"{GROUP}/trainjob-ancestor-step": "trainer"}}, "spec": job},
