@@ -2,7 +2,8 @@
 
 `sink`: the `Sink` that a kind implements, and the `Log` that passes metrics and events to all sinks of a training.
 `jsonlines`: `metrics.jsonl` and `events.jsonl` in the run's own storage. `prometheus`: the `pirl_*` metrics of a rank.
-`table`: every `pirl_*` metric. `telemetry`: their values in this process, served or written to a file.
+`trainer_status`: progress in the status of a TrainJob. `table`: every `pirl_*` metric. `telemetry`: their values in
+this process, served or written to a file.
 
 A new kind is one file with a `Sink`, and one line of `SINKS`.
 """
@@ -18,9 +19,15 @@ from .process import peak_memory_bytes
 from .prometheus import Prometheus
 from .sink import Console, Context, Log, Sink, report_failure
 from .telemetry import Telemetry, check_port, task
+from .trainer_status import TrainerStatus
 
-SINKS: dict[str, type[Sink]] = {"jsonl": JsonLines, "console": Console, "prometheus": Prometheus}
-ALWAYS = ("jsonl", "console", "prometheus")
+SINKS: dict[str, type[Sink]] = {
+    "jsonl": JsonLines,
+    "console": Console,
+    "prometheus": Prometheus,
+    "trainer": TrainerStatus,
+}
+ALWAYS = ("jsonl", "console", "prometheus", "trainer")
 
 
 def open_log(context: Context, names: Iterable[str] = ALWAYS) -> Log:
