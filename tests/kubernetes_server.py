@@ -11,7 +11,7 @@ import json
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,11 @@ import yaml
 
 Object = dict[str, Any]
 WAYS = ("503", "401", "reset", "html")
+QUEUE = "kueue.x-k8s.io/queue-name"
+SUSPENDED: dict[str, Callable[[Object], Object]] = {
+    "pytorchjobs": lambda spec: spec["runPolicy"],
+    "trainjobs": lambda spec: spec,
+}
 GROUPS = {
     "pytorchjobs.kubeflow.org",
     "trainjobs.trainer.kubeflow.org",
@@ -45,6 +50,8 @@ class KubernetesServer(ThreadingHTTPServer):
         self.events: list[Object] = []
         self.logs: dict[str, str] = {}
         self.unavailable = ""
+        self.suspends = False
+        self.denials: list[str] = []  # of the webhook of the next jobs
         self.failed = 0
         self.requests: list[str] = []
         self.lock = threading.RLock()
@@ -154,7 +161,11 @@ class Handler(BaseHTTPRequestHandler):
             name = body["metadata"]["name"]
             if (plural, name) in server.objects:
                 self.answer(409, {"message": f"{name} already exists"})
+            elif plural in SUSPENDED and server.denials:
+                self.answer(403, {"message": server.denials.pop(0)})
             else:
+                if server.suspends and QUEUE in body["metadata"].get("labels", {}) and plural in SUSPENDED:
+                    SUSPENDED[plural](body["spec"])["suspend"] = True  # Kueue's webhook
                 self.answer(201, server.create(plural, body))
         elif not rest:
             label, _, value = query["labelSelector"][0].partition("=")

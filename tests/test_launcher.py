@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from faulty_s3 import FaultyS3
-from kubernetes_server import WAYS, KubernetesServer, kubernetes  # noqa: F401 fixture
+from kubernetes_server import SUSPENDED, WAYS, KubernetesServer, kubernetes  # noqa: F401 fixture
 from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401 fixtures
 
 import pirl
@@ -414,6 +414,31 @@ def test_arguments_arrive_in_the_pod_as_they_were(scene: Scene) -> None:
     text = str(first["spec"])
     assert "'$$(HOME)'" in text
     assert "'a$$(HOME)'" in text
+
+
+@pytest.mark.parametrize("scene", [PYTORCHJOB, TRAINJOB], ids=lambda words: words.kind.name, indirect=True)
+def test_a_queue_that_nothing_manages_is_an_error(scene: Scene) -> None:
+    """At once, and the job does not start past the quota."""
+    with scene.launched(queue="team"):
+        pass
+    assert isinstance(scene.error, UsageError)
+    assert "queue team is not managed" in str(scene.error)
+    assert scene.server.all(scene.words.plural) == []
+
+
+@pytest.mark.parametrize("scene", [PYTORCHJOB, TRAINJOB], ids=lambda words: words.kind.name, indirect=True)
+def test_a_queue_that_kueue_manages(scene: Scene) -> None:
+    """The job waits suspended, for longer than pods may wait, and runs when it is admitted."""
+    scene.server.suspends = True
+    with scene.launched(queue="team", start_s=0.2):
+        scene.saying("launcher: suspended")
+        time.sleep(0.5)
+        (job,) = scene.server.all(scene.words.plural)
+        SUSPENDED[scene.words.plural](job["spec"])["suspend"] = False
+        scene.start_pods()
+        scene.saying("launcher: running")
+        scene.succeed()
+    assert scene.error is None
 
 
 def test_a_refusal_survives_a_pickle() -> None:

@@ -97,6 +97,23 @@ class TestOwnership:
             scene.succeed()
         assert scene.error is None
 
+    def test_a_webhook_that_does_not_see_the_new_runtime_yet(self, scene: Scene) -> None:  # noqa: F811
+        denied = 'admission webhook "validator.trainjob" denied the request: TrainingRuntime "x" not found'
+        scene.server.denials = [denied, denied]
+        with scene.launched():
+            scene.start_pods()
+            scene.succeed()
+        assert scene.error is None
+        assert scene.server.denials == []
+
+    def test_a_webhook_that_refuses_the_job(self, scene: Scene) -> None:  # noqa: F811
+        scene.server.denials = ['admission webhook "validator.trainjob" denied the request: numNodes is wrong']
+        with scene.launched():
+            pass
+        assert "numNodes is wrong" in str(scene.error)
+        assert "correct the job's settings" in str(scene.error)
+        assert "rights" not in str(scene.error)
+
     def test_pods_of_an_earlier_jobset_do_not_count(self, scene: Scene) -> None:  # noqa: F811
         with scene.launched() as launcher:
             scene.start_pods()

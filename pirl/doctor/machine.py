@@ -21,12 +21,12 @@ def _torch() -> Check:
     import torch
 
     gpus = torch.cuda.device_count()
-    found = f"torch {torch.__version__}, {count(gpus, 'GPU') if gpus else 'no GPU'}"
+    state = f"torch {torch.__version__}, {count(gpus, 'GPU') if gpus else 'no GPU'}"
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError) as error:
-        return Check("torch", "bad", f"{found}; torchvision does not import: {error}", "install both from one index")
-    return Check("torch", "ok", found)
+        return Check("torch", "bad", f"{state}; torchvision does not import: {error}", "install both from one index")
+    return Check("torch", "ok", state)
 
 
 def _cores() -> Check:
@@ -42,9 +42,9 @@ def _precision() -> Check:
     if torch.cuda.is_available():
         return Check("bf16", "ok" if torch.cuda.is_bf16_supported() else "note", torch.cuda.get_device_name())
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    known = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
-    if known:
-        return Check("bf16", "ok", ", ".join(known))
+    names = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
+    if names:
+        return Check("bf16", "ok", ", ".join(names))
     return Check("bf16", "note", "this CPU has no bf16 instructions", "train.precision=fp32 is faster here")
 
 
@@ -71,8 +71,8 @@ def _storage() -> Check:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     bucket = os.environ.get("PIRL_BUCKET")
     if not bucket:
-        found = f"endpoint {endpoint}" if endpoint else "no endpoint set"
-        return Check("S3", "note", f"not checked ({found})", "set PIRL_BUCKET=s3://bucket to have it tried")
+        state = f"endpoint {endpoint}" if endpoint else "no endpoint set"
+        return Check("S3", "note", f"not checked ({state})", "set PIRL_BUCKET=s3://bucket to have it tried")
     from ..storage import open_storage
 
     try:

@@ -196,6 +196,8 @@ class Cluster:
             if error.status in (0, 401, 408, 429) or error.status >= 500:
                 raise UnavailableError(f"the API server answers {error.status}: {message}") from None
             if error.status == 403 and "admission webhook" in message:
+                if "not found" in message:  # its cache is behind: an object was created a moment ago
+                    raise UnavailableError(message) from None
                 raise ClusterError(message, "correct the job's settings that it names") from None
             kinds = {400: _RefusedError, 403: ForbiddenError, 404: AbsentError, 409: _ConflictError}
             raise kinds.get(error.status, ClusterError)(message) from None

@@ -33,7 +33,7 @@ from ..programs import Program
 from ..text import duration
 from .cluster import Cluster, UnavailableError
 from .diagnose import End, ends, is_running, troubles
-from .kind import SPEC_HASH, Object
+from .kind import SPEC_HASH, Object, Phase
 from .pod import build_job, differences, is_same
 from .settings import JobSettings
 from .state import Clocks, State, observe
@@ -110,6 +110,7 @@ class Launcher:
                 created = self._retry(lambda: self.cluster.create(self.objects))
                 if created is not None:
                     say(f"launcher: created job {self.full_name}")
+                    self._check_queue(created)
                     return self._own(created)
                 news = "waiting for objects of an earlier job to be deleted"
             elif "deletionTimestamp" in job["metadata"]:
@@ -125,6 +126,19 @@ class Launcher:
                 say(f"launcher: {news}")
                 reported = news
             time.sleep(self.poll_s)
+
+    def _check_queue(self, created: Object) -> None:
+        """Delete the job and raise if nothing manages its queue: it would start past the quota.
+
+        Kueue suspends a job of a queue as the job is created, by a webhook.
+        """
+        queue = self.settings.queue
+        if queue and self.kind.verdict(created).phase is not Phase.SUSPENDED:
+            self._retry(partial(self.cluster.delete, self.name, created["metadata"]["uid"]))
+            raise UsageError(
+                f"queue {queue} is not managed: job {self.full_name} was not suspended, and is deleted",
+                f"enable {self.kind.title} in Kueue (`pirl doctor --cluster` checks it), or omit `queue`",
+            )
 
     def _own(self, job: Object) -> str:
         """Return the job's uid, after it owns what it refers to."""
@@ -177,9 +191,8 @@ class Launcher:
     def _read(self) -> tuple[Object | None, list[Object]]:
         """Return the job, if it is still this launcher's, and its pods."""
         job = self.cluster.job(self.name)
-        if job is None or job["metadata"]["uid"] != self.uid:
-            return None, []
-        return job, self.cluster.pods(job)
+        is_own = job is not None and job["metadata"]["uid"] == self.uid
+        return (job, self.cluster.pods(job)) if job and is_own else (None, [])
 
     def _report_pods(self, pods: list[Object]) -> None:
         """Print new ends of containers, and new lines of rank 0's log as they were written, JSON or not."""
@@ -202,14 +215,14 @@ class Launcher:
         if clocks.state not in (State.PENDING, State.RESTARTING):
             return
         wait = self.settings
-        known = self._troubles(pods)
-        permanent = [trouble for trouble in known if trouble.permanent]
+        present = self._troubles(pods)
+        permanent = [trouble for trouble in present if trouble.permanent]
         clocks.permanent = clocks.permanent + clocks.turn if permanent else 0.0
         if clocks.permanent > wait.pull_s or clocks.in_state > wait.start_s:
             waited = clocks.permanent if clocks.permanent > wait.pull_s else clocks.in_state
             what = f"job {self.name} is {clocks.state.value} for {duration(waited)}"
-            hint = (permanent or known)[0].hint if known else self._kubectl("describe")
-            raise TrainingError("\n  ".join([what, *map(str, permanent or known or self._last_ends())]), hint)
+            hint = (permanent or present)[0].hint if present else self._kubectl("describe")
+            raise TrainingError("\n  ".join([what, *map(str, permanent or present or self._last_ends())]), hint)
 
     def _check_progress(self, clocks: Clocks, pods: list[Object]) -> None:
         """Fail on a job that has made no step for too long, or has taken too long."""
