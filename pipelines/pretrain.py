@@ -19,10 +19,15 @@ from components.shard import shard
 from pipelines.cluster import on_cluster
 
 
-def train_to_register(train_data: Any, test_data: Any, training: dict[str, Any], gating: dict[str, Any]) -> None:
-    """The steps from the shards on: those of every pipeline. `training` and `gating` are the steps' parameters."""
+def train_to_register(train: Any, test: Any, training: dict[str, Any], gating: dict[str, Any]) -> None:
+    """Add the steps from the tasks `train` and `test`, which make shards, on.
+
+    `training` and `gating` are the steps' parameters.
+    """
+    train_data, test_data = train.output, test.output
     # a placeholder has to be all of an argument: within a longer text the backend would leave it as it is
     trained = pretrain(data=train_data, **training, kfp_run=dsl.PIPELINE_JOB_ID_PLACEHOLDER)
+    trained.after(test)  # which refuses classes that training does not have
     evaluated = linear_eval(run=trained.output, train_data=train_data, test_data=test_data)
     checked = gate(run=evaluated.outputs["Output"], **gating)
     data = {"train_data": train_data, "test_data": test_data}
@@ -59,12 +64,13 @@ def pirl_pretrain(
     `overrides` (of the recipe), `options` (of the training) and `job` (settings of the job, where `backend` has jobs)
     are NAME=VALUE items separated by blanks.
     """
-    train_data = shard(source=train_source, root=root, run=run, split="train").set_display_name("shard-train")
-    test_data = shard(source=test_source, root=root, run=run, split="test").set_display_name("shard-test")
-    on_cluster(train_data, test_data)
+    train = shard(source=train_source, root=root, run=run, split="train").set_display_name("shard-train")
+    test = shard(source=test_source, root=root, run=run, split="test", train_data=train.output)
+    test.set_display_name("shard-test")
+    on_cluster(train, test)
     train_to_register(
-        train_data.output,
-        test_data.output,
+        train,
+        test,
         {"root": root, "run": run, "recipe": recipe, "overrides": overrides}
         | {"options": options, "backend": backend, "job": job},
         {"root": root, "model": model, "metric": metric, "min_gain": min_gain, "registry": registry},

@@ -18,6 +18,7 @@ from conftest import TINY
 from images import folder_of_classes
 from kfp import local
 
+from components.shard import shard
 from pipelines.cluster import SECRET_KEYS
 from pipelines.compiled import compiled
 from pipelines.local import require_steps, run_local
@@ -251,3 +252,23 @@ def test_a_runner_that_is_stopped_takes_its_step_with_it(
         assert "stopped by a signal at step" in said
         assert "the pipeline stopped" in said
         assert list(tmp_path.glob("runs/*/checkpoints/*/COMMIT.json"))
+
+
+def test_classes_are_compared_before_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split, classes in (("train", 3), ("test", 2), ("other", 4)):
+        folder_of_classes(tmp_path / split, classes=classes, images=2, width=24, height=20)
+
+    def sharded(split: str, train_data: str = "") -> str:
+        return shard.python_func(
+            source=str(tmp_path / split), root=str(tmp_path / "out"), run="r", split=split, train_data=train_data
+        )
+
+    train = sharded("train")
+    assert "6 images, 3 classes: class0, class1, class2" in capsys.readouterr().out
+    sharded("test", train)
+    assert "classes without a test image: class2" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        sharded("other", train)
+    assert "class3" in capsys.readouterr().err
+    tasks = compiled("pirl-pretrain").spec["root"]["dag"]["tasks"]
+    assert set(tasks["pretrain"]["dependentTasks"]) == {"shard", "shard-2"}

@@ -8,7 +8,7 @@ out/manifest.json       published last; see `Manifest`
 
 from __future__ import annotations
 
-from pirl.errors import UsageError, did_you_mean
+from pirl.errors import DataError, UsageError, did_you_mean
 from pirl.shards.decoding import (
     DEFAULT,
     LEGACY,
@@ -53,6 +53,7 @@ __all__ = [
     "cache_root",
     "check_image",
     "check_same_decoding",
+    "compare_shards",
     "compare_sources",
     "decode_image",
     "decode_pixels",
@@ -89,6 +90,22 @@ def summary(source: Source) -> list[str]:
     if source.left_out:
         lines.append(f"left out, each named in {QUARANTINE}: {source.left_out}")
     return lines
+
+
+def compare_shards(train_data: str, test_data: str) -> list[str]:
+    """Return notes on the classes of sharded test images compared with the training images: which have none.
+
+    DataError naming classes that training does not have, or if either has no classes.
+    """
+    test = ShardReader(test_data)
+    train = ShardReader(train_data).manifest
+    for manifest, uri in ((train, train_data), (test.manifest, test_data)):
+        if manifest.classes is None:
+            raise DataError(
+                f"the images in {uri} have no classes", "give one folder a class: an evaluation needs labels"
+            )
+    absent = test.match_classes(train.classes or [])
+    return [f"classes without a test image: {listed(absent)}"] if absent else []
 
 
 def compare_sources(train: Source, test: Source) -> list[str]:
