@@ -1,4 +1,4 @@
-"""Models as others have them: trunks in torchvision's key layout, whole trainings in VISSL's, in and out."""
+"""Import and export: trunks in torchvision's key layout, whole trainings in VISSL's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SUFFIXES = {"torchvision": ".safetensors", "vissl": ".torch"}
 
 
 def trunk_bytes(trunk: Trunk, recipe: Recipe) -> bytes:
-    """A safetensors file: `torchvision.models.resnet50().load_state_dict(..., strict=False)` misses only `fc`.
+    """Return a safetensors file: `torchvision.models.resnet50().load_state_dict(..., strict=False)` misses only `fc`.
 
     Its metadata names the architecture, which other layers, widths or stems than a standard ResNet need.
     """
@@ -34,7 +34,7 @@ def trunk_bytes(trunk: Trunk, recipe: Recipe) -> bytes:
 
 
 def _settled(data: bytes) -> bytes:
-    """The same safetensors file with its metadata in a fixed order: it comes in another order in every process."""
+    """Return a safetensors file with its metadata in a fixed order, because `save` orders it by process."""
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
     metadata = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))}

@@ -1,4 +1,4 @@
-"""Which training a file is of, and whether all of it is there and whole."""
+"""The recipe of a file, and checks that the file is complete and undamaged."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from pirl.text import count
 def identify(
     contents: Contents, path: Path, name: str | None = None, overrides: Sequence[str] = ()
 ) -> tuple[Recipe, list[str], list[str]]:
-    """The recipe, the names of all that it may be, and notes. By trunk, heads, learning rate and completed epochs.
+    """Return the recipe, the names of all possible recipes, and notes.
 
-    Settings that the file tells (K, T, the bank's momentum, the loss, the batch) are taken from it.
+    Recipes are compared by trunk, heads, learning rate and completed epochs. Settings in the file (K, T, the bank's
+    momentum, the loss, the batch) are taken from it.
     """
     if name is None and "recipe" in contents.ours:
         recipe = parse_recipe(str(contents.ours["recipe"]), overrides, origin=f"the recipe inside {path}")
@@ -34,37 +35,37 @@ def identify(
     plain = {name: load_recipe(name, overrides) for name in names}
     fitting = {name: recipe for name, recipe in plain.items() if _architecture(contents) == _architecture(recipe)}
     if not fitting:
-        known = " or ".join(dict.fromkeys(_described(_architecture(recipe)) for recipe in plain.values()))
+        expected = " or ".join(dict.fromkeys(_described(_architecture(recipe)) for recipe in plain.values()))
         raise CheckpointError(
-            f"{path} is of another architecture: {_described(_architecture(contents))}; expected {known}",
+            f"{path} is of another architecture: {_described(_architecture(contents))}; expected {expected}",
             "give a recipe of its architecture with --recipe, or settings such as model.width=4",
         )
     fewest = min(len(_misfits(contents, recipe)) for recipe in fitting.values())
     fitting = {name: recipe for name, recipe in fitting.items() if len(_misfits(contents, recipe)) == fewest}
     long_enough = {name: recipe for name, recipe in fitting.items() if recipe.train.epochs >= contents.epochs}
     fitting = long_enough or fitting
-    given = {item.partition("=")[0].strip() for item in overrides}  # these win over what the file says
-    found = {}
+    given = {item.partition("=")[0].strip() for item in overrides}  # these win over those of the file
+    recipes = {}
     for name, recipe in fitting.items():
-        told = [item for item in _told(contents, recipe) if item.partition("=")[0] not in given]
-        found[name] = load_recipe(name, [*told, *overrides])
-    by_rate = [name for name, recipe in found.items() if _had_learning_rate(contents, recipe)]
-    by_epochs = [name for name, recipe in found.items() if recipe.train.epochs == contents.epochs]
-    candidates = by_rate or by_epochs or list(found)
-    recipe = found[candidates[0]]
+        settings = [item for item in _settings(contents, recipe) if item.partition("=")[0] not in given]
+        recipes[name] = load_recipe(name, [*settings, *overrides])
+    by_rate = [name for name, recipe in recipes.items() if _had_learning_rate(contents, recipe)]
+    by_epochs = [name for name, recipe in recipes.items() if recipe.train.epochs == contents.epochs]
+    candidates = by_rate or by_epochs or list(recipes)
+    recipe = recipes[candidates[0]]
     notes = [f"set apart from {candidates[0]}: {item}" for item in plain[candidates[0]].differences(recipe)]
     if len(candidates) > 1:
-        notes.append(f"the file does not tell which of these it is of: taken as {recipe.name} (--recipe NAME chooses)")
+        notes.append(f"the file fits all of these: taken as {recipe.name} (--recipe NAME chooses)")
     if contents.heads and recipe.model.head == "mlp" and recipe.model.image_head_relu != "none":
         notes.append(
-            f"image_head_relu is {recipe.model.image_head_relu!r}, which the file cannot tell: as when the zoo was "
+            f"image_head_relu is {recipe.model.image_head_relu!r}, which is not in the file: as when the zoo was "
             'trained; VISSL has "hidden" since April 2021'
         )
     return recipe, candidates, notes
 
 
-def _told(contents: Contents, recipe: Recipe) -> list[str]:
-    """Overrides for what the file knows better than the recipe."""
+def _settings(contents: Contents, recipe: Recipe) -> list[str]:
+    """Return overrides for the settings of the file that differ from the recipe."""
     items = [f"train.epochs={contents.epochs}"] if contents.epochs > recipe.train.epochs else []
     if contents.batch_size and contents.batch_size != recipe.train.batch_size:
         items.append(f"train.batch_size={contents.batch_size}")
@@ -84,7 +85,7 @@ def _told(contents: Contents, recipe: Recipe) -> list[str]:
 
 
 def _had_learning_rate(contents: Contents, recipe: Recipe) -> bool:
-    """Whether the optimiser's last learning rate is this recipe's, in the last epoch or one that was under way."""
+    """Return whether the optimiser has this recipe's learning rate, of the last epoch or the one under way."""
     epochs = (max(contents.epochs - 1, 0), contents.epochs)
     rate = contents.learning_rate
     return rate is not None and any(math.isclose(rate, learning_rate(recipe, e), rel_tol=1e-4) for e in epochs)
@@ -105,7 +106,7 @@ def _described(architecture: tuple[str, tuple[int, ...], float]) -> str:
     return f"{kind} blocks {'+'.join(map(str, blocks))}, width {width:g}" if sum(blocks) else "no ResNet"
 
 
-# --- whether all is there and whole --------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------
 
 
 def _misfits(contents: Contents, recipe: Recipe) -> list[str]:
@@ -114,7 +115,7 @@ def _misfits(contents: Contents, recipe: Recipe) -> list[str]:
 
 
 def misfits(contents: Contents, model: PIRL) -> list[str]:
-    """Every name that is missing or unknown, and every shape that is another than the model's."""
+    """Return every name that is missing or unknown, and every shape that is another than the model's."""
     expected = {
         name: tuple(tensor.shape)
         for name, tensor in model.state_dict().items()
@@ -129,14 +130,14 @@ def misfits(contents: Contents, model: PIRL) -> list[str]:
         if name not in expected:
             continue
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_complex():
-            problems.append(f"{_shown(name)} is no tensor of real numbers")
+            problems.append(f"{_shown(name)} is not a tensor of real numbers")
         elif tuple(tensor.shape) != expected[name]:
             problems.append(f"{_shown(name)} has the shape {tuple(tensor.shape)}, expected {expected[name]}")
     return problems
 
 
 def check(contents: Contents, model: PIRL, recipe: Recipe, path: Path) -> list[str]:
-    """Raise `CheckpointError` with every problem of trunk, heads and bank; mend types, and return notes of that."""
+    """Raise `CheckpointError` with every problem of trunk, heads and bank; convert types, and return notes of that."""
     problems = misfits(contents, model)
     if contents.loss:
         memory, params = (contents.loss.get(name) for name in ("memory", "params"))
@@ -155,10 +156,10 @@ def check(contents: Contents, model: PIRL, recipe: Recipe, path: Path) -> list[s
             f"{path} does not fit {recipe.name}: {count(len(problems), 'problem')}\n  {lines}",
             "it may be of a changed model, or was renamed or damaged; --recipe NAME compares with another",
         )
-    return _mend(contents, model)
+    return _convert(contents, model)
 
 
-def _mend(contents: Contents, model: PIRL) -> list[str]:
+def _convert(contents: Contents, model: PIRL) -> list[str]:
     notes = [f"not read: {name}" for name in contents.ignored]
     prob = contents.loss.get("multinomial.prob")
     if isinstance(prob, Tensor) and not bool((prob == 1).all()):
@@ -183,7 +184,7 @@ def _mend(contents: Contents, model: PIRL) -> list[str]:
 
 
 def _tensors(contents: Contents) -> list[tuple[str, Any]]:
-    """Every tensor of a file by the name to show."""
+    """Return every tensor of a file by the name to show."""
     momenta = [(f"momentum {n}", tensor) for n, tensor in enumerate(chain.from_iterable(contents.momenta))]
     losses = [(f"nce_average.{name}", tensor) for name, tensor in contents.loss.items()]
     return [*((_shown(name), tensor) for name, tensor in contents.model.items()), *losses, *momenta]
@@ -197,7 +198,7 @@ def _not_finite(name: str, tensor: Any) -> str:
 
 
 def _shown(name: str) -> str:
-    """A tensor's name for people: torchvision's for the trunk, VISSL's for the heads."""
+    """Return a tensor's name for people: torchvision's for the trunk, VISSL's for the heads."""
     if name.startswith("trunk."):
         return name.removeprefix("trunk.")
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints of VISSL's into runs of ours: which training it is of, whether all is there and whole, and the run."""
+"""Import of VISSL's checkpoints: the recipe, checks, and the run."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ UNKNOWN_DATA = "unknown"
 
 @dataclass
 class Import:
-    """A file that was found good, and what it becomes."""
+    """A file that passed all checks, and the content of its run."""
 
     contents: Contents
     recipe: Recipe
     candidates: list[str]
-    """Names of the recipes that it may be of: one, unless the file does not tell."""
+    """Names of the recipes that it may be of: one, unless the file fits several."""
     state: dict[str, Any]
     cursor: Cursor
     data_digest: str
@@ -74,35 +74,35 @@ def import_file(
     if run.exists():
         raise UsageError(f"{out} holds a run already", "give another --out: an import never writes over a run")
     check_run_output(out, data=data)
-    found = examine(path, data, recipe, overrides)
-    found.state["imported"] = {"file": path.name, "sha256": sha256_file(path), "lacks": found.lacks}
+    imported = examine(path, data, recipe, overrides)
+    imported.state["imported"] = {"file": path.name, "sha256": sha256_file(path), "lacks": imported.lacks}
     checkpoints = run.checkpoints()
-    checkpoints.save(found.state, found.cursor, found.recipe.digest(), found.data_digest)
+    checkpoints.save(imported.state, imported.cursor, imported.recipe.digest(), imported.data_digest)
     if error := checkpoints.wait():
         raise error
     log = open_log(Context(run.storage), ["jsonl", "console"])
-    log.event("import", **found.state["imported"], recipe=found.recipe.name, version=__version__)
+    log.event("import", **imported.state["imported"], recipe=imported.recipe.name, version=__version__)
     log.flush()
-    if not found.lacks and found.epochs >= found.recipe.train.epochs:
-        run.complete(_completion(found, run.checkpoint_uri(run.commit().name)))
-    run.save_recipe(found.recipe)  # last: before it, there is no run
-    found.uri = run.uri
-    return found
+    if not imported.lacks and imported.epochs >= imported.recipe.train.epochs:
+        run.complete(_completion(imported, run.checkpoint_uri(run.commit().name)))
+    run.save_recipe(imported.recipe)  # last: it makes the folder a run
+    imported.uri = run.uri
+    return imported
 
 
-def _completion(found: Import, checkpoint: str) -> Completion:
+def _completion(imported: Import, checkpoint: str) -> Completion:
     return Completion(
-        steps=found.cursor.step,
-        epochs=found.recipe.train.epochs,
-        images_seen=found.epochs * len(found.state["bank"]["memory"]),
-        seconds=found.cursor.seconds,
+        steps=imported.cursor.step,
+        epochs=imported.recipe.train.epochs,
+        images_seen=imported.epochs * len(imported.state["bank"]["memory"]),
+        seconds=imported.cursor.seconds,
         checkpoint=checkpoint,
-        recipe=found.recipe.name,
-        recipe_digest=found.recipe.digest(),
-        data_digest=found.data_digest,
-        ranks=0,  # the file does not say
+        recipe=imported.recipe.name,
+        recipe_digest=imported.recipe.digest(),
+        data_digest=imported.data_digest,
+        ranks=0,  # not in the file
         version=__version__,
-        imported=found.state["imported"]["file"],
+        imported=imported.state["imported"]["file"],
     )
 
 
@@ -141,17 +141,17 @@ def examine(path: Path, data: str | None = None, recipe: str | None = None, over
     state["optimizer"] = optimizer
     state["scaler"] = contents.scaler if chosen.train.precision == "fp16" else {}
     state["recipe"] = chosen.to_toml()
-    cursor, told = _cursor(contents, chosen, rows)
+    cursor, remarks = _cursor(contents, chosen, rows)
     state["data_digest"] = digest = _digest(contents, manifest, lacks)
     if lacks:
-        told.append(f"no {', '.join(lacks)} in the file: the run can be evaluated and exported, not resumed")
+        remarks.append(f"no {', '.join(lacks)} in the file: the run can be evaluated and exported, not resumed")
     elif digest == UNKNOWN_DATA and cursor.epoch < chosen.train.epochs:
-        told.append("to continue this training, import with --data: the shards that it was trained on")
-    return Import(contents, chosen, candidates, state, cursor, digest, lacks, [*notes, *told])
+        remarks.append("to continue this training, import with --data: the shards that it was trained on")
+    return Import(contents, chosen, candidates, state, cursor, digest, lacks, [*notes, *remarks])
 
 
 def _digest(contents: Contents, manifest: Manifest | None, lacks: list[str]) -> str:
-    """The data that the run can be resumed on. The other answers are no data's digest: a training refuses them."""
+    """Return the digest of the data that the run can be resumed on, or a text that every training refuses."""
     if lacks:
         return "trunk only" if "heads" in lacks else f"no {lacks[0]}"
     if manifest:
@@ -160,13 +160,13 @@ def _digest(contents: Contents, manifest: Manifest | None, lacks: list[str]) -> 
 
 
 def _cursor(contents: Contents, recipe: Recipe, rows: int) -> tuple[Cursor, list[str]]:
-    """Where training goes on. The reference's order within an epoch is not ours: a broken one begins again."""
+    """Return the cursor at which training resumes; an interrupted epoch starts again, in our own order."""
     if "cursor" in contents.ours:
         return contents.ours["cursor"], []
     steps = contents.epochs * recipe.steps_per_epoch(rows)
     notes = []
     if contents.loss and contents.iteration > steps:
-        notes.append(f"written within epoch {contents.epochs + 1}, which would begin again")
+        notes.append(f"written within epoch {contents.epochs + 1}, which would start again")
     elif contents.loss and contents.iteration < steps:
         notes.append(
             f"the file counts {contents.iteration:,} steps, {contents.epochs} epochs of {rows:,} images in batches of "
@@ -176,20 +176,20 @@ def _cursor(contents: Contents, recipe: Recipe, rows: int) -> tuple[Cursor, list
 
 
 def optimizer_state(contents: Contents, model: PIRL, recipe: Recipe) -> tuple[dict[str, Any], str]:
-    """The state for our optimiser, and why the file's was not taken, if it was not.
+    """Return the state for our optimiser, and why the file's was not taken, if it was not.
 
     Both keep convolutions, batch norms, linear weights and linear biases in four groups, each in module order: the
-    n-th of theirs is the n-th of ours, whatever number it goes by.
+    n-th of a file is the n-th of this model, whatever its number is.
     """
-    ours = parameter_groups(model, recipe.optim)
-    groups = build_optimizer(nn.Linear(1, 1), recipe).state_dict()["param_groups"]  # for the settings beside "params"
+    own = parameter_groups(model, recipe.optim)
+    groups = build_optimizer(nn.Linear(1, 1), recipe).state_dict()["param_groups"]  # for the settings next to "params"
     first = 0
-    for group, parameters in zip(groups, ours):
+    for group, parameters in zip(groups, own):
         group["params"] = list(range(first, first := first + len(parameters["params"])))
     result: dict[str, Any] = {"state": {}, "param_groups": groups}
     if not contents.momenta:
         return result, "the file has no optimiser"
-    sizes = [len(group) for group in contents.momenta], [len(group["params"]) for group in ours]
+    sizes = [len(group) for group in contents.momenta], [len(group["params"]) for group in own]
     if sizes[0] != sizes[1]:
         return result, f"the optimiser was not read: it has groups of {sizes[0]} tensors, ours of {sizes[1]}"
     for group in groups:
@@ -197,10 +197,10 @@ def optimizer_state(contents: Contents, model: PIRL, recipe: Recipe) -> tuple[di
     momenta = list(chain.from_iterable(contents.momenta))
     if not contents.iteration and all(momentum is None for momentum in momenta):
         return result, ""  # before the first step
-    shapes = [parameter.shape for group in ours for parameter in group["params"]]
+    shapes = [parameter.shape for group in own for parameter in group["params"]]
     for index, (momentum, shape) in enumerate(zip(momenta, shapes)):
         if not isinstance(momentum, Tensor) or momentum.shape != shape:
-            found = tuple(momentum.shape) if isinstance(momentum, Tensor) else "none"
-            return result, f"the optimiser was not read: momentum {index} is {found}, expected {tuple(shape)}"
+            shown = tuple(momentum.shape) if isinstance(momentum, Tensor) else "none"
+            return result, f"the optimiser was not read: momentum {index} is {shown}, expected {tuple(shape)}"
     result["state"] = {index: {"momentum_buffer": momentum} for index, momentum in enumerate(momenta)}
     return result, ""

@@ -2,7 +2,7 @@
 
 `weights_only=True`, with a short list of exceptions for what the reference's files hold besides: dictionaries of a
 class of its own, which are read as plain ones, and numpy arrays and numbers, which are read by the small classes below
-instead of numpy's. Whatever else a file asks for, it is refused; there is no way around the list.
+instead of numpy's. Whatever else a file asks for, it is refused; the list has no bypass.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NUMERIC = ("f2", "f4", "f8", "i4", "i8")
 
 
 def read_file(path: Path) -> Any:
-    """What `torch.save` wrote into `path`, with all tensors on the CPU and numpy's arrays as tensors."""
+    """Return the content of a file of `torch.save`, with all tensors on the CPU and numpy's arrays as tensors."""
     try:
         with path.open("rb") as file:
             start = file.read(4)
@@ -43,13 +43,13 @@ def read_file(path: Path) -> Any:
         if refused:
             what = refused[1] or refused[2] or refused[0]
             raise CheckpointError(
-                f"{path} is refused: it holds {what}, which is no tensor or plain value; nothing in it was run",
+                f"{path} is refused: it holds {what}, which is not a tensor or a plain value; nothing in it was run",
                 "ask its author for a file of tensors alone, as `torch.save(model.state_dict(), ...)` writes it",
             ) from None
-        told = re.search(
+        cause = re.search(
             r"(?:WeightsUnpickler error: )?(?!Weights only)([^\n.]{3,})", str(error).rpartition("error:")[2]
         )
-        reason = told[1] if told else "it ends too early"
+        reason = cause[1] if cause else "it ends too early"
         raise CheckpointError(f"{path} is truncated or damaged: {reason}", "copy or download it again") from None
     if problems := list(_unreadable(value, "")):
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -103,7 +103,7 @@ class StoredType:
 
 
 class StoredArray:
-    """Stands for a `numpy.ndarray`: its constructor's arguments tell nothing, its state does."""
+    """Stands for a `numpy.ndarray`: its state has the values, its constructor's arguments have not."""
 
     def __init__(self, *_: Any) -> None:
         self.tensor = torch.empty(0)
@@ -125,7 +125,7 @@ def _latin1(text: str = "", *_: Any) -> bytes:
 
 
 def _exceptions() -> list[Any]:
-    """(what is taken, for which name in a file)."""
+    """Return (stand-in, name in a file)."""
     numpy = [
         (stand_in, f"numpy.{core}.multiarray.{name}")
         for core in ("core", "_core")  # before numpy 2, and since

@@ -38,7 +38,7 @@ AMP_SCALE = 65536.0
 
 @dataclass
 class Contents:
-    """What a file holds, under our names. A trunk is always there, the rest may be empty."""
+    """The content of a file, under our names. Only the trunk is always present."""
 
     trunk: dict[str, Tensor]
     heads: dict[str, Tensor] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Contents:
     """Completed."""
     iteration: int = 0
     batch_size: int = 0
-    """Global; 0: not told."""
+    """Global; 0: unknown."""
     ours: dict[str, Any] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
 
@@ -68,25 +68,25 @@ class Contents:
 
 
 def vissl_name(name: str) -> str:
-    """A parameter of ours, as VISSL's trunk or heads call it."""
+    """Return the name of our parameter, as VISSL's trunk or heads call it."""
     if name.startswith("trunk."):
         return f"_feature_blocks.{name.removeprefix('trunk.')}"
-    for ours, theirs in HEADS:
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
+    for own, vissl in HEADS:
+        if name.startswith(own):
+            return vissl + name.removeprefix(own)
     raise ValueError(name)
 
 
 def our_name(name: str) -> str:
-    """A parameter of VISSL's heads, as ours call it; other names stay as they are."""
-    for ours, theirs in HEADS:
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
+    """Return our name of a parameter of VISSL's heads; other names stay as they are."""
+    for own, vissl in HEADS:
+        if name.startswith(vissl):
+            return own + name.removeprefix(vissl)
     return name
 
 
 def trunk_name(name: str) -> str:
-    """A trunk's parameter in torchvision's naming, whatever it was wrapped in."""
+    """Return a trunk's parameter in torchvision's naming, whatever it was wrapped in."""
     while name.startswith(WRAPPERS):
         name = name.partition(".")[2]
     return name
@@ -175,7 +175,7 @@ def _global_batch(images: float, iteration: int) -> int:
 
 
 def _scaler(amp: dict[str, Any]) -> dict[str, Any]:
-    """The loss scale as torch keeps it, from apex's state or torch's own."""
+    """Return the loss scale as torch keeps it, from apex's state or torch's own."""
     apex = amp.get("loss_scaler0", {})
     return {
         "scale": float(apex.get("loss_scale", amp.get("scale", AMP_SCALE))),
@@ -190,7 +190,7 @@ def _scaler(amp: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_vissl(saved: dict[str, Any], recipe: Recipe, commit: Commit) -> dict[str, Any]:
-    """The content of a VISSL checkpoint, for `torch.save`, from that of ours. What an import lacked is left out.
+    """Return the content of a VISSL checkpoint, for `torch.save`. Parts that an import lacked are left out.
 
     Equal tensors are shared: the file has each once.
     """
