@@ -182,7 +182,7 @@ class JobSettings(Settings):
     start_s: Seconds = 3600.0
     """Longest that pods may wait for nodes or for a quota, at the start or after a restart. Not in a Kueue queue."""
     progress_s: Seconds = 1800.0
-    """Longest that running pods may make no step."""
+    """Longest that running pods may go without a new step."""
     run_s: Seconds | None = None
     """Longest for everything, without the time in a Kueue queue. None: as long as it takes."""
     leave: bool = False
