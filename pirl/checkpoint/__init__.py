@@ -12,6 +12,7 @@ A checkpoint loads on any number of ranks. Nothing is unpickled.
 
 from pirl.checkpoint.commit import FORMAT, Commit, Cursor, Part
 from pirl.checkpoint.lease import Lease
+from pirl.checkpoint.state import Rows
 from pirl.checkpoint.store import Checkpoints
 
-__all__ = ["FORMAT", "Checkpoints", "Commit", "Cursor", "Lease", "Part"]
+__all__ = ["FORMAT", "Checkpoints", "Commit", "Cursor", "Lease", "Part", "Rows"]

@@ -32,6 +32,8 @@ class Part:
     file: str
     bytes: int
     sha256: str
+    spans: tuple[tuple[int, int, str], ...] = ()
+    """Start, end and SHA-256 of consecutive ranges, the first with the header; none where no tensor is cut by rank."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,23 @@ class Commit:
         return hashlib.sha256("".join(part.sha256 for part in self.parts).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self)}
+        fields = asdict(self)
+        for part in fields["parts"]:
+            if not part["spans"]:
+                del part["spans"]  # as version 0.1 wrote it
+        return {"format": FORMAT, **fields}
+
+
+def parse_part(fields: dict[str, Any]) -> Part:
+    """Return the part that JSON describes. Raises `TypeError` or `ValueError` where it is none."""
+    spans = tuple((int(start), int(stop), str(digest)) for start, stop, digest in fields.pop("spans", ()))
+    part = Part(**fields, spans=spans)
+    edges = [0, *(stop for _, stop, _ in spans)]
+    if spans and (
+        any(start != edge or stop <= start for (start, stop, _), edge in zip(spans, edges)) or edges[-1] != part.bytes
+    ):
+        raise ValueError("a part's ranges do not make up its file")
+    return part
 
 
 def parse_commit(data: bytes, where: str) -> Commit:
@@ -67,7 +85,7 @@ def parse_commit(data: bytes, where: str) -> Commit:
         fields = json.loads(data)
         version = fields.pop("format")
         if version == FORMAT:
-            parts = tuple(Part(**part) for part in fields.pop("parts"))
+            parts = tuple(parse_part(part) for part in fields.pop("parts"))
             if not all(re.fullmatch(r"[\w.-]+\.safetensors", part.file) and part.bytes >= 0 for part in parts):
                 raise ValueError("a part has no proper name or size")
             return Commit(**{**fields, "cursor": Cursor(**fields["cursor"]), "parts": parts})

@@ -1,4 +1,4 @@
-"""A state as named tensors and a description: dealt over ranks, laid out as a safetensors file, and put together again.
+"""A state as named tensors and a description: dealt over ranks, and laid out as a safetensors file for each.
 
 A state is a tree of dicts, lists, tuples, plain values and tensors. Its tensors go into safetensors files ("parts"),
 one for each rank, of which the first has the rest of the tree as JSON in its header. Nothing is pickled.
@@ -6,15 +6,17 @@ one for each rank, of which the first has the rest of the tree as JSON in its he
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pirl.checkpoint.commit import Part
 
 DTYPES = {
     "F64": torch.float64,
@@ -30,7 +32,17 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CUT_BYTES = 1 << 20  # smaller tensors stay whole
+PIECE_BYTES = 16 << 20  # of cut rows: one checksum each, and one range to read
 _SLACK_BYTES = 1 << 20  # the header grows by a few digits from save to save
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A rank's rows of a tensor that is cut over the ranks: `tensor` has those from `first` on, of `total`."""
+
+    tensor: Tensor
+    first: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -46,18 +58,25 @@ class Piece:
         """Its name in a part."""
         return self.name if self.stop is None else f"{self.name}[{self.start}:{self.stop}]"
 
-    def of(self, tensor: Tensor) -> Tensor:
+    def of(self, tensor: Tensor | Rows) -> Tensor:
+        if isinstance(tensor, Rows):
+            assert self.stop is not None, "rows are cut"
+            return tensor.tensor[self.start - tensor.first : self.stop - tensor.first]
         return tensor if self.stop is None else tensor[self.start : self.stop]
 
 
-def describe(state: Any) -> tuple[Any, dict[str, Tensor]]:
-    """The tree as JSON with a reference in place of each tensor, and the tensors by their paths ("bank/memory").
+def describe(state: Any) -> tuple[Any, dict[str, Tensor | Rows]]:
+    """Return the tree as JSON with a reference in place of each tensor, and the tensors by path ("bank/memory").
 
     Raises `TypeError` for what is neither plain nor a tensor.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | Rows] = {}
 
     def visit(value: Any, path: str) -> Any:
+        if isinstance(value, Rows):
+            reference = visit(value.tensor, path)
+            tensors[path] = value
+            return {**reference, "shape": [value.total, *reference["shape"][1:]]}
         if isinstance(value, Tensor):
             if path in tensors or value.dtype not in _NAMES:
                 raise TypeError(f"{path}: a tensor of {value.dtype} cannot be saved, or two have this path")
@@ -79,11 +98,23 @@ def describe(state: Any) -> tuple[Any, dict[str, Tensor]]:
     return visit(state, ""), tensors
 
 
-def deal(tensors: dict[str, Tensor], ranks: int, of_main: Collection[str] = ()) -> list[list[Piece]]:
-    """What each rank writes: large tensors are cut by rows over all ranks, the others dealt by size.
+def share_of(tensors: Mapping[str, Tensor | Rows], ranks: int, rank: int, of_main: Collection[str] = ()) -> list[Piece]:
+    """Return what `rank` writes: its own rows of what is cut, its share of large tensors, and whole ones by their size.
 
     `of_main` names tensors that rank 0 must write, since the ranks' own differ.
     """
+    whole = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    pieces = deal(whole, ranks, of_main)[rank]
+    for name, rows in tensors.items():
+        if isinstance(rows, Rows):
+            stop = rows.first + len(rows.tensor)
+            size = max(1, PIECE_BYTES * len(rows.tensor) // max(1, rows.tensor.nbytes))
+            pieces += [Piece(name, start, min(start + size, stop)) for start in range(rows.first, stop, size)]
+    return pieces
+
+
+def deal(tensors: dict[str, Tensor], ranks: int, of_main: Collection[str] = ()) -> list[list[Piece]]:
+    """Return what each rank writes of tensors that all have: large ones by rows, the others by their size."""
     shares: list[list[Piece]] = [[] for _ in range(ranks)]
     load = [0] * ranks
     total = sum(tensor.nbytes for tensor in tensors.values())
@@ -107,16 +138,21 @@ class Image:
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._slots: dict[str, Tensor] = {}
+        self.cuts: list[tuple[int, int]] = []
+        """Where in the file the pieces of cut tensors are."""
 
     def fill(
-        self, tensors: dict[str, Tensor], pieces: Iterable[Piece], metadata: dict[str, str]
+        self, tensors: Mapping[str, Tensor | Rows], pieces: Iterable[Piece], metadata: dict[str, str]
     ) -> tuple[memoryview, Callable[[], None]]:
         """Lay out `pieces`. Returns the bytes, and a function that waits until they are all there.
 
         Copies from a GPU are queued on the current stream, before whatever training queues next: nobody waits here.
         """
+        pieces = list(pieces)
         parts = {piece.key: piece.of(tensors[piece.name]) for piece in pieces}
-        parts = dict(sorted(parts.items(), key=lambda item: -item[1].element_size()))  # each is aligned to its elements
+        cut = {piece.key for piece in pieces if isinstance(tensors[piece.name], Rows)}
+        # each is aligned to its elements; cut rows stand together
+        parts = dict(sorted(parts.items(), key=lambda item: (-item[1].element_size(), item[0] in cut)))
         header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
         end = 0
         for key, tensor in parts.items():
@@ -135,10 +171,12 @@ class Image:
             bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8
         )
         position = 8 + len(text)
-        self._slots = {}
+        self._slots, self.cuts = {}, []
         for key, tensor in parts.items():
             slot = self._buffer[position : position + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             self._slots[key] = slot.copy_(tensor, non_blocking=True)
+            if key in cut:
+                self.cuts.append((position, position + tensor.nbytes))
             position += tensor.nbytes
         ready = lambda: None  # noqa: E731
         if on_gpu:
@@ -146,6 +184,12 @@ class Image:
             event.record()
             ready = event.synchronize
         return self._buffer[:size].numpy().data, ready
+
+    def part(self, file: str, data: memoryview) -> Part:
+        """Return the record of the file, with a checksum for each range that is read by itself."""
+        edges = sorted({0, len(data), *(edge for cut in self.cuts for edge in cut)}) if self.cuts else []
+        spans = tuple((start, stop, _digest(data[start:stop])) for start, stop in pairwise(edges))
+        return Part(file, len(data), _digest(data), spans)
 
     def not_finite(self) -> str:
         """The key of a tensor with a number that is none, or empty; for when all of them are there."""
@@ -157,63 +201,5 @@ class Image:
         return ""
 
 
-def read_part(data: Tensor) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The metadata and the tensors of a safetensors file in memory, (bytes,) uint8, each in memory of its own.
-
-    Raises some `ValueError`, `KeyError`, `TypeError` or `RuntimeError` where it is no such file.
-    """
-    length = int.from_bytes(data[:8].numpy().tobytes(), "little")
-    if 8 + length > len(data):
-        raise ValueError("the header is longer than the file")
-    header = json.loads(data[8 : 8 + length].numpy().tobytes())
-    body = data[8 + length :]
-    metadata = header.pop("__metadata__", {})
-    tensors = {}
-    for key, entry in header.items():
-        start, stop = entry["data_offsets"]
-        if not 0 <= start <= stop <= len(body):
-            raise ValueError(f"{key} lies outside of the file")
-        # not a view: torch.save refuses tensors of several types in one storage
-        tensors[key] = body[start:stop].view(DTYPES[entry["dtype"]]).view(entry["shape"]).clone()
-    return metadata, tensors
-
-
-def assemble(tree: Any, pieces: dict[str, Tensor]) -> Any:
-    """The state that `describe` took apart, from the pieces of all parts.
-
-    Raises `ValueError` where a tensor is not complete, or not of the shape and type that the tree tells.
-    """
-    rows: dict[str, list[tuple[int, int, Tensor]]] = {}
-    for key, tensor in pieces.items():
-        if cut := re.fullmatch(r"(.*)\[(\d+):(\d+)\]", key):
-            rows.setdefault(cut[1], []).append((int(cut[2]), int(cut[3]), tensor))
-
-    def tensor_of(reference: dict[str, Any]) -> Tensor:
-        name, shape = reference["$tensor"], reference["shape"]
-        if name in pieces:
-            tensor = pieces[name]
-        else:
-            cuts = sorted(rows.get(name, []), key=lambda cut: cut[0])
-            edges = [0, *(stop for _, stop, _ in cuts)]
-            whole = all(start == edge and len(part) == stop - start for (start, stop, part), edge in zip(cuts, edges))
-            if not cuts or not whole:
-                raise ValueError(f"{name} is not complete")
-            tensor = torch.cat([part for _, _, part in cuts])
-        if list(tensor.shape) != shape or tensor.dtype != DTYPES[reference["dtype"]]:
-            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {reference['dtype']} {shape}")
-        return tensor
-
-    def visit(value: Any) -> Any:
-        if isinstance(value, list):
-            return [visit(item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        if "$tensor" in value:
-            return tensor_of(value)
-        if "$tuple" in value:
-            return tuple(visit(item) for item in value["$tuple"])
-        if "$dict" in value:
-            return {key: visit(item) for key, item in value["$dict"]}
-        return {key: visit(item) for key, item in value.items()}
-
-    return visit(tree)
+def _digest(data: memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 import threading
 import time
-from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from pirl import logs
-from pirl.checkpoint.commit import Commit, Cursor, Part, parse_commit
-from pirl.checkpoint.state import Image, assemble, deal, describe, read_part
+from pirl.checkpoint.commit import Commit, Cursor, Part, parse_commit, parse_part
+from pirl.checkpoint.reading import read_state
+from pirl.checkpoint.state import Image, describe, share_of
 from pirl.errors import CheckpointError, StorageError, StorageNotFoundError
 from pirl.storage import Storage
 from pirl.world import World
@@ -80,15 +76,16 @@ class Checkpoints:
     ) -> None:
         """Copy this rank's share of `state` to host memory and write it in the background.
 
-        All ranks hold the same state, but for the tensors that `of_main` names by their paths, such as
-        "model/trunk.bn1.running_mean": those are taken from rank 0. Waits for a save that is still under way. `done` is
-        called on rank 0, from the writing thread. A failed save does not stop training: `wait` tells. Numbers that are
-        none are looked for in the copy, and a state with one is not published.
+        All ranks hold the same state, but for `Rows`, of which each writes its own, and the tensors that `of_main`
+        names by their paths, such as "model/trunk.bn1.running_mean": those are taken from rank 0. Waits for a save
+        that is still under way. `done` is called on rank 0, from the writing thread. A failed save does not stop
+        training: `wait` tells. Numbers that are none are looked for in the copy, and a state with one is not
+        published.
         """
         self.wait()
         tree, tensors = describe(state)
         attempt = self.world.broadcast_object(secrets.token_hex(4))
-        pieces = deal(tensors, self.world.size, of_main)[self.world.rank]
+        pieces = share_of(tensors, self.world.size, self.world.rank, of_main)
         metadata = {"state": json.dumps(tree)} if self.world.is_main else {}
         data, ready = self._image.fill(tensors, pieces, metadata)
         name = f"step-{cursor.step:08d}"
@@ -150,7 +147,7 @@ class Checkpoints:
             outcome: dict[str, Any] = {"broken": self._image.not_finite()}
             if not outcome["broken"]:
                 folder.write_bytes(file, data)
-                outcome = asdict(Part(file, len(data), hashlib.sha256(data).hexdigest()))
+                outcome = asdict(self._image.part(file, data))
         except StorageError as error:
             outcome = {"what": error.what, "hint": error.hint, "transient": error.transient}
         outcomes: list[dict[str, Any]] = []
@@ -167,7 +164,7 @@ class Checkpoints:
             for other in outcomes:
                 if "what" in other:
                     raise StorageError(other["what"], other["hint"], transient=other["transient"])
-            found = commit(tuple(Part(**part) for part in outcomes))
+            found = commit(tuple(parse_part(part) for part in outcomes))
             self._publish(found)
         except StorageError:
             # The next save looks again at what there is. A COMMIT.json whose answer was lost may yet appear, so what it
@@ -274,23 +271,26 @@ class Checkpoints:
         names = self.names()
         return names[-1] if names else None
 
-    def load(self, name: str | None = None) -> tuple[Commit, dict[str, Any]] | None:
-        """The checkpoint `name`, or the newest that is whole; None where the run has none at all.
+    def load(
+        self, name: str | None = None, rows: Mapping[str, range] | None = None
+    ) -> tuple[Commit, dict[str, Any]] | None:
+        """Return the checkpoint `name`, or the newest that is whole; None where the run has none at all.
 
-        A broken one that was not asked for by name is skipped, with a warning, if an older whole one exists.
+        Of the tensors in `rows` only these rows are read. A broken checkpoint that was not asked for by name is
+        skipped, with a warning, if an older whole one exists.
         """
         if name is not None:
-            return self._read(name)
+            return self._read(name, rows)
         newest = self.newest()
         if newest is None:
             return None
         try:
-            return self._read(newest)
+            return self._read(newest, rows)
         except CheckpointError as error:
             skipped = [newest]
             for older in reversed([other for other in self.names() if other < newest]):
                 try:
-                    found = self._read(older)
+                    found = self._read(older, rows)
                 except CheckpointError:
                     skipped.append(older)
                     continue
@@ -311,38 +311,16 @@ class Checkpoints:
             known = ", ".join(self.names()) or "none"
             raise CheckpointError(f"there is no complete checkpoint {where}", f"complete ones here: {known}") from None
 
-    def _read(self, name: str) -> tuple[Commit, dict[str, Any]]:
+    def _read(self, name: str, rows: Mapping[str, range] | None = None) -> tuple[Commit, dict[str, Any]]:
         commit = self.commit(name)
         try:
-            pieces: dict[str, Tensor] = {}
-            metadata: dict[str, str] = {}
-            with ThreadPoolExecutor(4) as pool:
-                for told, found in pool.map(lambda part: self._read_part(name, part), commit.parts):
-                    metadata |= told
-                    pieces |= found
-            return commit, assemble(json.loads(metadata["state"]), pieces)
+            return commit, read_state(self.storage / name, commit, rows or {})
         except CheckpointError:
             if self.commit(name) == commit:
                 raise
-            return self._read(name)  # it was written anew meanwhile
+            return self._read(name, rows)  # it was written anew meanwhile
         except _BAD_PART as error:
             raise CheckpointError(
                 f"{self.storage.uri}/{name} is as it was committed, but no state: it was refused ({error})",
                 "it was not written by this program: delete it, and find out who wrote it",
             ) from error
-
-    def _read_part(self, name: str, part: Part) -> tuple[dict[str, str], dict[str, Tensor]]:
-        """The metadata and tensors of one part, after its size and its hash are found right."""
-        where, folder = f"{self.storage.uri}/{name}/{part.file}", self.storage / name
-        try:
-            size = folder.size(part.file)
-            data = torch.empty(part.bytes if size == part.bytes else 0, dtype=torch.uint8)
-            folder.read_into(part.file, data.numpy().data)
-        except StorageNotFoundError:
-            raise CheckpointError(f"{where} is missing", "use an older checkpoint") from None
-        if size != part.bytes or hashlib.sha256(data.numpy().data).hexdigest() != part.sha256:
-            raise CheckpointError(
-                f"{where} is damaged: {size} of {part.bytes} bytes, or another SHA-256 than was committed",
-                "delete this checkpoint to go on from an older one",
-            )
-        return read_part(data)
