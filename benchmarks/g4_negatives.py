@@ -17,8 +17,9 @@ from benchmarks.harness import Result, compare, finish
 from benchmarks.reference_nce import ReferenceNCE
 from pirl.config import LossConfig, MemoryConfig
 from pirl.data import negative_seeds
-from pirl.loss import contrast, draw_negatives
+from pirl.loss import Contrast, Samples
 from pirl.memory import MemoryBank
+from pirl.negatives import draw_negatives
 from pirl.world import World
 
 IMAGES, DIM, BATCH, NEGATIVES = 1_281_167, 128, 32, 32_000
@@ -34,13 +35,15 @@ class Sides:
     ) -> None:
         self.config = LossConfig(kind="nce", temperature=TEMPERATURE, negatives=negatives)
         self.bank = MemoryBank(images, DIM, MemoryConfig()).to(device)
-        self.bank.z.fill_(Z)
+        self.criterion = Contrast(self.config, World(device=torch.device(device)))
+        self.criterion.z.fill_(Z)
         self.reference = ReferenceNCE(self.bank.memory.clone(), negatives, TEMPERATURE, 0.5, Z)
         generator = torch.Generator().manual_seed(1)
         self.host_ids = torch.randperm(images, generator=generator)[:batch]
         self.ids = self.host_ids.to(device)
         self.raw = [torch.randn(batch, DIM, generator=generator).to(device) for _ in range(2)]
         self.weights = torch.full((batch,), 1 / batch, device=device)
+        self.no_seeds = torch.empty(2, 0, dtype=torch.int64)
         self.epoch = 0
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
@@ -63,11 +66,10 @@ class Sides:
         self.our_loss(*self.embeddings(), *self.draw())
 
     def our_loss(self, patches: Tensor, images: Tensor, patch_rows: Tensor, image_rows: Tensor) -> Tensor:
-        result, unit = contrast(
-            self.config, self.bank, World(), self.ids, patches, images, patch_rows, image_rows, self.weights
-        )
+        samples = Samples(self.ids, self.no_seeds, self.weights, [len(self.ids)], drawn=(patch_rows, image_rows))
+        result = self.criterion(self.bank, samples, patches, images)
         result.loss.backward()
-        self.bank.update(self.ids, unit)
+        self.bank.update(result.rows, result.embeddings)
         return result.loss.detach()
 
     def check(self) -> None:

@@ -24,6 +24,7 @@ from benchmarks.harness import Result, compare, finish
 from pirl import world as pirl_world
 from pirl.config import Recipe, load_recipe
 from pirl.data import Batch, Share
+from pirl.loss import Contrast
 from pirl.memory import MemoryBank
 from pirl.model import build_model, memory_format
 from pirl.optim import build_optimizer, set_learning_rate
@@ -59,7 +60,8 @@ class Training:
         model = build_model(recipe)
         model = model.to(memory_format=memory_format(model.trunk))
         bank = MemoryBank(IMAGES, recipe.model.embedding_dim, recipe.memory)
-        self.state = TrainState(model, bank, build_optimizer(model, recipe), torch.amp.GradScaler(enabled=False))
+        criterion, scaler = Contrast(recipe.loss, self.world), torch.amp.GradScaler(enabled=False)
+        self.state = TrainState(model, bank, criterion, build_optimizer(model, recipe), scaler)
         set_learning_rate(self.state.optimizer, 0.003)
         self.network: nn.Module = model
         if world.size > 1:
@@ -79,7 +81,7 @@ class Training:
         rows = order[self.world.rank :: RANKS]
         self.number += 1
         counts = [self.mine] * self.world.size
-        share = Share(rows, 1 / self.mine, counts, self.mine * self.world.size)
+        share = Share(rows, 1 / self.mine, counts, self.mine * self.world.size, 0)
         ids = torch.from_numpy(rows)
         train_step(self.recipe, self.network, self.state, self.world, 0, share, Batch(ids, ids, *self.pixels))
 

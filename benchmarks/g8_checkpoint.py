@@ -23,6 +23,7 @@ from benchmarks.g7_ddp import Training
 from benchmarks.harness import Result, compare, finish
 from pirl.checkpoint import Checkpoints, Cursor
 from pirl.config import Recipe, load_recipe
+from pirl.loss import Contrast
 from pirl.memory import MemoryBank
 from pirl.model import build_model, memory_format
 from pirl.optim import build_optimizer
@@ -56,7 +57,8 @@ def random_state(recipe: Recipe, images: int) -> TrainState:
     for parameter in model.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.randn_like(parameter)
     bank = MemoryBank(images, recipe.model.embedding_dim, recipe.memory)
-    return TrainState(model, bank, optimizer, torch.amp.GradScaler(enabled=False))
+    criterion = Contrast(recipe.loss, World())
+    return TrainState(model, bank, criterion, optimizer, torch.amp.GradScaler(enabled=False))
 
 
 class Sides:

@@ -34,6 +34,7 @@ from benchmarks.harness import Result, compare, finish
 from pirl.checkpoint import Checkpoints
 from pirl.config import Recipe, load_recipe
 from pirl.data import Batch, epoch_shares
+from pirl.loss import Contrast
 from pirl.memory import MemoryBank
 from pirl.model import build_model, memory_format
 from pirl.optim import build_optimizer, set_learning_rate
@@ -91,7 +92,8 @@ def train_reference(folder: Path, recipe: Recipe) -> None:
     model = build_model(recipe)
     model = model.to(memory_format=memory_format(model.trunk))
     bank = MemoryBank(len(images), recipe.model.embedding_dim, recipe.memory)
-    state = TrainState(model, bank, build_optimizer(model, recipe), torch.amp.GradScaler(enabled=False))
+    criterion, scaler = Contrast(recipe.loss, World()), torch.amp.GradScaler(enabled=False)
+    state = TrainState(model, bank, criterion, build_optimizer(model, recipe), scaler)
     state.load_dict(torch.load(folder / "reference.pt", weights_only=True))
     set_learning_rate(state.optimizer, recipe.learning_rate)
     model.train()

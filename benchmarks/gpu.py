@@ -213,9 +213,9 @@ def checkpoint_stall(scale: Scale) -> Result:
     step = OurStep(scale, batch, "eager")
     step()
     inputs = step.inputs
-    state = TrainState(inputs.model, inputs.bank, inputs.optimizer, torch.amp.GradScaler(enabled=False)).to_dict(
-        inputs.recipe, "data"
-    )
+    state = TrainState(
+        inputs.model, inputs.bank, inputs.criterion, inputs.optimizer, torch.amp.GradScaler(enabled=False)
+    ).to_dict(inputs.recipe, "data")
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
         checkpoints = Checkpoints(open_storage(folder) / "checkpoints", 1)

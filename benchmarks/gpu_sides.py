@@ -14,7 +14,7 @@ from benchmarks.g4_negatives import TEMPERATURE, Z
 from benchmarks.harness import RESULTS
 from benchmarks.reference_nce import ReferenceNCE
 from pirl.config import Recipe, load_recipe
-from pirl.loss import contrast, draw_negatives
+from pirl.loss import Contrast, Samples
 from pirl.memory import MemoryBank
 from pirl.model import build_model, memory_format
 from pirl.optim import build_optimizer, parameter_groups, set_learning_rate
@@ -68,8 +68,9 @@ class Inputs:
         self.ids = torch.randperm(scale.images, generator=generator)[:batch].to(self.device)
         self.model = build_model(self.recipe).to(self.device)
         self.bank = MemoryBank(scale.images, self.recipe.model.embedding_dim, self.recipe.memory).to(self.device)
-        self.bank.z.fill_(Z)
-        self.bank.z_is_set = True
+        self.criterion = Contrast(self.recipe.loss, World(device=self.device))
+        self.criterion.z.fill_(Z)
+        self.criterion.z_is_set = True
         self.optimizer = build_optimizer(self.model, self.recipe)
         set_learning_rate(self.optimizer, 0.01)
 
@@ -117,15 +118,14 @@ class OurStep:
             self.step()
 
     def step(self, rows: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        inputs, config = self.inputs, self.inputs.recipe.loss
+        inputs = self.inputs
         self.seeds += 1 << 32  # never the same rows twice
-        if rows is None:
-            rows = tuple(draw_negatives(config, len(inputs.bank.memory), inputs.ids, seeds) for seeds in self.seeds)
+        samples = Samples(inputs.ids, self.seeds, self.weights, [len(inputs.ids)], drawn=rows)
         inputs.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(inputs.device.type, torch.bfloat16, inputs.recipe.train.precision == "bf16"):
             embeddings = self.network(self.images, self.patches)
-        result, unit = contrast(config, inputs.bank, World(), inputs.ids, *embeddings, *rows, self.weights)
-        inputs.bank.update(inputs.ids, unit)
+        result = inputs.criterion(inputs.bank, samples, *embeddings)
+        inputs.bank.update(result.rows, result.embeddings)
         result.loss.backward()
         inputs.optimizer.step()
         return result.loss.detach()

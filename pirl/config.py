@@ -37,7 +37,7 @@ PAIRS = {
 }
 """Least and largest value of the pairs: shares of the image's area, width over height, pixels."""
 NOT_LEARNED = {"format", "name", "description", "published_top1", "eval"}
-NEW_KEYS = [("train", "order")]
+NEW_KEYS = [("train", "order"), ("loss", "shared_negatives")]
 """Keys that version 0.1 did not have; their defaults are what it did."""
 MOST_SCORE = 50.0  # of the NCE loss: exp(50) times a million negatives is far below the largest float32
 
@@ -141,7 +141,10 @@ class LossConfig(Settings):
 
     kind: Literal["nce", "cross_entropy"] = "nce"
     temperature: float = Field(0.07, ge=0.01, le=100)
-    negatives: int = Field(32000, ge=1, lt=2**31)
+    negatives: Annotated[int, Field(ge=1, lt=2**31)] | Literal["all"] = 32000
+    """How many rows an image is contrasted with, drawn for each image and view; "all": every other row of the bank."""
+    shared_negatives: bool = False
+    """One sample of the rows a step for all images, every (N/K)-th from a random start, instead of draws for each."""
     patch_weight: Probability = 0.5
     """Weight of the patches' term; the image's term has 1 - patch_weight (the paper's lambda)."""
     exclude_positive: bool = False
@@ -149,11 +152,28 @@ class LossConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> LossConfig:
+        if self.negatives == "all" and self.shared_negatives:
+            raise ValueError('shared_negatives chooses a sample of the rows, and negatives is "all"')
         if self.kind == "nce" and self.temperature * MOST_SCORE < 1:
             raise ValueError(
                 f"temperature must be at least {1 / MOST_SCORE:g} for the loss nce, not {self.temperature:g}"
             )
         return self
+
+    def count(self, rows: int) -> int:
+        """Return K, the negatives of an image, with a bank of `rows` rows."""
+        return rows - 1 if self.negatives == "all" else self.negatives
+
+    def describe(self) -> str:
+        """Return the negatives in words."""
+        if self.negatives == "all":
+            return "all other rows as negatives"
+        return f"{self.negatives:,} negatives{', one sample a step' if self.shared_negatives else ''}"
+
+    @property
+    def draws_per_image(self) -> bool:
+        """Whether negatives are drawn for each image and view, as in the paper."""
+        return self.negatives != "all" and not self.shared_negatives
 
 
 class OptimConfig(Settings):
@@ -288,12 +308,15 @@ class Recipe(Settings):
     def check_data(self, images: int) -> None:
         """Refuse what cannot work on a data set of `images` images."""
         rows = self.rows(images)
-        others = rows - self.loss.exclude_positive
+        others = rows - (self.loss.exclude_positive or self.loss.negatives == "all")
         problems, proposed = [], []
         if self.train.batch_size > rows:
             problems.append(f"train.batch_size is {self.train.batch_size}, there are {rows} images to train on")
             proposed.append(f"train.batch_size={max(1, rows // 4)}")
-        if self.loss.negatives > others:
+        if self.loss.negatives == "all":
+            if others < 1:
+                problems.append(f'loss.negatives is "all", there are only {rows} rows')
+        elif self.loss.negatives > others:
             problems.append(
                 f"loss.negatives is {self.loss.negatives}, there are only {others} rows to draw from: they would repeat"
             )

@@ -32,6 +32,7 @@ from .views import crop, draw_geometry, uniforms
 from .world import World
 
 NEGATIVES_STREAM = 251  # of the counter-based random numbers, and 252; see `views` and `order` for others
+STEP_STREAM = 254
 MOST_SORTED = 10_000_000  # rows whose order is sorted without a warning
 CACHED_SIDE = 64  # decoded images up to this size are kept: decoding them costs more than holding them
 CACHED_BYTES = 256 << 20  # for each process
@@ -67,6 +68,8 @@ class Share(NamedTuple):
     """Samples of every rank that count."""
     size: int
     """Of the global batch."""
+    first: int
+    """Of the epoch's samples, where the batch starts."""
 
 
 def epoch_shares(recipe: Recipe, rows: int, epoch: int, world: World, start: int = 0) -> Iterator[Share]:
@@ -78,15 +81,20 @@ def epoch_shares(recipe: Recipe, rows: int, epoch: int, world: World, start: int
         batch = order.part(first, min(first + size, end))
         counts = [len(range(rank, len(batch), world.size)) for rank in range(world.size)]
         if counts[world.rank]:
-            yield Share(batch[world.rank :: world.size], world.size / len(batch), counts, len(batch))
+            yield Share(batch[world.rank :: world.size], world.size / len(batch), counts, len(batch), first)
         else:
-            yield Share(batch[:1], 0.0, counts, len(batch))
+            yield Share(batch[:1], 0.0, counts, len(batch), first)
 
 
 def negative_seeds(seed: int, epoch: int, ids: np.ndarray, view: int) -> Tensor:
     """(B,) int64 seeds from which each image's negatives are drawn: view 0 patches, 1 image."""
     draws = uniforms(seed, epoch, ids, NEGATIVES_STREAM + view, 1)[:, 0]
     return torch.from_numpy((draws * 2.0**53).astype(np.int64))
+
+
+def step_seed(seed: int, epoch: int, first: int) -> int:
+    """Return the seed of what a whole step shares, the step from the sample `first` of the epoch on."""
+    return int(uniforms(seed, epoch, np.array([first]), STEP_STREAM, 1)[0, 0] * 2.0**53)
 
 
 class CropDataset(Dataset[Batch]):

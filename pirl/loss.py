@@ -1,13 +1,19 @@
 """Noise contrastive losses of two views against the memory bank (paper, section 3.1; constants as in the reference).
 
-For the unit embedding e_b of a view, its image's row m_b0 and K drawn rows m_bk, the score is s_bk = <m_bk, e_b> / T.
+For the unit embedding e_b of a view, its image's row m_b0 and K other rows m_bk, the score is s_bk = <m_bk, e_b> / T.
 
 nce            -mean_b [ ln h(b, 0) + sum_k ln (1 - h(b, k)) ],   h(b, k) = p_bk / (p_bk + K/N),  p_bk = exp(s_bk) / Z
 cross_entropy   mean_b [ ln sum_{k=0..K} exp(s_bk) - s_b0 ]
 
+The K rows are drawn for each image, or one sample for all, or all rows: `pirl.negatives`. With all rows, an image's own
+row is scored once, as the positive, and K = N - 1.
+
 Z is estimated once, as N times the mean of exp(s) over the first scores of the patches, and kept (Wu et al., 2018).
 Gradients flow into the embeddings only. The loss of a step is lambda * patches + (1 - lambda) * images, and both terms
 see the bank as it was before the step.
+
+Both losses are sums over rows, so a bank that is cut gives the same: `pirl.rowsums`. Rows drawn from a whole bank keep
+a form of their own, `ContrastTerm`, and so the bits of every earlier training.
 """
 
 from __future__ import annotations
@@ -18,13 +24,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import LossConfig
-from .memory import MemoryBank
+from .memory import MemoryBank, Queries, gather_updates
+from .negatives import draw_negatives
+from .rowsums import Terms, softplus
+from .terms import EPSILON, Negatives, finish, packed_sums, total_of_exponentials
 from .world import World
 
-EPSILON = 1.1920929e-07  # float32's, as the reference adds it, in either precision
 CHUNK_BYTES = 2 << 20  # of gathered rows at a time: they are still in the cache when their scores are taken
 PART = 128  # rows that a GPU adds up one after the other
 
@@ -39,47 +47,38 @@ class StepLoss:
     positive: Tensor
     """Mean cosine similarity of the image view to its own row."""
     negative: Tensor
-    """Mean cosine similarity of the image view to the drawn rows."""
+    """Mean cosine similarity of the image view to the negatives."""
+    rows: Tensor
+    """Rows of the bank that this step updates, of all ranks in rank order."""
+    embeddings: Tensor
+    """Unit image embeddings of these rows."""
 
 
-def draw_negatives(config: LossConfig, rows: int, ids: Tensor, seeds: Tensor) -> Tensor:
-    """(B, K) int64 rows to contrast with, uniform with replacement, each sample from its own seed.
+@dataclass(frozen=True)
+class Samples:
+    """A rank's samples of one global batch: which rows are theirs, and where their negatives come from."""
 
-    A draw is a function of (run, epoch, image, view) alone, whatever ranks, batches and devices it meets. Every 64-bit
-    word of a sample's sequence gives two draws, its low half first: r -> floor(r * rows / 2^32), so that a row's
-    probability is 1/rows to within rows/2^32 of it. `seeds` (B,) int64 may be on the CPU: nothing waits for a device.
-    """
-    high = rows - 1 if config.exclude_positive else rows
-    words = splitmix64(seeds.to(ids.device, non_blocking=True), -(-config.negatives // 2))
-    halves = torch.stack([words & 0xFFFFFFFF, (words >> 32) & 0xFFFFFFFF], dim=2).flatten(1)
-    drawn = halves.mul_(high).bitwise_right_shift_(32)[:, : config.negatives]
-    if config.exclude_positive:
-        drawn += drawn >= ids[:, None]
-    return drawn
-
-
-def splitmix64(seeds: Tensor, n: int) -> Tensor:
-    """The first `n` words of the generator SplitMix64 from each seed: (B, n) int64, the bits of unsigned numbers.
-
-    Word k is a mix of seed + k * constant, so that all come at once: Steele et al., "Fast splittable pseudorandom
-    number generators", OOPSLA 2014. Integers wrap around.
-    """
-    words = torch.arange(1, n + 1, device=seeds.device) * (0x9E3779B97F4A7C15 - (1 << 64)) + seeds[:, None]
-    words ^= (words >> 30) & ((1 << 34) - 1)  # the masks take the sign's copies away
-    words *= 0xBF58476D1CE4E5B9 - (1 << 64)
-    words ^= (words >> 27) & ((1 << 37) - 1)
-    words *= 0x94D049BB133111EB - (1 << 64)
-    words ^= (words >> 31) & ((1 << 33) - 1)
-    return words
+    rows: Tensor
+    """(B,) int64 rows of the bank."""
+    seeds: Tensor
+    """(2, B) int64 seeds of the patches' and the images' negatives."""
+    weights: Tensor
+    """(B,) shares, so that the mean over ranks of the losses is the mean over the global batch."""
+    counts: list[int]
+    """Samples of every rank that count; a rank without any has a stand-in of weight 0."""
+    step_seed: int = 0
+    """Seed of a sample of negatives for the whole step, the same on all ranks."""
+    drawn: tuple[Tensor, Tensor] | None = None
+    """(B, K) rows for the patches and for the images, instead of those of the seeds; for a whole bank."""
 
 
 def scores(memory: Tensor, indices: Tensor, embeddings: Tensor, temperature: float) -> Tensor:
-    """(B, K+1) scores of unit `embeddings` (B, D) against the rows `indices` (B, K+1): the plain form, for reading."""
+    """Return (B, K+1) scores of unit `embeddings` (B, D) against the rows `indices` (B, K+1): the plain form."""
     return torch.einsum("bkd,bd->bk", memory[indices], embeddings) / temperature
 
 
 def plain_term(config: LossConfig, scores: Tensor, rows: int, z: Tensor) -> Tensor:
-    """(B,) losses of (B, K+1) scores, column 0 the positive: the module's formulas, left to autograd."""
+    """Return (B,) losses of (B, K+1) scores, column 0 the positive: the module's formulas, left to autograd."""
     if config.kind == "cross_entropy":
         return torch.logsumexp(scores, dim=1) - scores[:, 0]
     p = torch.exp(scores) / z
@@ -177,55 +176,121 @@ def sums_in_parts(memory: Tensor, negatives: Tensor, weights: Tensor) -> Tensor:
     return sums.view(batch, len(parts), -1).sum(1)
 
 
-def softplus(x: Tensor) -> Tensor:
-    """ln(1 + exp(x)), exact in float64 too."""
-    return F.softplus(x, threshold=40)
+class SummedTerms(torch.autograd.Function):
+    """The losses of a batch by both views as sums over the ranks' rows, with their gradients found at once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, units: Tensor, criterion: Contrast, bank: MemoryBank, samples: Samples
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Take (2, B, D) unit embeddings; return the (2, B) losses, (2, B, 2) mean cosines to the own row and to the
+        negatives, and what the bank is to be updated with: rows and embeddings of all ranks."""
+        world, counts = criterion.world, samples.counts
+        own = counts[world.rank]
+        units, rows = units.detach(), samples.rows
+        negatives = Negatives.of_step(criterion.config, bank.images, samples.step_seed)
+        mine = Queries(rows[:own], units[:, :own], samples.seeds[:, :own].to(rows.device, non_blocking=True))
+        queries = bank.gather(world, mine, counts)
+        criterion.estimate_z_by_rows(bank, negatives, queries, sum(counts))
+        terms = criterion.terms(negatives, units.dtype)
+        packed = bank.collect(world, packed_sums(bank, negatives, terms, queries), counts)
+        results = finish(packed, negatives, terms, mine.rows)
+        losses, gradient, cosines = (
+            torch.cat([each, each.new_zeros(2, len(rows) - own, *each.shape[2:])], dim=1) for each in results
+        )
+        if bank.cut:
+            everyone = queries.rows, queries.units[1]
+        else:
+            everyone = gather_updates(world, mine.rows, mine.units[1], counts)
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(cosines, *everyone)
+        return losses, cosines, *everyone
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return grads[0][..., None] * gradient, None, None, None
 
 
-def contrast(
-    config: LossConfig,
-    bank: MemoryBank,
-    world: World,
-    ids: Tensor,
-    patch_embeddings: Tensor,
-    image_embeddings: Tensor,
-    patch_negatives: Tensor,
-    image_negatives: Tensor,
-    weights: Tensor,
-) -> tuple[StepLoss, Tensor]:
-    """The loss of this rank's samples, and their (B, D) unit image embeddings for the bank's update.
+class Contrast(nn.Module):
+    """The loss of a step against a bank, whole or cut; owner of `z`, the NCE's constant (negative until estimated)."""
 
-    `ids` (B,) int64 rows of the bank; embeddings (B, D) as the heads give them; negatives (B, K) int64; `weights` (B,)
-    are each sample's share, so that the mean over ranks of the losses is the mean over the global batch.
-    """
-    patches = F.normalize(patch_embeddings.to(bank.memory.dtype))
-    images = F.normalize(image_embeddings.to(bank.memory.dtype))
-    if config.kind == "nce":
-        estimate_z(config, bank, world, torch.cat([ids[:, None], patch_negatives], dim=1), patches.detach())
-    z = bank.z.to(bank.memory.dtype)
-    patch_losses, _ = ContrastTerm.apply(patches, bank.memory, ids, patch_negatives, config, z)
-    image_losses, similarity = ContrastTerm.apply(images, bank.memory, ids, image_negatives, config, z)
-    patch_term = (weights * patch_losses).sum()
-    image_term = (weights * image_losses).sum()
-    loss = config.patch_weight * patch_term + (1 - config.patch_weight) * image_term
-    with torch.no_grad():
-        positive, negative = (weights[:, None] * similarity).sum(0)
-    return StepLoss(loss, patch_term.detach(), image_term.detach(), positive, negative), images.detach()
+    z: Tensor
 
+    def __init__(self, config: LossConfig, world: World) -> None:
+        super().__init__()
+        self.config, self.world = config, world
+        self.z_is_set = False
+        self.register_buffer("z", torch.tensor(-1.0, dtype=torch.float64, device=world.device))
 
-@torch.no_grad()
-def estimate_z(config: LossConfig, bank: MemoryBank, world: World, indices: Tensor, embeddings: Tensor) -> None:
-    """Set the bank's Z from the first scores of the patches, over all ranks; keep a Z that is already there.
+    def forward(self, bank: MemoryBank, samples: Samples, patches: Tensor, images: Tensor) -> StepLoss:
+        """Return the loss of this rank's samples, and what the bank is to be updated with.
 
-    Reads a value back from the device: callers do it at the first step of a run and no more (`bank.z_is_set`).
-    """
-    if bank.z_is_set:
-        return
-    if bank.z.item() < 0:
-        count = torch.tensor(indices.numel(), dtype=bank.z.dtype, device=bank.z.device)
+        `patches` and `images` (B, D) are embeddings as the heads give them.
+        """
+        config = self.config
+        patches = F.normalize(patches.to(bank.memory.dtype))
+        images = F.normalize(images.to(bank.memory.dtype))
+        if bank.cut or not config.draws_per_image:
+            losses, similarities, rows, embeddings = SummedTerms.apply(
+                torch.stack([patches, images]), self, bank, samples
+            )
+            (patch_losses, image_losses), similarity = losses, similarities[1]
+        else:
+            drawn = samples.drawn or self._draw(bank, samples)
+            self.estimate_z(bank, torch.cat([samples.rows[:, None], drawn[0]], dim=1), patches.detach())
+            z = self.z.to(bank.memory.dtype)
+            patch_losses, _ = ContrastTerm.apply(patches, bank.memory, samples.rows, drawn[0], config, z)
+            image_losses, similarity = ContrastTerm.apply(images, bank.memory, samples.rows, drawn[1], config, z)
+            rows, embeddings = self._gather(samples, images.detach())
+        weights = samples.weights
+        patch_term = (weights * patch_losses).sum()
+        image_term = (weights * image_losses).sum()
+        loss = config.patch_weight * patch_term + (1 - config.patch_weight) * image_term
+        with torch.no_grad():
+            positive, negative = (weights[:, None] * similarity).sum(0)
+        return StepLoss(loss, patch_term.detach(), image_term.detach(), positive, negative, rows, embeddings)
+
+    def _draw(self, bank: MemoryBank, samples: Samples) -> tuple[Tensor, Tensor]:
+        patches, images = (draw_negatives(self.config, bank.images, samples.rows, seeds) for seeds in samples.seeds)
+        return patches, images
+
+    def _gather(self, samples: Samples, images: Tensor) -> tuple[Tensor, Tensor]:
+        own = samples.counts[self.world.rank]
+        return gather_updates(self.world, samples.rows[:own], images[:own], samples.counts)
+
+    @torch.no_grad()
+    def estimate_z(self, bank: MemoryBank, indices: Tensor, embeddings: Tensor) -> None:
+        """Set Z from the first scores of the patches, over all ranks; keep a Z that is already set.
+
+        Reads a value back from the device, at the first step of a process and no more.
+        """
+        if not self._needs_z():
+            return
+        count = torch.tensor(indices.numel(), dtype=self.z.dtype, device=self.z.device)
         total = torch.zeros_like(count)
         for index, embedding in zip(indices, embeddings):
-            total += torch.exp(scores(bank.memory, index[None], embedding[None], config.temperature)).sum()
-        total, count = world.sum(torch.stack([total, count]))
-        bank.z.copy_(len(bank.memory) * total / count)
-    bank.z_is_set = True
+            total += torch.exp(scores(bank.memory, index[None], embedding[None], self.config.temperature)).sum()
+        total, count = self.world.sum(torch.stack([total, count]))
+        self.z.copy_(bank.images * total / count)
+
+    @torch.no_grad()
+    def estimate_z_by_rows(self, bank: MemoryBank, negatives: Negatives, queries: Queries, samples: int) -> None:
+        """Do the same from the rows of each rank, for the `samples` of the global batch."""
+        if not self._needs_z():
+            return
+        total = self.world.sum(total_of_exponentials(bank, negatives, queries))
+        each = negatives.sample.count if negatives.sample else negatives.count + 1
+        self.z.copy_(bank.images * total / (samples * each))
+
+    def terms(self, negatives: Negatives, dtype: torch.dtype) -> Terms:
+        """Return what the scores of this step's negatives become."""
+        if self.config.kind == "cross_entropy":
+            return Terms(self.config.temperature, None)
+        noise = negatives.count / negatives.images
+        return Terms(self.config.temperature, torch.log(self.z.to(dtype) * (noise + EPSILON)))
+
+    def _needs_z(self) -> bool:
+        known = self.z_is_set or self.config.kind != "nce"
+        self.z_is_set = True
+        return not known and self.z.item() < 0

@@ -56,6 +56,26 @@ class World:
             return everyone
         return torch.cat([everyone[rank * most : rank * most + count] for rank, count in enumerate(counts)])
 
+    def sum_scatter(self, tensor: Tensor, counts: list[int]) -> Tensor:
+        """Return the sum over ranks of this rank's rows of (sum of counts, C), of which rank r gets `counts[r]`.
+
+        NCCL reduces and scatters. Elsewhere every rank adds up what it gets, always in rank order.
+        """
+        if self.size == 1:
+            return tensor
+        most = max(counts)
+        padded = tensor.new_zeros((self.size, most, *tensor.shape[1:]))
+        for part, rows in zip(padded, tensor.split(counts)):
+            part[: len(rows)] = rows
+        if tensor.is_cuda:
+            total = torch.empty_like(padded[0])
+            dist.reduce_scatter_tensor(total, padded)
+        else:
+            received = torch.empty_like(padded)
+            dist.all_to_all_single(received, padded)
+            total = received.sum(0)
+        return total[: counts[self.rank]]
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; return the tensor."""
         if self.size > 1:

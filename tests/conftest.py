@@ -32,6 +32,7 @@ PROCESSES = [
     "outages",
     "lease",
     "distributed",
+    "bank_rows",
     "console",
     "operations",
     "kills",

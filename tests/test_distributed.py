@@ -26,6 +26,7 @@ def collectives(world: World) -> dict[str, Any]:
             world.all_gather(torch.arange(each[rank] * 2).view(-1, 2) + 100 * rank, each).tolist() for each in counts
         ],
         "ids": world.all_gather(torch.arange(rank + 1) + 10 * rank, [1, 2, 3]).tolist(),
+        "scattered": world.sum_scatter(torch.arange(6.0) + 10 * rank, [1, 3, 2]).tolist(),
         "sum": world.sum(torch.tensor([1.0, rank])).tolist(),
         "broadcast": world.broadcast(torch.tensor([rank + 7])).item(),
         "object": world.broadcast_object({"rank": rank}),
@@ -35,6 +36,7 @@ def collectives(world: World) -> dict[str, Any]:
 
 def test_collectives(tmp_path: Path) -> None:
     results = ranks.run(collectives, 3, tmp_path)
+    assert [result.pop("scattered") for result in results] == [[30], [33, 36, 39], [42, 45]]
     assert results[0] == results[1] == results[2]
     expected = results[0]
     assert expected["uneven"] == [

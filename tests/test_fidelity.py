@@ -16,7 +16,7 @@ from conftest import tiny_recipe
 from torch import nn
 
 from pirl.config import LossConfig, MemoryConfig, ModelConfig, load_recipe
-from pirl.loss import StepLoss, contrast, estimate_z
+from pirl.loss import Contrast, Samples, StepLoss
 from pirl.memory import MemoryBank
 from pirl.model import Trunk, build_model
 from pirl.optim import build_optimizer, set_learning_rate
@@ -104,9 +104,10 @@ def first_step(kind: str, temperature: float, bank: MemoryBank, dtype: torch.dty
     generator = torch.Generator().manual_seed(7)
     patches, images = (torch.randn(BATCH, 128, generator=generator).to(dtype) for _ in range(2))
     negatives = [torch.randint(0, N, (BATCH, K), generator=generator) for _ in range(2)]
-    ids = torch.arange(BATCH)
     config = LossConfig(kind=kind, temperature=temperature)  # type: ignore[arg-type]
-    return contrast(config, bank, World(), ids, patches, images, *negatives, torch.full((BATCH,), 1 / BATCH))[0]
+    weights = torch.full((BATCH,), 1 / BATCH)
+    samples = Samples(torch.arange(BATCH), torch.empty(2, 0), weights, [BATCH], drawn=(negatives[0], negatives[1]))
+    return Contrast(config, World())(bank, samples, patches, images)
 
 
 @pytest.mark.parametrize(("init", "score", "z"), [("shared", 2.209, 2.829e6), ("rank_mean", 1.025, 1.314e6)])
@@ -116,8 +117,9 @@ def test_first_scores_and_z_are_the_recorded_ones(init: str, score: float, z: fl
     generator = torch.Generator().manual_seed(3)
     embeddings = F.normalize(torch.randn(64, 128, generator=generator))
     indices = torch.randint(0, 20_000, (64, 4001), generator=generator)
-    estimate_z(LossConfig(temperature=0.07), bank, World(), indices, embeddings)
-    mean = bank.z.item() / 20_000
+    criterion = Contrast(LossConfig(temperature=0.07), World())
+    criterion.estimate_z(bank, indices, embeddings)
+    mean = criterion.z.item() / 20_000
     assert mean == pytest.approx(score, rel=0.01)
     assert 1_281_167 * mean == pytest.approx(z, rel=0.01)
 

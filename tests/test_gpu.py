@@ -13,9 +13,10 @@ from conftest import IMAGES, tiny_recipe
 from benchmarks import gpu, gpu_sides
 from pirl.config import LossConfig, MemoryConfig
 from pirl.data import Loader, negative_seeds
-from pirl.loss import contrast, draw_negatives
+from pirl.loss import Contrast, Samples
 from pirl.memory import MemoryBank
 from pirl.model import build_model, memory_format
+from pirl.negatives import draw_negatives
 from pirl.optim import build_optimizer, set_learning_rate
 from pirl.training.loop import train
 from pirl.training.spec import Options
@@ -56,12 +57,14 @@ def test_loss_gradients_and_bank_are_the_processors(kind: str) -> None:
         raw = [torch.randn(6, 32, generator=generator).to(device).requires_grad_() for _ in range(2)]
         ids = np.arange(100, 106)
         rows = torch.from_numpy(ids).to(device)
-        drawn = [draw_negatives(config, 5000, rows, negative_seeds(0, 0, ids, view)) for view in (0, 1)]
+        seeds = torch.stack([negative_seeds(0, 0, ids, view) for view in (0, 1)])
+        drawn = [draw_negatives(config, 5000, rows, each) for each in seeds]
         weights = torch.full((6,), 1 / 6, device=device)
-        result, unit = contrast(config, bank, World(device=torch.device(device)), rows, *raw, *drawn, weights)
+        criterion = Contrast(config, World(device=torch.device(device)))
+        result = criterion(bank, Samples(rows, seeds, weights, [6]), *raw)
         result.loss.backward()
-        bank.update(rows, unit)
-        found = [result.loss, *(each.grad for each in raw), bank.memory, bank.z, *drawn]
+        bank.update(result.rows, result.embeddings)
+        found = [result.loss, *(each.grad for each in raw), bank.memory, criterion.z, *drawn]
         return [each.detach().cpu() for each in found if each is not None]
 
     for value, expected in zip(results("cuda"), results("cpu")):
@@ -88,7 +91,10 @@ def test_no_step_waits_for_the_device(shards: str) -> None:
     model = build_model(recipe).cuda()
     model = model.to(memory_format=memory_format(model.trunk))
     bank = MemoryBank(IMAGES, recipe.model.embedding_dim, recipe.memory).cuda()
-    state = TrainState(model, bank, build_optimizer(model, recipe), torch.amp.GradScaler("cuda", enabled=False))
+    criterion = Contrast(recipe.loss, world)
+    state = TrainState(
+        model, bank, criterion, build_optimizer(model, recipe), torch.amp.GradScaler("cuda", enabled=False)
+    )
     set_learning_rate(state.optimizer, 0.01)
     batches: Any = Loader(shards, recipe, world, workers=0).batches(0, 0)
     for number, (epoch, _, share, batch) in zip(range(4), batches):

@@ -40,6 +40,7 @@ from pirl.export import examine, import_file
 from pirl.export.identify import identify, misfits
 from pirl.export.safe_load import read_file
 from pirl.export.vissl import read_contents
+from pirl.loss import Contrast
 from pirl.memory import MemoryBank
 from pirl.model import PIRL, Trunk, build_model
 from pirl.optim import build_optimizer
@@ -214,7 +215,8 @@ def test_momentum_reaches_the_parameter_it_belongs_to(random_file: tuple[Path, d
     recipe = load_recipe(LINEAR)
     network = build_model(recipe)
     optimizer = build_optimizer(network, recipe)
-    state = TrainState(network, MemoryBank(IMAGES, 128, recipe.memory), optimizer, torch.amp.GradScaler(enabled=False))
+    bank, criterion = MemoryBank(IMAGES, 128, recipe.memory), Contrast(recipe.loss, World())
+    state = TrainState(network, bank, criterion, optimizer, torch.amp.GradScaler(enabled=False))
     state.load_dict(saved(imported))
     names = {name: parameter for name, parameter in network.named_parameters()}
     for index, name in enumerate(order):

@@ -17,19 +17,19 @@ from pirl import loss as loss_module
 from pirl.config import LossConfig, MemoryConfig
 from pirl.data import negative_seeds
 from pirl.loss import (
+    Contrast,
     ContrastTerm,
+    Samples,
     StepLoss,
-    contrast,
-    draw_negatives,
     plain_term,
     products_at_once,
     products_in_cache,
     scores,
-    splitmix64,
     sums_in_parts,
     weighted_sums,
 )
-from pirl.memory import MemoryBank, gather_updates
+from pirl.memory import MemoryBank
+from pirl.negatives import draw_negatives, splitmix64
 from pirl.world import World
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "contrast.npz")
@@ -50,30 +50,26 @@ def golden_bank(precision: str) -> MemoryBank:
     return bank
 
 
-def golden_step(
-    kind: str, temperature: str, precision: str, bank: MemoryBank, step: int
-) -> tuple[StepLoss, Tensor, Tensor, Tensor]:
-    """A step on the recorded inputs: the loss, both gradients, and the unit image embeddings."""
+NO_SEEDS = torch.empty(2, 0, dtype=torch.int64)
+
+
+def golden_criterion(kind: str, temperature: str, world: World | None = None) -> Contrast:
     config = LossConfig(kind=kind, temperature=TEMPERATURES[temperature], negatives=K)  # type: ignore[arg-type]
+    return Contrast(config, world or World())
+
+
+def golden_step(criterion: Contrast, precision: str, bank: MemoryBank, step: int) -> tuple[StepLoss, Tensor, Tensor]:
+    """Return the loss of the recorded inputs and both gradients, and update the bank."""
     patches, images = (
         golden(f"{precision}/embeddings_{view}_{step}").clone().requires_grad_() for view in ("patches", "images")
     )
     ids = golden(f"ids_{step}")
     weights = torch.full((len(ids),), 1 / len(ids), dtype=bank.memory.dtype)
-    result, update = contrast(
-        config,
-        bank,
-        World(),
-        ids,
-        patches,
-        images,
-        golden(f"negatives_patches_{step}"),
-        golden(f"negatives_images_{step}"),
-        weights,
-    )
+    drawn = golden(f"negatives_patches_{step}"), golden(f"negatives_images_{step}")
+    result = criterion(bank, Samples(ids, NO_SEEDS, weights, [len(ids)], drawn=drawn), patches, images)
     result.loss.backward()
-    bank.update(ids, update)
-    return result, patches.grad, images.grad, update  # type: ignore[return-value]
+    bank.update(result.rows, result.embeddings)
+    return result, patches.grad, images.grad  # type: ignore[return-value]
 
 
 def closed_form(
@@ -118,12 +114,12 @@ def test_two_steps_of_the_reference(kind: str, temperature: str, precision: str)
     over the raw embedding's length. The reference takes softmax - 1 and then projects out what lies along the
     embedding; with a sure positive all but 1e-4 of the terms cancels, and the rounding error of the terms remains.
     """
-    bank = golden_bank(precision)
+    bank, criterion = golden_bank(precision), golden_criterion(kind, temperature)
     tolerance = 1e-12 if precision == "f64" else 1e-6
     path = f"{precision}/{kind}/{temperature}"
     for step in range(2):
         before = bank.memory.clone()
-        result, patch_gradient, image_gradient, _ = golden_step(kind, temperature, precision, bank, step)
+        result, patch_gradient, image_gradient = golden_step(criterion, precision, bank, step)
         values = {"loss": result.loss, "term_patches": result.patches, "term_images": result.images}
         for name, value in values.items():
             recorded = golden(f"{path}/{name}_{step}").item()
@@ -133,11 +129,11 @@ def test_two_steps_of_the_reference(kind: str, temperature: str, precision: str)
             raw = golden(f"{precision}/embeddings_{view}_{step}").double().numpy()
             index = torch.cat([golden(f"ids_{step}")[:, None], golden(f"negatives_{view}_{step}")], 1).numpy()
             exact, _ = closed_form(
-                kind, TEMPERATURES[temperature], before.double().numpy(), index, raw, bank.z.double().item()
+                kind, TEMPERATURES[temperature], before.double().numpy(), index, raw, criterion.z.item()
             )
             assert value.item() == pytest.approx(exact, rel=tolerance), view
         if kind == "nce":
-            assert bank.z.item() == pytest.approx(golden(f"{path}/z_{step}").item(), rel=tolerance)
+            assert criterion.z.item() == pytest.approx(golden(f"{path}/z_{step}").item(), rel=tolerance)
         for view, gradient in (("patches", patch_gradient), ("images", image_gradient)):
             expected = golden(f"{path}/gradient_{view}_{step}").double()
             scale = expected.abs().max()
@@ -281,27 +277,20 @@ def test_no_gradient_reaches_the_bank() -> None:
     assert bank.memory.grad is None
 
 
-def golden_step_without_update(bank: MemoryBank, **changes: Any) -> StepLoss:
+def golden_step_without_update(bank: MemoryBank, **changes: Any) -> tuple[StepLoss, Contrast]:
     config = LossConfig(**{"kind": "nce", "temperature": 0.1, "negatives": K, **changes})
     patches, images = (golden(f"f64/embeddings_{view}_0").clone().requires_grad_() for view in ("patches", "images"))
     ids = golden("ids_0")
-    result, _ = contrast(
-        config,
-        bank,
-        World(),
-        ids,
-        patches,
-        images,
-        golden("negatives_patches_0"),
-        golden("negatives_images_0"),
-        torch.full((len(ids),), 1 / len(ids), dtype=torch.float64),
-    )
+    criterion = Contrast(config, World())
+    weights = torch.full((len(ids),), 1 / len(ids), dtype=torch.float64)
+    drawn = golden("negatives_patches_0"), golden("negatives_images_0")
+    result = criterion(bank, Samples(ids, NO_SEEDS, weights, [len(ids)], drawn=drawn), patches, images)
     result.loss.backward()
-    return result
+    return result, criterion
 
 
 def test_patch_weight_mixes_the_terms() -> None:
-    results = {w: golden_step_without_update(golden_bank("f64"), patch_weight=w) for w in (0.0, 0.3, 1.0)}
+    results = {w: golden_step_without_update(golden_bank("f64"), patch_weight=w)[0] for w in (0.0, 0.3, 1.0)}
     patches, images = results[0.3].patches.item(), results[0.3].images.item()
     assert results[0.0].loss.item() == pytest.approx(images, rel=1e-14)
     assert results[1.0].loss.item() == pytest.approx(patches, rel=1e-14)
@@ -313,7 +302,8 @@ def test_weights_of_samples() -> None:
     config, _, memory, indices, _ = example("nce")
     bank = MemoryBank(13, 8, MemoryConfig())
     bank.memory = memory
-    bank.z.fill_(40)
+    criterion = Contrast(config, World())
+    criterion.z.fill_(40)
 
     def loss_and_gradient(stand_in: float) -> tuple[float, Tensor]:
         x = torch.linspace(-1, 1, 40, dtype=torch.float64).view(5, 8).clone()
@@ -321,7 +311,8 @@ def test_weights_of_samples() -> None:
         x.requires_grad_()
         weights = torch.tensor([0.25, 0.25, 0.25, 0.25, 0], dtype=torch.float64)
         ids, negatives = indices[:, 0], indices[:, 1:]
-        result, _ = contrast(config, bank, World(), ids, x, x, negatives, negatives, weights)
+        samples = Samples(ids, NO_SEEDS, weights, [len(ids)], drawn=(negatives, negatives))
+        result = criterion(bank, samples, x, x)
         result.loss.backward()
         assert x.grad is not None
         return result.loss.item(), x.grad[:4]
@@ -431,7 +422,6 @@ def test_bank_starts_with_unit_rows_in_random_directions() -> None:
     bank = MemoryBank(2000, 128, MemoryConfig(), seed=3)
     torch.testing.assert_close(bank.memory.norm(dim=1), torch.ones(2000))
     assert bank.memory.dtype == torch.float32
-    assert bank.z.item() < 0
     assert bank.memory.mean(0).norm() < 5 / math.sqrt(2000)
     assert torch.equal(bank.memory, MemoryBank(2000, 128, MemoryConfig(), seed=3, ranks=4).memory)
     assert not torch.equal(bank.memory, MemoryBank(2000, 128, MemoryConfig(), seed=4).memory)
@@ -468,30 +458,30 @@ def test_an_id_that_comes_twice_keeps_its_last_update() -> None:
 
 def test_z_is_n_times_the_mean_over_first_scores_of_the_patches() -> None:
     bank = golden_bank("f64")
-    golden_step_without_update(bank, temperature=0.2)
+    _, criterion = golden_step_without_update(bank, temperature=0.2)
     index = torch.cat([golden("ids_0")[:, None], golden("negatives_patches_0")], 1)
     unit = F.normalize(golden("f64/embeddings_patches_0"))
     s = (golden("f64/memory")[index] * unit[:, None, :]).sum(2) / 0.2
-    assert bank.z.item() == pytest.approx(80 * s.exp().mean().item(), rel=1e-13)
+    assert criterion.z.item() == pytest.approx(80 * s.exp().mean().item(), rel=1e-13)
 
 
 def test_z_is_estimated_once_and_survives_a_checkpoint() -> None:
-    bank = golden_bank("f64")
-    golden_step("nce", "0p07", "f64", bank, 0)
-    z = bank.z.clone()
-    golden_step("nce", "0p07", "f64", bank, 1)
-    assert torch.equal(bank.z, z)
-    resumed = golden_bank("f64")
-    resumed.load_state_dict(bank.state_dict())
-    golden_step("nce", "0p07", "f64", resumed, 0)
+    bank, criterion = golden_bank("f64"), golden_criterion("nce", "0p07")
+    assert criterion.z.item() < 0
+    golden_step(criterion, "f64", bank, 0)
+    z = criterion.z.clone()
+    golden_step(criterion, "f64", bank, 1)
+    assert torch.equal(criterion.z, z)
+    resumed = golden_criterion("nce", "0p07")
+    resumed.load_state_dict(criterion.state_dict())
+    golden_step(resumed, "f64", bank, 0)
     assert torch.equal(resumed.z, z)
-    assert not torch.equal(golden_bank("f64").z, z)
 
 
 def test_cross_entropy_leaves_z_alone() -> None:
-    bank = golden_bank("f64")
-    golden_step("cross_entropy", "0p07", "f64", bank, 0)
-    assert bank.z.item() == -1
+    criterion = golden_criterion("cross_entropy", "0p07")
+    golden_step(criterion, "f64", golden_bank("f64"), 0)
+    assert criterion.z.item() == -1
 
 
 def test_both_terms_see_the_bank_as_it_was_before_the_step() -> None:
@@ -500,11 +490,11 @@ def test_both_terms_see_the_bank_as_it_was_before_the_step() -> None:
     before = bank.memory.clone()
     x, ids, negatives = golden("f64/embeddings_images_0"), golden("ids_0"), golden("negatives_images_0")
     weights = torch.full((6,), 1 / 6, dtype=torch.float64)
-    config = LossConfig(negatives=K, temperature=0.1)
-    result, update = contrast(config, bank, World(), ids, x, x, negatives, negatives, weights)
+    criterion = Contrast(LossConfig(negatives=K, temperature=0.1), World())
+    result = criterion(bank, Samples(ids, NO_SEEDS, weights, [6], drawn=(negatives, negatives)), x, x)
     assert result.patches.item() == result.images.item()
     assert torch.equal(bank.memory, before)  # moved by `update` alone, after both
-    bank.update(ids, update)
+    bank.update(result.rows, result.embeddings)
     assert not torch.equal(bank.memory[ids], before[ids])
 
 
@@ -520,24 +510,16 @@ def one_step(world: World, kind: str, counts: list[int] | None) -> tuple[float, 
     part = list(mine) or [0]  # a rank without samples computes on one that counts for nothing
     weight = world.size / len(ids) if len(mine) else 0.0
     patches, images = x[part].clone().requires_grad_(), y[part].clone().requires_grad_()
-    result, update = contrast(
-        LossConfig(kind=kind, temperature=TEMPERATURES["0p07"], negatives=K),  # type: ignore[arg-type]
-        bank,
-        world,
-        ids[part],
-        patches,
-        images,
-        golden("negatives_patches_0")[part],
-        golden("negatives_images_0")[part],
-        torch.full((len(part),), weight, dtype=torch.float64),
-    )
+    criterion = golden_criterion(kind, "0p07", world)
+    drawn = golden("negatives_patches_0")[part], golden("negatives_images_0")[part]
+    weights = torch.full((len(part),), weight, dtype=torch.float64)
+    result = criterion(bank, Samples(ids[part], NO_SEEDS, weights, counts, drawn=drawn), patches, images)
     result.loss.backward()
-    rows, updates = gather_updates(world, ids[part][: len(mine)], update[: len(mine)], counts)
-    bank.update(rows, updates)
+    bank.update(result.rows, result.embeddings)
     loss = world.sum(result.loss.detach().clone()).item() / world.size
     assert images.grad is not None
     gradient = world.all_gather(images.grad[: len(mine)], counts) / world.size  # as DDP averages over ranks
-    return loss, bank.memory, gradient, bank.z.item(), tuple(rows.tolist())
+    return loss, bank.memory, gradient, criterion.z.item(), tuple(result.rows.tolist())
 
 
 @pytest.mark.parametrize(

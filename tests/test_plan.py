@@ -22,6 +22,7 @@ from pirl.cli.plan import parse_count
 from pirl.config import load_recipe
 from pirl.data import Loader
 from pirl.errors import UsageError
+from pirl.loss import Contrast
 from pirl.memory import MemoryBank
 from pirl.model import build_model
 from pirl.optim import build_optimizer
@@ -108,7 +109,10 @@ def count_messages(world: World, data: str) -> dict[str, int]:
     bank = MemoryBank(IMAGES, recipe.model.embedding_dim, recipe.memory)
     network = nn.parallel.DistributedDataParallel(model)
     network.register_comm_hook(None, sum_counted)
-    state = TrainState(model, bank, build_optimizer(model, recipe), torch.amp.GradScaler("cpu", enabled=False))
+    criterion = Contrast(recipe.loss, world)
+    state = TrainState(
+        model, bank, criterion, build_optimizer(model, recipe), torch.amp.GradScaler("cpu", enabled=False)
+    )
     _, _, share, batch = next(iter(Loader(data, recipe, world, workers=0).batches(0, 0)))
     train_step(recipe, network, state, world, 0, share, batch)
     return counts

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from pirl.config import Recipe, parse_recipe
 from pirl.errors import ConfigError
-from pirl.loss import contrast, draw_negatives
+from pirl.loss import Contrast, Samples
 from pirl.memory import MemoryBank
 from pirl.model import build_model
 from pirl.optim import build_optimizer, learning_rate, set_learning_rate
@@ -81,17 +81,14 @@ def step(recipe: Recipe) -> None:
     set_learning_rate(optimizer, learning_rate(recipe, 0.5))
     rows = torch.arange(3)
     bank = MemoryBank(8, recipe.model.embedding_dim, recipe.memory, recipe.train.seed, ranks=2)
-    negatives = draw_negatives(recipe.loss, 8, rows, torch.arange(3))
     image_embeddings, patch_embeddings = torch.randn(2, 3, recipe.model.embedding_dim)
     with torch.device("meta"):
         shown = build_model(recipe)(*(part.to("meta") for part in inputs))
     assert all(part.shape == (3, recipe.model.embedding_dim) for part in shown)
-    weights = torch.full((3,), 1 / 3)
-    result, unit = contrast(
-        recipe.loss, bank, World(), rows, patch_embeddings, image_embeddings, negatives, negatives, weights
-    )
+    samples = Samples(rows, torch.arange(6).view(2, 3), torch.full((3,), 1 / 3), [3])
+    result = Contrast(recipe.loss, World())(bank, samples, patch_embeddings, image_embeddings)
     assert result.loss.isfinite()
-    bank.update(rows, unit)
+    bank.update(result.rows, result.embeddings)
     assert bank.memory.isfinite().all()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

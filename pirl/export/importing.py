@@ -132,7 +132,8 @@ def examine(path: Path, data: str | None = None, recipe: str | None = None, over
     else:
         lacks.append("bank")
         rows = chosen.rows(manifest.images) if manifest else 0
-        state["bank"] = MemoryBank(rows, chosen.model.embedding_dim, chosen.memory, chosen.train.seed).state_dict()
+        bank = MemoryBank(rows, chosen.model.embedding_dim, chosen.memory, chosen.train.seed)
+        state["bank"] = {"memory": bank.memory, "z": torch.tensor(-1.0, dtype=torch.float64)}
 
     optimizer, why = optimizer_state(contents, model, chosen)
     if why or "bank" in lacks:

@@ -244,7 +244,7 @@ def completed_epochs(cursor: Cursor, recipe: Recipe, rows: int) -> int:
 
 
 def _loss(memory: Tensor, z: float, recipe: Recipe) -> OrderedDict[str, Tensor]:
-    params = [recipe.loss.negatives, recipe.loss.temperature, z, recipe.memory.momentum]
+    params = [recipe.loss.count(len(memory)), recipe.loss.temperature, z, recipe.memory.momentum]
     return OrderedDict(
         {
             "nce_average.memory": memory,

@@ -272,8 +272,10 @@ def curves(run: RunFacts) -> list[Chart]:
         return Line(name, [(row["epoch"], row[key] * scale) for row in lines if key in row], style)
 
     loss = run.recipe.loss
-    chance = math.log(loss.negatives + 1)
-    levels = [(chance, f"chance: ln(K+1) = {chance:.2f}")] if loss.kind == "cross_entropy" else []
+    levels = []
+    if loss.kind == "cross_entropy" and loss.negatives != "all":
+        chance = math.log(loss.negatives + 1)
+        levels = [(chance, f"chance: ln(K+1) = {chance:.2f}")]
     return [
         line_chart(
             "Loss",
@@ -281,13 +283,13 @@ def curves(run: RunFacts) -> list[Chart]:
             [line("total", "loss"), line("patches", "loss_patches", 1), line("images", "loss_images", 2)],
             marks=marks,
             levels=levels,
-            note=f"{loss.kind} against {loss.negatives:,} negatives; the total weighs patches {loss.patch_weight:g}.",
+            note=f"{loss.kind} with {loss.describe()}; the total weighs patches {loss.patch_weight:g}.",
         ),
         line_chart("Learning rate", "rate", [line("learning rate", "lr")], marks=marks, zero=True),
         line_chart(
             "Similarity to the memory bank",
             "cosine",
-            [line("own row", "pos_similarity"), line("drawn rows", "neg_similarity", 1)],
+            [line("own row", "pos_similarity"), line("negatives", "neg_similarity", 1)],
             marks=marks,
             note="Learning pulls the two apart: an image resembles its own row, and no other.",
         ),

@@ -19,6 +19,7 @@ from pirl.checkpoint import Cursor
 from pirl.config import Recipe
 from pirl.data import CropDataset
 from pirl.errors import CheckpointError
+from pirl.loss import Contrast
 from pirl.memory import MemoryBank
 from pirl.model import build_model
 from pirl.optim import build_optimizer
@@ -26,6 +27,7 @@ from pirl.results import WarmRecord
 from pirl.run import Run
 from pirl.shards import ShardReader
 from pirl.training.state import TrainState
+from pirl.world import World
 
 
 def same_images(old: ShardReader, new: ShardReader) -> np.ndarray:
@@ -70,12 +72,13 @@ def warm_start(start: WarmStart, data: str, out: str, recipe: Recipe) -> tuple[i
 
     bank = MemoryBank(after.rows, recipe.model.embedding_dim, recipe.memory, recipe.train.seed)
     bank.memory[kept] = memory[source[kept.numpy()]]
-    bank.z.copy_(saved["bank"]["z"])
+    criterion = Contrast(recipe.loss, World())
+    criterion.z.copy_(saved["bank"]["z"])
     model = build_model(recipe)
     model.load_state_dict(saved["model"])
     digest = after.reader.manifest.digest
     scaler = torch.amp.GradScaler("cpu", enabled=recipe.train.precision == "fp16")
-    state = TrainState(model, bank, build_optimizer(model, recipe), scaler)
+    state = TrainState(model, bank, criterion, build_optimizer(model, recipe), scaler)
     run = Run.at(out)
     checkpoints = run.checkpoints()
     checkpoints.save(state.to_dict(recipe, digest), Cursor(), recipe.digest(), digest)

@@ -17,8 +17,8 @@ from ..config import Recipe
 from ..data import Batch, Loader, Share
 from ..errors import PirlError, PreemptedError
 from ..logs import say
-from ..loss import StepLoss
-from ..memory import MemoryBank
+from ..loss import Contrast, StepLoss
+from ..memory import MemoryBank, RowsBank
 from ..metrics import Context, open_log
 from ..model import build_model, memory_format
 from ..optim import build_optimizer, learning_rate, set_learning_rate
@@ -29,6 +29,7 @@ from ..storage import open_storage
 from ..world import World, report_stragglers
 from .control import Control, Decision
 from .meter import Meter
+from .placement import cuts_bank
 from .saver import FINAL_SAVE_RETRY_S, Saver
 from .spec import Options
 from .state import TrainState, check_same_run, resume
@@ -91,7 +92,10 @@ class Trainer:
         self.data_digest, self.loader, self.rows = data_digest, loader, loader.dataset.rows
         torch.manual_seed(recipe.train.seed)
         logs.about(run=run.name, rank=world.rank)
-        self.state = build_state(recipe, self.rows, world)
+        cut, reason = cuts_bank(options.bank, recipe, self.rows, world)
+        if world.is_main:
+            say(reason)
+        self.state = build_state(recipe, self.rows, world, cut=cut)
         steps = recipe.train.epochs * recipe.steps_per_epoch(self.rows)
         self.log = open_log(Context(run.storage, world, steps, recipe.train.epochs, self.state.model, self.state.bank))
         self.meter = Meter(recipe, loader, world, options, self.log)
@@ -144,7 +148,7 @@ class Trainer:
         rate = learning_rate(self.recipe, epoch + seen / self.rows)
         set_learning_rate(self.state.optimizer, rate)
         self.meter.begin_step()
-        self.loss, embeddings = train_step(self.recipe, self.network, self.state, self.world, epoch, share, batch)
+        self.loss = train_step(self.recipe, self.network, self.state, self.world, epoch, share, batch)
         self.cursor = replace(
             self.cursor,
             epoch=epoch,
@@ -152,7 +156,7 @@ class Trainer:
             step=self.cursor.step + 1,
             seconds=self.meter.seconds(),
         )
-        self.meter.end_step(self.cursor, rate, self.loss, embeddings, share)
+        self.meter.end_step(self.cursor, rate, self.loss, share)
         if self.lease:
             self.lease.check()
 
@@ -231,13 +235,18 @@ class Trainer:
         return self.loss.loss if self.loss else None
 
 
-def build_state(recipe: Recipe, rows: int, world: World) -> TrainState:
-    """Return the state before the first step, on the rank's device."""
+def build_state(recipe: Recipe, rows: int, world: World, *, cut: bool = False) -> TrainState:
+    """Return the state before the first step, on the rank's device; `cut`: with this rank's rows of the bank."""
     model = build_model(recipe).to(world.device)
     model = model.to(memory_format=memory_format(model.trunk))
-    bank = MemoryBank(rows, recipe.model.embedding_dim, recipe.memory, recipe.train.seed, world.size).to(world.device)
+    dim, seed = recipe.model.embedding_dim, recipe.train.seed
+    if cut:
+        bank: MemoryBank = RowsBank(rows, dim, recipe.memory, seed, world)
+    else:
+        bank = MemoryBank(rows, dim, recipe.memory, seed, world.size)
+    criterion = Contrast(recipe.loss, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.train.precision == "fp16")
-    return TrainState(model, bank, build_optimizer(model, recipe), scaler)
+    return TrainState(model, bank.to(world.device), criterion, build_optimizer(model, recipe), scaler)
 
 
 def wrap_ddp(recipe: Recipe, model: nn.Module, world: World) -> nn.Module:

@@ -69,8 +69,8 @@ class Meter:
         self._step_started = time.perf_counter()
         self.clock.begin()
 
-    def end_step(self, cursor: Cursor, rate: float, result: StepLoss, spread: Tensor, share: Share) -> None:
-        """Count a step that ends at `cursor`; report every `log_every` steps. `spread`: all ranks' embeddings."""
+    def end_step(self, cursor: Cursor, rate: float, result: StepLoss, share: Share) -> None:
+        """Count a step that ends at `cursor`; report every `log_every` steps."""
         self._compute_s += time.perf_counter() - self._step_started
         self.sums += torch.stack(
             [result.loss.detach(), result.patches, result.images, result.positive, result.negative]
@@ -81,7 +81,7 @@ class Meter:
         self.images_seen += share.size
         self.log.tick(share.size, self.clock.end())
         if cursor.step % self.options.log_every == 0 or cursor.step == self.total_steps:
-            self.report(cursor, rate, spread)
+            self.report(cursor, rate, result.embeddings)
 
     def report(self, cursor: Cursor, rate: float, embeddings: Tensor) -> None:
         """Log the means of the interval over all ranks; raise `TrainingError` if the loss is not finite."""

@@ -17,6 +17,7 @@ from ..config import Recipe, load_recipe
 from ..errors import UsageError
 from ..settings import Collector, Settings, Specification, items_of, options_from, validated
 from ..storage import open_storage
+from .placement import BankPlacement
 
 
 class TrainingOptions(Settings):
@@ -36,6 +37,8 @@ class TrainingOptions(Settings):
     """Also save and keep for good one checkpoint every so many epochs; 0: none."""
     keep_best: bool = False
     """Also keep the checkpoint of the lowest loss."""
+    bank: BankPlacement = "auto"
+    """Memory bank of each rank: whole, or its part of the rows; auto: rows where all would take much of its memory."""
     timeout_s: float = Field(600.0, ge=1, le=10**6)
     """Seconds after which a rank that does not answer ends the training; loading processes have half of that."""
 

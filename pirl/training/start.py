@@ -34,7 +34,7 @@ def plan(spec: TrainingSpec) -> list[str]:
     return [
         f"{recipe.name}: {count(recipe.train.epochs, 'epoch')} of {count(rows, 'image')}, "
         f"{count(recipe.steps_per_epoch(rows), 'step')} each, in batches of {recipe.train.batch_size}",
-        f"learning rate {recipe.learning_rate:g}, {recipe.loss.negatives:,} negatives, "
+        f"learning rate {recipe.learning_rate:g}, {recipe.loss.describe()}, "
         f"memory bank of {rows * recipe.model.embedding_dim * 4 / 2**20:.1f} MiB",
         f"in {count(spec.processes or default_processes(), 'process', 'processes')}, to {spec.out}, "
         f"from {newest or 'the start'}",

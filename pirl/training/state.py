@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoints, Commit, Cursor
+from ..checkpoint import Checkpoints, Commit, Cursor, Rows
 from ..config import Recipe
 from ..errors import CheckpointError, StorageNotFoundError, TrainingError, UsageError
 from ..logs import say
+from ..loss import Contrast
 from ..memory import MemoryBank
 from ..model import PIRL
 from ..run import Run
@@ -29,13 +30,17 @@ class TrainState:
 
     model: PIRL
     bank: MemoryBank
+    criterion: Contrast
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
 
     def to_dict(self, recipe: Recipe, data_digest: str) -> dict[str, Any]:
+        bank = self.bank.state_dict()
+        if self.bank.cut:
+            bank["memory"] = Rows(self.bank.memory, self.bank.first, self.bank.images)
         return {
             "model": self.model.state_dict(),
-            "bank": self.bank.state_dict(),
+            "bank": {**bank, **self.criterion.state_dict()},  # one place on disk, as in version 0.1
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "recipe": recipe.to_toml(),
@@ -44,7 +49,8 @@ class TrainState:
 
     def load_dict(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
-        self.bank.load_state_dict(saved["bank"])
+        self.bank.load_state_dict({"memory": self.bank.part_of(saved["bank"]["memory"])})
+        self.criterion.load_state_dict({"z": saved["bank"]["z"]})
         self.optimizer.load_state_dict(saved["optimizer"])
         for parameter, values in self.optimizer.state.items():
             if (momentum := values.get("momentum_buffer")) is not None:
@@ -56,7 +62,7 @@ class TrainState:
 def resume(state: TrainState, checkpoints: Checkpoints, run: Run, data_digest: str, world: World) -> Cursor | None:
     """Load the newest checkpoint of the run into `state` and return its cursor, or None without one."""
     name = world.broadcast_object(checkpoints.newest() if world.is_main else None)
-    newest = checkpoints.load() if name else None
+    newest = checkpoints.load(rows=own_rows(state)) if name else None
     commits = world.gather_objects(newest[0].name if newest else None)
     if len(set(commits)) > 1:
         raise CheckpointError(f"ranks read different checkpoints: {commits}", "check the storage of every node")
@@ -68,6 +74,13 @@ def resume(state: TrainState, checkpoints: Checkpoints, run: Run, data_digest: s
     if world.is_main:
         say(f"resuming from {commit.name}: epoch {commit.cursor.epoch}, {commit.cursor.samples} samples into it")
     return commit.cursor
+
+
+def own_rows(state: TrainState) -> dict[str, range]:
+    """Return what a rank needs of the tensors that are cut, by their paths in a checkpoint."""
+    if not state.bank.cut:
+        return {}
+    return {"bank/memory": range(state.bank.first, state.bank.first + len(state.bank.memory))}
 
 
 def check_same_run(run: Run, recipe: Recipe, data_digest: str) -> None:
@@ -103,11 +116,12 @@ def check_same_data(out: str, commit: Commit, data_digest: str) -> None:
 
 
 def check_state(state: TrainState, loss: Tensor | None, world: World, meter: Meter) -> float | None:
-    """Raise if the loss is not finite or the ranks' memory banks differ; return the loss of the global batch.
+    """Raise if the loss is not finite or the ranks' whole banks differ; return the loss of the global batch.
 
-    Every rank applies the same updates to its bank. Non-finite weights are detected later, in the staged copy.
+    Every rank applies the same updates to a whole bank. Non-finite weights are detected later, in the staged copy.
     """
-    own = 0.0 if loss is None else loss.item(), state.bank.checksum() if world.size > 1 else 0
+    replicas = world.size > 1 and not state.bank.cut
+    own = 0.0 if loss is None else loss.item(), state.bank.checksum() if replicas else 0
     losses, sums = zip(*world.gather_objects(own))
     if not all(map(math.isfinite, losses)):
         raise meter.not_finite(*losses)

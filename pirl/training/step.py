@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import Recipe
-from ..data import Batch, Share, negative_seeds
-from ..loss import StepLoss, contrast, draw_negatives
-from ..memory import gather_updates
+from ..data import Batch, Share, negative_seeds, step_seed
+from ..loss import Samples, StepLoss
 from ..model import memory_format
 from ..views import apply_photometrics, draw_photometrics
 from ..world import World
@@ -19,8 +18,8 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def train_step(
     recipe: Recipe, network: nn.Module, state: TrainState, world: World, epoch: int, share: Share, batch: Batch
-) -> tuple[StepLoss, Tensor]:
-    """Make one optimiser step on one global batch; return this rank's losses and all ranks' unit image embeddings."""
+) -> StepLoss:
+    """Make one optimiser step on one global batch; return this rank's losses."""
     seed, views, device = recipe.train.seed, recipe.views, world.device
     ids = batch.ids.numpy()
     images, patches = (
@@ -30,34 +29,24 @@ def train_step(
         for pixels, elements in ((batch.images, [0]), (batch.patches, range(1, 1 + views.patches)))
     )
     rows = batch.rows.to(device, non_blocking=True)
-    patch_negatives, image_negatives = (
-        draw_negatives(recipe.loss, len(state.bank.memory), rows, negative_seeds(seed, epoch, ids, view))
-        for view in (0, 1)
+    samples = Samples(
+        rows,
+        torch.stack([negative_seeds(seed, epoch, ids, view) for view in (0, 1)]),
+        torch.full((len(rows),), share.weight, device=device),
+        share.counts,
+        step_seed(seed, epoch, share.first),
     )
     layout = memory_format(state.model.trunk)
     with torch.autocast(device.type, PRECISIONS.get(recipe.train.precision), recipe.train.precision != "fp32"):
         patch_embeddings, image_embeddings = network(images.to(memory_format=layout), patches.to(memory_format=layout))
-    weights = torch.full((len(rows),), share.weight, device=device)
-    result, embeddings = contrast(
-        recipe.loss,
-        state.bank,
-        world,
-        rows,
-        patch_embeddings,
-        image_embeddings,
-        patch_negatives,
-        image_negatives,
-        weights,
-    )
-    own = share.counts[world.rank]
-    all_rows, all_embeddings = gather_updates(world, rows[:own], embeddings[:own], share.counts)
-    state.bank.update(all_rows, all_embeddings)
+    result = state.criterion(state.bank, samples, patch_embeddings, image_embeddings)
+    state.bank.update(result.rows, result.embeddings)
 
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(result.loss).backward()
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    return result, all_embeddings
+    return result
 
 
 def warm_up_ddp(network: nn.Module, recipe: Recipe, world: World) -> None:
