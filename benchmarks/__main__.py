@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-MODULES = [*sorted(path.stem for path in Path(__file__).parent.glob("g[0-9]*.py")), "gpu"]
+MODULES = [*sorted(path.stem for path in Path(__file__).parent.glob("g[0-9]*.py")), "bank", "gpu"]
 
 if __name__ == "__main__":
     codes = [subprocess.run([sys.executable, "-m", f"benchmarks.{name}"]).returncode for name in MODULES]

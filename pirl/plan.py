@@ -85,7 +85,7 @@ class Plan:
     cost: float
     bank_bytes_per_rank: int
     sharded_bank_bytes_per_rank: int
-    """What a bank needs that is cut by rows over all ranks (`--bank rows`)."""
+    """Bytes that a bank cut by rows over all ranks needs (`--bank rows`)."""
     weights_bytes_per_rank: int
     """Parameters, gradients and momentum."""
     activation_bytes_per_rank: int

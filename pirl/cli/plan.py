@@ -85,9 +85,9 @@ def plan(
     show_rows([growth_row(each) for each in grown], False)
     estimate = "given" if images_per_s else "estimated for an H200: give yours by --images-per-s"
     console.print(
-        f"speed of a GPU: {estimate}. The bank is held whole by every rank; where that does not fit (!), `sharded` is "
-        "what a rank would hold of one cut by rows, which this version cannot do. A row is written once an epoch, so a "
-        "bank needs several.",
+        f"speed of a GPU: {estimate}. The plan is of a bank that is whole on every rank; where it does not fit (!), "
+        "`sharded` is what a rank holds of one cut by rows (`pirl train --bank rows`). A row is written once an epoch, "
+        "so a bank needs several.",
     )
 
 
