@@ -777,7 +777,7 @@ def test_an_image_that_changed_while_in_use(sharded: Path) -> None:
     data[data.index(before[1]) + 100] ^= 1
     path.write_bytes(data)
     assert reader.read_many([0]) == before[:1]
-    with pytest.raises(DataError, match=r"shard-000000\.tar has other content than its manifest says \(image 1\)"):
+    with pytest.raises(DataError, match=r"shard-000000\.tar has other content than its manifest lists \(image 1\)"):
         reader.read_many([0, 1])
 
 

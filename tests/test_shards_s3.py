@@ -165,7 +165,7 @@ BAD: dict[str, tuple[dict[str, bytes], type[PirlError], str]] = {
     "tar without images": ({"a.tar": tar_bytes({"a.txt": b"x"})}, DataError, "no image in the tar files"),
     "tar cut": ({"a.tar": tar_bytes({"a.jpg": jpeg(0), "b.jpg": jpeg(1)})[:3000]}, DataError, "or was cut"),
     "tar without end": ({"a.tar": tar_bytes({"a.jpg": jpeg(0)})[:2560]}, DataError, "or was cut"),
-    "no tar": ({"a.tar": b"\x1f\x8b" + bytes(3000)}, DataError, "is no tar file"),
+    "no tar": ({"a.tar": b"\x1f\x8b" + bytes(3000)}, DataError, "is not a tar file"),
     "one without label": (
         {"a.tar": tar_bytes({"a.jpg": jpeg(0), "a.cls": b"1", "b.jpg": jpeg(1)})},
         UsageError,

@@ -260,12 +260,12 @@ def test_what_is_left_out_of_tar_files_is_counted_and_named(tmp_path: Path) -> N
     left_out = {part.reason: part.names for part in Quarantine.load(open_storage(tmp_path / "out")).left_out}
     assert left_out == {
         "hidden, or of a system": ["a.tar/__MACOSX/", "a.tar/ant/._0.jpg", "a.tar/ant/@eaDir/"],
-        ".json beside images, whose labels --label json:KEY reads": [f"a.tar/ant/{k}.json" for k in range(3)],
+        ".json next to images, whose labels --label json:KEY reads": [f"a.tar/ant/{k}.json" for k in range(3)],
         "a link, or no regular file, in a tar file": ["a.tar/ant/link.jpg"],
         "a label without an image (.cls)": ["a.tar/ant/9.cls"],
         "not an image (no usual suffix)": ["a.tar/ant/notes"],
     }
-    assert "3 .json beside images" in summary(source)[-1]
+    assert "3 .json next to images" in summary(source)[-1]
 
 
 def test_many_companions_are_named_by_a_pattern(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_compressed_tars_beside_images_are_named(tmp_path: Path, bucket: str) ->
     root = put(tmp_path / "in", "ant/1.jpg")
     put(root, "ant/labels.tar.gz", data=b"\x1f\x8b")
     for source in (root, upload(root, f"{bucket}/in")):
-        assert left_out(open_source(str(source))) == {"a tar file beside images": ["ant/labels.tar.gz"]}
+        assert left_out(open_source(str(source))) == {"a tar file next to images": ["ant/labels.tar.gz"]}
 
 
 def test_nothing_but_other_files_is_refused_with_what_there_is(tmp_path: Path) -> None:

@@ -71,8 +71,10 @@ __all__ = [
 
 
 def open_source(spec: str, image: str = "", label: str = "") -> Source:
-    """Return the source that the user named: a folder of images or tar files, a `.txt` list of files, a tar file,
-    `fashion-mnist:train` / `:test`, or a place on S3 with images or tar files.
+    """Return the source that the user named.
+
+    It is a folder of images or tar files, a `.txt` list of files, a tar file, `fashion-mnist:train` / `:test`, or a
+    place on S3 with images or tar files.
 
     `image` and `label` choose the parts of a sample in tar files: "jpg", or "each" for every image; "cls", "json:KEY".
     """
@@ -109,7 +111,7 @@ def compare_shards(train_data: str, test_data: str) -> list[str]:
 
 
 def compare_sources(train: Source, test: Source) -> list[str]:
-    """Return notes on the classes of test images beside those of training: which the test images lack.
+    """Return notes on the classes of test images compared with those of training: which the test images lack.
 
     UsageError where either has no labels; DataError naming classes that training does not have.
     """

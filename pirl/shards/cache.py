@@ -50,7 +50,7 @@ class BlockCache:
             return
         if root is None:
             _warn_once(
-                "no cache, as there is no home folder: images are read from S3 every time. PIRL_CACHE names a folder"
+                "no cache, as no home folder exists: images are read from S3 every time. PIRL_CACHE names a folder"
             )
             return
         try:

@@ -21,7 +21,7 @@ class Decoding(BaseModel):
     background: Annotated[str, Field(pattern=r"^#[0-9a-f]{6}$")] | None = "#ffffff"
     """The colour below transparent pixels; None drops the alpha channel."""
     exif: Literal["apply", "ignore"] = "apply"
-    """Whether EXIF orientation turns the image. A TIFF's orientation tag is part of the format and always counts."""
+    """True where EXIF orientation turns the image. A TIFF's orientation tag is part of the format and always counts."""
     max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
     """Of a decoded image. A larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size; another large file is refused."""
 

@@ -29,7 +29,7 @@ CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 SPLITS = {"train": "train", "test": "t10k"}  # name of the split -> its name in the files
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-NO_CACHE = "no cache, as there is no home folder (PIRL_CACHE names another place)"
+NO_CACHE = "no cache, as no home folder exists (PIRL_CACHE names another place)"
 SUBFOLDERS = ("", "FashionMNIST/raw", "fashion-mnist")
 DOWNLOAD_PROBE = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/t10k-labels-idx1-ubyte.gz"
 CONNECT_TIMEOUT_S = 4.0
@@ -69,7 +69,7 @@ def fashion_mnist(split: str) -> ArraySource:
 
 
 def find_fashion_mnist() -> Path:
-    """The folder with the four IDX files. DataError naming every place when none has them."""
+    """Return the folder with the four IDX files. DataError naming every place when none has them."""
     root = cache_root()
     cache = root / "fashion-mnist" if root else None
     places: list[tuple[str, Callable[[], Path | None]]] = [
@@ -94,7 +94,7 @@ def find_fashion_mnist() -> Path:
 
 
 def present_fashion_mnist() -> Path | None:
-    """The folder that `find_fashion_mnist` would take without fetching anything; None where it would have to."""
+    """Return the folder that `find_fashion_mnist` would take without a download; None where it needs one."""
     named = os.environ.get("PIRL_DATA")
     root = cache_root()
     places = [expand_home(named)] if named else []
@@ -197,7 +197,7 @@ def _run(command: list[str]) -> bool:
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """An IDX file of bytes, gzipped or not -> uint8 array of the shape in its header; DataError for anything else."""
+    """Return an IDX file of bytes, gzipped or not, as uint8 array of the shape in its header; DataError otherwise."""
     hint = "fetch the file again, or name another folder in PIRL_DATA"
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:

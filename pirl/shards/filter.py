@@ -24,7 +24,7 @@ SYSTEM_NAMES = frozenset(
         *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
     }
 )
-# Files that lie beside images by the million: a look into each of them would cost a pass over the data set.
+# Files that lie next to images by the million: to open each of them would cost a pass over the data set.
 COMPANION_SUFFIXES = frozenset(
     {
         *(".txt", ".xml", ".json", ".jsonl", ".csv", ".tsv", ".md", ".html", ".htm", ".yaml", ".yml", ".toml", ".ini"),
@@ -37,12 +37,12 @@ COMPANION_SUFFIXES = frozenset(
 HIDDEN = "hidden, or of a system"
 LOOP = "a link to a folder above it"
 BAD_KEY = "its key has an empty or dot part"
-TAR_BESIDE_IMAGES = "a tar file beside images"
+TAR_BESIDE_IMAGES = "a tar file next to images"
 _REASONS_SHOWN = 8
 
 
 class Kind(Enum):
-    """What the name of a file says of it."""
+    """Kind of a file by its name."""
 
     IMAGE = "image"
     TAR = "tar"
@@ -52,7 +52,7 @@ class Kind(Enum):
 
 
 def suffix_of(name: str) -> str:
-    """Return the suffix of a path in lower case, empty where there is none: ".jpg"."""
+    """Return the suffix of a path in lower case, empty without one: ".jpg"."""
     stem, dot, suffix = name.rpartition("/")[2].rpartition(".")
     return f".{suffix.lower()}" if dot and stem else ""
 

@@ -32,7 +32,7 @@ from pirl.shards.tars import LocalObjects, refuse_compressed, tar_source
 
 @dataclass
 class _Tree:
-    """What a walk through a folder finds; names are relative to `root`."""
+    """Result of a walk through a folder; names are relative to `root`."""
 
     root: str
     tars: list[str] = field(default_factory=list)
@@ -84,7 +84,7 @@ class _Tree:
 
 
 def _head(entry: os.DirEntry[str]) -> bytes:
-    """The first bytes of a file; none of what is no regular file or cannot be read."""
+    """Return the first bytes of a file; none where it is not a regular file or cannot be read."""
     try:
         if not entry.is_file():
             return b""
@@ -102,10 +102,10 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def folder_source(root: Path, parts: Parts = WHOLE) -> Source:
-    """Return a folder in torchvision's ImageFolder order (classes sorted, paths sorted), a flat one without labels, or
-    the tar files in a folder without images.
+    """Return the images in a folder, or the tar files in a folder without images.
 
-    Links to files and folders are followed, as torchvision does, but not into a loop.
+    The order is that of torchvision's ImageFolder (classes sorted, paths sorted); a flat folder has no labels. Links
+    to files and folders are followed, as torchvision does, but not into a loop.
     """
     tree = _Tree(os.fspath(root))
     folders, files = tree.split(tree.root)

@@ -30,12 +30,12 @@ def image_format(data: bytes) -> str | None:
 
 
 class JpegHeader(NamedTuple):
-    """What the segments of a JPEG before its first scan say."""
+    """Facts from the segments of a JPEG before its first scan."""
 
     orientation: int
     """EXIF's, 1 to 8."""
     buffered: bool
-    """Whether a decoder holds all coefficients in memory: progressive, or with a scan for each colour."""
+    """True where a decoder holds all coefficients in memory: progressive, or with a scan for each colour."""
 
 
 def jpeg_header(data: bytes) -> JpegHeader:

@@ -1,4 +1,4 @@
-"""Where the images of a shard lie: a file of fixed-width records, read by position and shared through the page cache.
+"""The index of a shard: a file of fixed-width records, read by position and shared through the page cache.
 
 A data set has the index of a shard as JSON (`shard-000003.json`). When an image of that shard is first asked for, the
 JSON is fetched, checked and converted once for all processes of a machine, into the cache:
@@ -41,7 +41,7 @@ HAS_CHECKSUMS = 1  # a flag
 
 
 class Record(NamedTuple):
-    """Where an image lies in its shard, and what it is."""
+    """Place, name, label and checksum of an image in its shard."""
 
     offset: int
     size: int
@@ -131,7 +131,7 @@ class ShardIndexes:
         except StorageNotFoundError:
             raise DataError(f"{where} is missing", HINT) from None
         if hashlib.sha256(data).hexdigest() != shard.index_sha256:
-            raise DataError(f"{where} has other content than its manifest says", HINT)
+            raise DataError(f"{where} has other content than its manifest lists", HINT)
         return data
 
     def _cached(self, number: int) -> ShardIndex | None:

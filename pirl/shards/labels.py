@@ -33,7 +33,7 @@ SPLITS = frozenset(
 
 def check_class(name: str) -> None:
     """UsageError unless `name` can be written into our files."""
-    if not name.isprintable():  # also the surrogates of a name that is no UTF-8, which JSON files cannot carry
+    if not name.isprintable():  # also the surrogates of a name that is not UTF-8, which JSON files cannot carry
         raise UsageError(f"the class name {name!r} has characters that cannot be written", "rename the class")
 
 

@@ -64,7 +64,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _rows(lines: Sequence[tuple[int, str]], path: Path) -> list[tuple[str, str]]:
-    """(path, label) of each line, the label empty where there is none. UsageError for a line unlike the others."""
+    """Return (path, label) of each line, the label empty without one. UsageError for a line unlike the others."""
     tabs = "\t" in lines[0][1]
     caffe = not tabs and _is_caffe([line for _, line in lines[:PROBED]], path.parent)
     rows = []
@@ -80,7 +80,7 @@ def _rows(lines: Sequence[tuple[int, str]], path: Path) -> list[tuple[str, str]]
 
 
 def _is_caffe(lines: Sequence[str], folder: Path) -> bool:
-    """Whether the lines are `path label`: no line is a file, and one is without its last word."""
+    """Return whether the lines are `path label`: no line is a file, and one is without its last word."""
     heads = [head for line in lines if (head := line.rstrip().rpartition(" ")[0].rstrip())]
     whole = any(_is_file(folder, name) for name in (*lines, *_replaced(lines)))
     return not whole and any(_is_file(folder, name) for name in (*heads, *_replaced(heads)))
@@ -112,7 +112,10 @@ def _is_file(folder: Path, name: str) -> bool:
 
 
 def _is_left_out(name: str) -> bool:
-    """Whether a listed path is hidden or of a system. Hidden folders above an absolute path are the user's choice."""
+    """Return whether a listed path is hidden or of a system.
+
+    Hidden folders above an absolute path are the user's choice.
+    """
     parts = [part for part in name.split("/") if part not in ("", ".", "..")]
     if not parts:
         return False

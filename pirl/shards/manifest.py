@@ -42,7 +42,7 @@ class Manifest(BaseModel):
 
     `digest` (SHA-256) depends on the images, labels and names and their order, not on where they came from; and on the
     settings of `decoding` that change a pixel of them (`Decoding.decisive`). `pictures` is None in version 0.1's.
-    `source` says where from and with which settings; it ends with a hash that tells the same input from another.
+    `source` names the input and the settings; it ends with a hash that differs for another input.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -80,7 +80,7 @@ class Manifest(BaseModel):
 
     @classmethod
     def load(cls, storage: Storage) -> Manifest:
-        """Read and check the manifest of a sharded data set; DataError when there is none or it contradicts itself."""
+        """Read and check the manifest of a sharded data set; DataError when it is absent or contradicts itself."""
         try:
             data = storage.read_small(MANIFEST)
         except StorageNotFoundError:
@@ -113,7 +113,7 @@ class Manifest(BaseModel):
 def content_digest(shards: list[Shard], classes: list[str] | None, decoding: dict[str, Any]) -> str:
     """Return the SHA-256 over the hashes of all shards and indexes (bytes, names, labels, order) and the class names.
 
-    `decoding` holds the settings that change a pixel; where there is none, the digest is that of version 0.1.
+    `decoding` holds the settings that change a pixel; without any, the digest is that of version 0.1.
     """
     content: list[Any] = [[shard.images, shard.sha256, shard.index_sha256] for shard in shards]
     body = [FORMAT, classes, content, *([decoding] if decoding else [])]
@@ -121,7 +121,7 @@ def content_digest(shards: list[Shard], classes: list[str] | None, decoding: dic
 
 
 class LeftOutFiles(BaseModel):
-    """Files that are no image of the data set, for one reason; a folder, which ends in a slash, counts once."""
+    """Files that are not images of the data set, for one reason; a folder, which ends in a slash, counts once."""
 
     reason: str
     count: Count

@@ -123,7 +123,7 @@ class ObjectSource(Source):
             self._asked_bytes += int(self.sizes[request].sum())
 
     def _fetch(self, request: list[int]) -> dict[int, bytes | None]:
-        """The bytes of images that lie side by side in one object; None where it is not what was listed any more."""
+        """Return the bytes of images that are adjacent in one object; None where it has changed since it was listed."""
         first, last = request[0], request[-1]
         entry, start = self.entries[self.objects[first]], int(self.starts[first])
         length = int(self.starts[last] + self.sizes[last]) - start

@@ -37,7 +37,7 @@ class Workers:
             self.pool.shutdown(wait=True, cancel_futures=True)
 
     def run(self, method: str, tasks: Sequence[Any], *, alone: bool = False) -> Iterator[tuple[int, Any]]:
-        """(number of the task, result) as they complete; `alone`: in this process. The first error ends the run."""
+        """Yield (number of the task, result) as tasks complete; `alone`: in this process. The first error ends it."""
         if alone or self.processes == 1 or (len(tasks) <= 1 and self.pool is None):
             for number, task in enumerate(tasks):
                 yield number, getattr(self.held, method)(task)

@@ -1,4 +1,4 @@
-"""What lies under an S3 prefix as a source: images, each an object, or tar files."""
+"""Source of the objects under an S3 prefix: images, each an object, or tar files."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def object_source(uri: str, parts: Parts = WHOLE) -> ObjectSource:
 
 
 def _sniffed(storage: S3Storage, entries: list[Entry]) -> list[Entry]:
-    """The entries whose first bytes are those of an image: one small request for each, several at a time."""
+    """Return the entries whose first bytes are those of an image: a small request for each, several at a time."""
 
     def look(entry: Entry) -> bool:
         if not entry.bytes:

@@ -88,7 +88,7 @@ class ShardReader:
             try:
                 return os.pread(file.fd, size, offset)
             except OSError:
-                self._files = {}  # one that a network's server has forgotten (ESTALE) has to be opened anew
+                self._files = {}  # a file that a network's server has forgotten (ESTALE) has to be opened again
                 raise
 
     def image(self, id: int) -> Image.Image:
@@ -126,7 +126,7 @@ class ShardReader:
 
     def _changed(self, id: int) -> DataError:
         name = self.manifest.shards[self._shard_of(id)].name
-        return DataError(f"{self.storage.uri}/{name} has other content than its manifest says (image {id})", HINT)
+        return DataError(f"{self.storage.uri}/{name} has other content than its manifest lists (image {id})", HINT)
 
     def label(self, id: int) -> int:
         """Return the class index, -1 when unlabelled."""
@@ -141,7 +141,7 @@ class ShardReader:
         return labels if self._numbers is None else self._numbers[labels]
 
     def match_classes(self, classes: Sequence[str]) -> list[str]:
-        """Number the labels from now on by `classes`, those of the training images, matched by name.
+        """Use the numbers of `classes`, those of the training images, for the labels from now on, matched by name.
 
         Return the classes without an image in this data set. DataError naming what training does not have.
         """
@@ -163,7 +163,7 @@ class ShardReader:
         return self._indexes.open(number).name(id - self._first_ids[number])
 
     def check(self) -> None:
-        """Raise DataError naming the first shard that is missing or has another size than its manifest says.
+        """Raise DataError naming the first shard that is missing or has another size than in its manifest.
 
         One listing shows all of them.
         """
@@ -175,13 +175,13 @@ class ShardReader:
             self._check_size(shard, sizes[shard.name])
 
     def verify(self) -> None:
-        """Hash every shard; DataError naming the first that is not what the manifest says."""
+        """Hash every shard; DataError naming the first that differs from the manifest."""
         for shard in self.manifest.shards:
             digest = hashlib.sha256()
             for offset in range(0, shard.bytes, HASH_BYTES):
                 digest.update(self.storage.read_range(shard.name, offset, HASH_BYTES))
             if digest.hexdigest() != shard.sha256:
-                raise DataError(f"{self.storage.uri}/{shard.name} has other content than its manifest says", HINT)
+                raise DataError(f"{self.storage.uri}/{shard.name} has other content than its manifest lists", HINT)
             self._indexes.fetch(shard)
 
     def _column(self, name: str) -> np.ndarray:
@@ -202,7 +202,7 @@ class ShardReader:
     def _check_size(self, shard: Shard, size: int) -> None:
         if size != shard.bytes:
             where = f"{self.storage.uri}/{shard.name}"
-            raise DataError(f"{where} has {size:,} bytes, its manifest says {shard.bytes:,}", HINT)
+            raise DataError(f"{where} has {size:,} bytes, expected {shard.bytes:,}", HINT)
 
     def _shard_of(self, id: int) -> int:
         if not 0 <= id < self.manifest.images:

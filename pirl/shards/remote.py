@@ -46,7 +46,7 @@ class RemoteShards:
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
     def read(self, spans: Sequence[Span], fresh: bool = False) -> list[bytes]:
-        """The bytes of each span; `fresh`: from S3, and what the cache has of them is dropped."""
+        """Return the bytes of each span; `fresh`: from S3, and what the cache has of them is dropped."""
         if fresh:
             for span in spans:
                 self.cache.drop(*span)

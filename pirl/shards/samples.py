@@ -127,7 +127,7 @@ def check_words(groups: Iterable[Grouped]) -> None:
 
 
 def _candidates(members: Sequence[Member]) -> list[dict[str, Member]]:
-    """Runs of neighbours with one key and no part twice; those of one key that fit together are one."""
+    """Return runs of neighbours with one key and no part twice; those of one key that fit together are one."""
     runs: list[dict[str, Member]] = []
     by_key: dict[str, list[int]] = defaultdict(list)
     key = None
@@ -148,7 +148,7 @@ def _candidates(members: Sequence[Member]) -> list[dict[str, Member]]:
 
 
 def _images(candidate: dict[str, Member], parts: Parts, words: dict[str, tuple[str, str]]) -> list[Member]:
-    """The members of a candidate that are images of samples; more than one only where names have dots."""
+    """Return the members of a candidate that are images of samples; more than one only where names have dots."""
     images = [member for member in candidate.values() if member.image]
     if parts.image_part and parts.image_part != EACH:
         if parts.image_part in candidate:
@@ -187,7 +187,7 @@ def _ambiguous(where: str, first: str, second: str, several: list[str]) -> Usage
 
 
 def _label_of(image: Member, candidate: dict[str, Member], parts: Parts) -> Member | None:
-    """The label of the image's own name up to the last dot, or else of the whole sample."""
+    """Return the label of the image's own name up to the last dot, or else of the whole sample."""
     middle = image.part.rpartition(".")[0]
     own = candidate.get(f"{middle}.{parts.label_part}") if middle else None
     return own or candidate.get(parts.label_part)
@@ -196,7 +196,7 @@ def _label_of(image: Member, candidate: dict[str, Member], parts: Parts) -> Memb
 def _rest(
     members: Sequence[Member], used: set[int], candidates: list[dict[str, Member]], parts: Parts
 ) -> Iterable[tuple[str, str, int]]:
-    """What no sample holds, with the reason. UsageError for a label whose image lies elsewhere and cannot be told."""
+    """Yield the members outside of samples, with the reason. UsageError for a label that is not next to its image."""
     keys = {member.key for member in members if member.image}
     stems = {member.stem for member in members if member.image}
     companions: dict[str, list[str]] = defaultdict(list)
@@ -242,7 +242,7 @@ def _companion(member: Member, lone_label: bool, parts: Parts) -> str:
         return f"a label without an image (.{member.part})"
     suffix = member.part.rpartition(".")[2]
     if suffix == "json" and parts.label_part != "json":
-        return ".json beside images, whose labels --label json:KEY reads"
+        return ".json next to images, whose labels --label json:KEY reads"
     if suffix == DEFAULT_LABEL:
         return f"a label that --label {member.part} reads"
     return not_an_image(member.name)
@@ -261,7 +261,7 @@ def _json_label(text: str, key: str, name: str) -> str:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"the label {name} is not JSON: {error}", "repair it, or choose another --label") from None
     if not isinstance(value, dict) or key not in value:
-        held = f"it has {', '.join(map(str, value))[:200]}" if isinstance(value, dict) else "it is no object"
+        held = f"it has {', '.join(map(str, value))[:200]}" if isinstance(value, dict) else "it is not an object"
         raise UsageError(f"the label {name} has no key {key!r}: {held}", "choose the key by --label json:KEY")
     label = value[key]
     if isinstance(label, bool) or not isinstance(label, int | str):

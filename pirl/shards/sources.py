@@ -37,8 +37,8 @@ class Source(ABC):
     folder: Path | None = None  # where the images lie; an output must not be put inside
     uri: str | None = None  # where they lie on S3; the same
     in_memory = False  # checking one costs nothing
-    left_out: LeftOut = LeftOut()  # what is no image of this source
-    notes: Sequence[str] = ()  # what a user should know of it
+    left_out: LeftOut = LeftOut()  # files that are not images of this source
+    notes: Sequence[str] = ()  # for the user, one line each
 
     def __len__(self) -> int:
         return len(self.names)
@@ -53,13 +53,13 @@ class Source(ABC):
 
     @abstractmethod
     def load(self, i: int) -> bytes:
-        """The encoded bytes of image i as they go into the shard. DataError if they are not what was checked."""
+        """Return the encoded bytes of image i as the shard holds them. DataError if they are not what was checked."""
 
     def expect(self, indices: Sequence[int]) -> None:  # noqa: B027 (most need not know)
-        """These will be loaded next, in this order."""
+        """Prepare for the images that are loaded next, in this order."""
 
     def load_into(self, i: int, buffer: memoryview) -> bytes | memoryview:
-        """The same, in the front of `buffer` (then a view of it) where that saves a copy."""
+        """Return the same as `load`, in the front of `buffer` (then a view of it) where that saves a copy."""
         return self.load(i)
 
 
@@ -202,7 +202,7 @@ class DatasetSource(Source):
             try:
                 image, labels[i] = self._item(i)
                 digest.update(f"{image.mode} {image.size} {labels[i]}\n".encode() + image.tobytes())
-            except DataError as error:  # check() says so again, where it is put into quarantine
+            except DataError as error:  # check() raises it again, which puts the image into quarantine
                 digest.update(error.what.encode("utf-8", "backslashreplace"))
         self._digest = digest.hexdigest()
         self.labels = labels

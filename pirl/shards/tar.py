@@ -19,7 +19,7 @@ _CHECKSUM_AT = 148
 
 
 class Digest(Protocol):
-    """What hashlib's objects can do."""
+    """Methods of hashlib's objects."""
 
     def update(self, data: memoryview, /) -> None: ...
 
@@ -27,7 +27,7 @@ class Digest(Protocol):
 
 
 class Written(NamedTuple):
-    """What is in a tar file: where each member's bytes lie in it, its size, the digest of the whole."""
+    """Content of a tar file: the offset and size of each member's bytes, the size and digest of the whole."""
 
     offsets: list[int]
     sizes: list[int]
@@ -45,7 +45,7 @@ def padded(size: int) -> int:
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """The 512 bytes before a member of `size` bytes, < 8 GiB, with an ASCII name of at most 100 characters."""
+    """Return the 512 bytes before a member of `size` bytes, < 8 GiB, with an ASCII name of at most 100 characters."""
     name_field = name.encode("ascii").ljust(100, b"\0")
     size_field = b"%011o\0" % size
     checksum = b"%06o\0 " % (_CONSTANT_SUM + sum(name_field) + sum(size_field))

@@ -49,7 +49,7 @@ class LocalObjects:
         return Entry(name, info.st_size, f"{info.st_size} {info.st_mtime_ns}")
 
     def read_version(self, name: str, version: str, offset: int, length: int) -> bytes | None:
-        """Return the bytes; None where the file has another size or time than `version` says."""
+        """Return the bytes; None where the file has another size or time than `version`."""
         try:
             with open(self.root / name, "rb", buffering=0) as file:
                 info = os.fstat(file.fileno())
@@ -93,7 +93,7 @@ def tar_source(
             if sample.label is None:
                 others = "others have" if texts else "expected one"
                 raise UsageError(
-                    f"{sample.name} in {tars[number].name} has no .{parts.label_part} beside it, {others}",
+                    f"{sample.name} in {tars[number].name} has no .{parts.label_part} next to it, {others}",
                     "give every image a label, or none; --label PART chooses another part",
                 )
         labels, classes = numbered(texts, description)
@@ -120,12 +120,12 @@ def refuse_compressed(name: str, where: str) -> DataError:
     """Return the refusal of a compressed tar file."""
     return DataError(
         f"{name} in {where} is compressed; images are read from where they lie in a tar file, without unpacking it",
-        "decompress it (`gunzip`, `unzstd` ...) beside the others, or move it away",
+        "decompress it (`gunzip`, `unzstd` ...) next to the others, or move it away",
     )
 
 
 def _samples(objects: Objects, entry: Entry, parts: Parts) -> Grouped:
-    """The samples of one tar file. To find them it is read once; its members are remembered in the cache."""
+    """Return the samples of one tar file. To find them it is read once; the cache keeps its members."""
     key = hashlib.sha256(repr((SCAN_VERSION, objects.uri, entry, parts.label_part)).encode()).hexdigest()
     root = cache_root()
     remembered = open_storage(root / "tars" if root else os.path.join(os.devnull, "tars"))  # kept nowhere
@@ -154,7 +154,7 @@ def _shown(objects: Objects, entry: Entry) -> str:
 
 
 def _scan(objects: Objects, entry: Entry, label_part: str) -> tuple[list[Member], list[tuple[str, str, int]]]:
-    """Members of one tar file that are not hidden, and (reason, name, 1) of what is no readable member."""
+    """Return the members of a tar file that are not hidden, and (reason, name, 1) of those that cannot be read."""
     where = _shown(objects, entry)
     members: list[Member] = []
     left_out = LeftOut()
@@ -178,7 +178,7 @@ def _scan(objects: Objects, entry: Entry, label_part: str) -> tuple[list[Member]
                 members.append(_member(tar, member, name, label_part, where))
     except tarfile.TarError as error:
         raise DataError(
-            f"{where} is no tar file, or was cut: {error}", "compressed ones must be unpacked; upload it again"
+            f"{where} is not a tar file, or was cut: {error}", "compressed ones must be unpacked; upload it again"
         ) from None
     return members, list(left_out.items())
 
@@ -189,7 +189,7 @@ def _member(tar: tarfile.TarFile, info: tarfile.TarInfo, name: str, label_part: 
     image = kind is Kind.IMAGE
     if name.lower().endswith(f".{label_part}"):
         if info.size > MAX_LABEL_BYTES:
-            raise DataError(f"{name} in {where} is no label: {info.size:,} bytes", "choose another --label PART")
+            raise DataError(f"{name} in {where} is not a label: {info.size:,} bytes", "choose another --label PART")
         content = tar.extractfile(info)
         text = _text(content.read() if content else b"", name, where)
     elif kind is Kind.UNKNOWN:
@@ -229,7 +229,7 @@ def _tar_members(file: io.BufferedReader, size: int) -> Iterator[tuple[tarfile.T
 
 
 def _next_archive(file: io.BufferedReader, start: int) -> int | None:
-    """The first byte from `start` on that is not zero."""
+    """Return the position of the first byte from `start` on that is not zero."""
     file.seek(start)
     while data := file.read(SCAN_BYTES):
         if behind := len(data.lstrip(b"\0")):

@@ -1,4 +1,4 @@
-"""What a sharding process does: check a part of the images, or write one shard."""
+"""The work of a sharding process: check a part of the images, or write one shard."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def record_name(number: int) -> str:
 
 
 def ascii_json(value: Any, indent: int | None = None) -> bytes:
-    """ASCII JSON, so that file names that are no UTF-8 (lone surrogates) survive the round trip."""
+    """Return ASCII JSON, so that file names that are not UTF-8 (lone surrogates) survive the round trip."""
     separators = (",", ":") if indent is None else None
     return (json.dumps(value, indent=indent, separators=separators) + "\n").encode("ascii")
 
@@ -126,7 +126,7 @@ class PartWorker:
         return shard
 
     def _members(self, plan: Plan, checksums: list[int]) -> Iterator[tuple[str, Load]]:
-        """The members of a shard; the checksum of each image is appended when it is loaded."""
+        """Yield the members of a shard; the checksum of each image is appended when it is loaded."""
 
         def image(i: int, buffer: memoryview) -> bytes | memoryview:
             try:
@@ -152,7 +152,7 @@ def _label(text: bytes, buffer: memoryview) -> bytes:
 
 
 class Unfinished:
-    """A path for an unfinished shard, beside the output so that it can be renamed, or in TMPDIR."""
+    """A path for an unfinished shard, next to the output so that it can be renamed, or in TMPDIR."""
 
     def __init__(self, folder: Path | None) -> None:
         self.own = None if folder else tempfile.mkdtemp(prefix="pirl-shard-")

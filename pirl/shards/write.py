@@ -53,8 +53,9 @@ def write_shards(
     The same input gives the same bytes for any number of processes; if `out` already holds it, nothing is done.
     Unreadable images get no id and are named in quarantine.json; a share of them above `max_bad_share` stops the run
     before anything is published (DataError). `limit` > 0 takes that many images, evenly spread over the source (so
-    that all classes of a sorted folder are in). `decoding` says what a pixel is, here and for whoever reads the shards;
-    shards of version 0.1 are kept as they are. `progress(done, total)` counts image visits over both passes.
+    that all classes of a sorted folder are in). `decoding` defines what a pixel is, for this process and for all that
+    read the shards; shards of version 0.1 are kept as they are. `progress(done, total)` counts image visits over both
+    passes.
     """
     if not 0 <= max_bad_share <= 1 or shard_bytes < 1 or processes < 1 or limit < 0:
         raise UsageError(
@@ -103,7 +104,7 @@ class _Run:
         self.records = out / WORK / self.key[:16]
 
     def finished(self) -> Manifest | None:
-        """The manifest if this very input is already there; UsageError if another one is."""
+        """Return the manifest if this very input is already there; UsageError if another one is."""
         if not self.out.exists(MANIFEST):
             return None
         manifest = Manifest.load(self.out)
