@@ -101,9 +101,9 @@ def test_a_wrong_argument_is_told_with_the_nearest_and_nothing_is_sent(pirl: Pir
     ("argument", "told"),
     [
         (["root=/tmp/here"], "s3://"),
-        (["root=gs://bucket/x"], "'gs://bucket/x' is no storage location"),
+        (["root=gs://bucket/x"], "'gs://bucket/x' is not a storage location"),
         (["root=s3://b/x"], "'b' is not a bucket name"),
-        (["train_source=http://host/images"], "no storage location"),
+        (["train_source=http://host/images"], "not a storage location"),
         (["train_source=photos/train"], "a folder of one machine"),
         (["test_source=fashion-mnist:tset"], "fashion-mnist"),
         (["recipe=mine.toml"], "overrides="),
@@ -121,7 +121,7 @@ def test_a_wrong_argument_is_told_with_the_nearest_and_nothing_is_sent(pirl: Pir
         (["metric=linaer"], "Did you mean 'linear'"),
         (["min_gain=nan"], "min_gain"),
         (["run=../x"], "without slashes"),
-        (["registry=ftp://host"], "no storage location"),
+        (["registry=ftp://host"], "not a storage location"),
     ],
     ids=str,
 )

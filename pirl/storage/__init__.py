@@ -42,11 +42,11 @@ __all__ = [
 
 
 def open_storage(uri: str | Path) -> Storage:
-    """The storage at `path`, `file:///path` or `s3://bucket/prefix`. Nothing is read or created yet."""
+    """Return the storage at `path`, `file:///path` or `s3://bucket/prefix`. Nothing is read or created yet."""
     text = str(uri)
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", text)
     if not text.strip() or "\0" in text:
-        raise UsageError("An empty string is no storage location.", "Give a folder or s3://bucket/prefix.")
+        raise UsageError("An empty string is not a storage location.", "Give a folder or s3://bucket/prefix.")
     if isinstance(uri, Path) or scheme is None:
         return LocalStorage(expand_home(text))
     rest = text[scheme.end() :]
@@ -60,7 +60,8 @@ def open_storage(uri: str | Path) -> Storage:
         return S3Storage(bucket, prefix)
     known = scheme[1] in ("s3", "file")  # then its slashes are wrong
     raise UsageError(
-        f"{without_login(text)!r} is no storage location." + ("" if known else did_you_mean(scheme[1], ("s3", "file"))),
+        f"{without_login(text)!r} is not a storage location."
+        + ("" if known else did_you_mean(scheme[1], ("s3", "file"))),
         "Use a path, file:///path or s3://bucket/prefix.",
     )
 
@@ -86,5 +87,5 @@ def write_file(uri: str | Path, data: bytes) -> str:
 
 
 def local_path(storage: Storage) -> Path | None:
-    """The folder of a local storage, `None` for any other."""
+    """Return the folder of a local storage, `None` for any other."""
     return storage.path if isinstance(storage, LocalStorage) else None

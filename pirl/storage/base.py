@@ -1,4 +1,4 @@
-"""What a storage promises, and the names of objects."""
+"""The contract of a storage, and the names of objects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pirl.errors import StorageError, StorageNotFoundError
 from pirl.storage.patience import has_answered, patience_s, remember
 
 Names = list[str]  # inside the classes `list` is the method
-TEMPORARY = ".pirl-tmp-"  # files of this prefix are unfinished and no objects
+TEMPORARY = ".pirl-tmp-"  # files of this prefix are unfinished, not objects
 MAX_SMALL_BYTES = 256 * 2**20  # of a record; the manifest of a billion images in shards of 1 GB has about 25 MB
 MAX_CHILDREN = 1000
 FULL_HINT = "Free some space or choose another place, then run the same command again; what was there is untouched."
@@ -42,15 +42,15 @@ class Storage(ABC):
 
     @abstractmethod
     def __truediv__(self, part: str) -> Storage:
-        """The storage one or more levels below."""
+        """Return the storage one or more levels below."""
 
     @abstractmethod
     def read_bytes(self, name: str) -> bytes:
-        """The whole object; `StorageNotFoundError` when absent."""
+        """Return the whole object; `StorageNotFoundError` when absent."""
 
     @abstractmethod
     def read_range(self, name: str, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset`; fewer where the object ends."""
+        """Return `length` bytes from `offset`; fewer where the object ends."""
 
     @abstractmethod
     def read_into(self, name: str, buffer: memoryview) -> None:
@@ -100,7 +100,7 @@ class Storage(ABC):
         """Raise `StorageError` where the object cannot be written. Nothing is left behind."""
 
     def exists(self, name: str) -> bool:
-        """Whether the object is there."""
+        """Return whether the object exists."""
         try:
             self.size(name)
         except StorageNotFoundError:
@@ -108,9 +108,9 @@ class Storage(ABC):
         return True
 
     def read_small(self, name: str) -> bytes:
-        """The whole object, which describes something and so is small; `StorageError` if it is not.
+        """Return the whole object, which describes something and so is small; `StorageError` if it is not.
 
-        No more is read than may be: who can write a record cannot fill the memory of those who read it.
+        The read is bounded, so that a process that can write a record cannot fill the memory of its readers.
         """
         data = self.read_range(name, 0, MAX_SMALL_BYTES + 1)
         if len(data) > MAX_SMALL_BYTES:
@@ -171,7 +171,7 @@ def checked(name: str, uri: str) -> str:
 
 
 def checked_prefix(prefix: str, uri: str) -> str:
-    """A list prefix may end in a slash or in the middle of a name, but may not leave the storage."""
+    """Return a list prefix, which may end in a slash or in the middle of a name, but may not leave the storage."""
     if prefix:
         checked(prefix.removesuffix("/"), uri)
     return prefix
@@ -183,11 +183,11 @@ def too_short(name: str, uri: str) -> StorageError:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a local file in hex, read as a stream."""
+    """Return the SHA-256 of a local file in hex, read as a stream."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def without_login(url: str) -> str:
-    """The URL without a user and password that it may carry."""
+    """Return the URL without a user and password that it may carry."""
     return re.sub(r"(^|//)[^/@]*@", r"\1", url)

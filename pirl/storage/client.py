@@ -96,7 +96,10 @@ def _count_attempt(attempts: int, response: Any, caught_exception: Any, **_: Any
 
 
 def _forget_clients() -> None:
-    """A forked child must neither share its parent's connections nor wait for a lock that a lost thread holds."""
+    """Drop the clients and the lock in a forked child.
+
+    It must neither share its parent's connections nor wait for a lock that a lost thread holds.
+    """
     global _clients, _lock
     _clients, _lock = {}, threading.Lock()
 

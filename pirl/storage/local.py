@@ -223,11 +223,11 @@ def _raise_unless_absent(error: OSError) -> None:
 
 
 def expand_home(path: str | Path) -> Path:
-    """Return the path with ~ and ~user replaced; `UsageError` where there is no such home folder."""
+    """Return the path with ~ and ~user replaced; `UsageError` where the home folder does not exist."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise UsageError(f"{path} has no place: there is no such home folder", "write the whole path") from None
+        raise UsageError(f"{path} has no place: no such home folder", "write the whole path") from None
 
 
 @contextmanager

@@ -25,12 +25,12 @@ T = TypeVar("T")
 
 
 class Patient(Protocol):
-    """What may be asked again."""
+    """Object whose requests may be repeated."""
 
     root: str
     """The part of its address that is available or not as a whole; empty for the file system."""
     patience_s: float | None
-    """None: as the setting says, once it has answered."""
+    """None: as in the setting, once it has answered."""
 
 
 S = TypeVar("S", bound=Patient)

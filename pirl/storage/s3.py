@@ -180,7 +180,7 @@ class S3Storage(Storage):
 
     @retried
     def entries(self, prefix: str = "", unusable: Names | None = None) -> Entries:
-        """What `list` names, with sizes and versions. Keys that are no names are put into `unusable`."""
+        """Return the objects of `list` with sizes and versions. Keys that are not names are put into `unusable`."""
         start = f"{self.prefix}/" if self.prefix else ""
         with self._errors("list", prefix) as client:
             pages = client.get_paginator("list_objects_v2").paginate(
@@ -207,7 +207,7 @@ class S3Storage(Storage):
     @retried
     def require_writable(self, name: str = "probe") -> None:
         key = self._key(name)
-        with self._errors("write", name) as client:  # an upload in parts is no object before it is completed
+        with self._errors("write", name) as client:  # an upload in parts makes no object before it is completed
             upload = client.create_multipart_upload(Bucket=self.bucket, Key=key)["UploadId"]
         with suppress(StorageError), self._errors("write", name) as client:
             client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload)
@@ -226,7 +226,7 @@ class S3Storage(Storage):
 
     @contextmanager
     def _errors(self, action: str, name: str) -> Iterator[Any]:
-        """The client of this process; what it raises comes out explained."""
+        """Yield the client of this process; raise its errors as `StorageError` with the cause and the next step."""
         endpoint, client = "", None
         try:
             client = s3_client(self._timeout_s)
@@ -273,10 +273,10 @@ class _View(io.RawIOBase):
 
 
 def _has_bucket(client: Any, bucket: str) -> bool:
-    """Tells an absent object from an absent bucket where the answer to a HEAD (it has no body) could mean both."""
+    """Return whether the bucket exists, where the answer to a HEAD of an object (it has no body) leaves that open."""
     try:
         client.head_bucket(Bucket=bucket)
-    except Exception as error:  # whatever else it is, it is no news about the bucket
+    except Exception as error:  # any other error does not show that the bucket is absent
         return error_code(error) != "404"
     return True
 

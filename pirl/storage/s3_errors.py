@@ -233,7 +233,7 @@ _REASONS: dict[str, tuple[str, str]] = {
     **dict.fromkeys(
         ("TooManyRequests", "RequestLimitExceeded", "BandwidthLimitExceeded", "PriorRequestNotComplete"), _BUSY
     ),
-    # What arrived was not what had been sent, or another write to the object was under way.
+    # The bytes changed on their way, or another write to the object was under way.
     **dict.fromkeys(("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"), _BUSY),
     **dict.fromkeys(("OperationAborted", "ConditionalRequestConflict", "IDPCommunicationError"), _BUSY),
     "RequestTimeTooSkewed": ("this machine's clock differs from the server's", "Set the clock (NTP)."),
