@@ -43,7 +43,7 @@ Columns of the geometry stream: image crop 0..21, patch crop 22..43, then 2 g^2 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the views of a batch of B images lie; g is the side of the jigsaw grid."""
+    """Places of the views of a batch of B images; g is the side of the jigsaw grid."""
 
     image_box: np.ndarray
     """(B, 4) int64: top, left, height, width of the image view in pixels of the original."""
@@ -101,9 +101,9 @@ def crop(
     cfg: ViewsConfig,
     out: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The views of one image (H, W, 3) uint8 by row `row` of `geometry`, before photometric transforms.
+    """Return the views of one image (H, W, 3) uint8 by row `row` of `geometry`, before photometric transforms.
 
-    Returns the image (S, S, 3) uint8 and its patches (g^2, P, P, 3) uint8 in permuted order, written into `out` where
+    They are the image (S, S, 3) uint8 and its patches (g^2, P, P, 3) uint8 in permuted order, written into `out` where
     it is given. Crops are resized with an antialiased bilinear filter, each straight from the original: PIL's, or where
     `resampling` is "near" PyTorch's, three times as fast, whose values are at most 1 level off (one in two hundred is).
     """
@@ -140,8 +140,10 @@ def _resized_by_torch(pixels: np.ndarray, size: int) -> np.ndarray:
 def crop_batch(
     images: Sequence[np.ndarray], ids: np.ndarray, seed: int, epoch: int, cfg: ViewsConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The views of B images (H, W, 3) uint8: (B, S, S, 3) uint8 and patches (B g^2, P, P, 3) uint8, all of one image
-    together."""
+    """Return the views of B images (H, W, 3) uint8.
+
+    They are (B, S, S, 3) uint8 and patches (B g^2, P, P, 3) uint8, all of one image together.
+    """
     sizes = np.array([image.shape[:2] for image in images], np.int64).reshape(-1, 2)
     geometry = draw_geometry(cfg, seed, epoch, ids, sizes)
     views = np.empty((len(images), *cfg.image_shape), np.uint8)

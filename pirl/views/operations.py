@@ -192,7 +192,7 @@ def _box_blur(x: Tensor, axis: int, radius: int, inner: Tensor, outer: Tensor) -
     padded = x.new_empty(shape)
     body = padded.narrow(axis, pad, size)
     body.copy_(x)
-    # shifts along the flattened pixels, as in sharpness_: only the padding comes out wrong, and it is filled anew
+    # shifts along the flattened pixels, as in sharpness_: only the padding comes out wrong, and it is filled again
     flat = padded.view(len(x), -1)
     step = padded.stride(axis)
     end = flat.shape[1] - pad * step

@@ -44,7 +44,7 @@ _CHUNK_VALUES = 1 << 20  # on a CPU, one chunk and its temporaries stay in the c
 
 @dataclass(frozen=True)
 class Photometrics:
-    """What happens to each of n elements (images or patches): arrays (n, ...)."""
+    """Parameters of the transforms of n elements (images or patches): arrays (n, ...)."""
 
     jitter: np.ndarray
     """bool: whether the colour jitter applies."""
@@ -115,7 +115,7 @@ def draw_photometrics(
 
 
 def apply_photometrics(pixels: Tensor, params: Photometrics, cfg: ViewsConfig) -> Tensor:
-    """The photometric chain of the recipe, then normalisation: (n, H, W, 3) uint8 to (n, 3, H, W) float32.
+    """Apply the photometric chain of the recipe, then normalise: (n, H, W, 3) uint8 to (n, 3, H, W) float32.
 
     base: jitter, then (posterize, sharpness, solarize, autocontrast), then gray, then flip.
     blur: flip, then jitter, then gray, then Gaussian blur.
@@ -161,7 +161,7 @@ def denormalise(images: Tensor, cfg: ViewsConfig) -> Tensor:
 
 
 def _is_gray(pixels: Tensor) -> bool:
-    """Whether all channels are equal; then one stands for three. Not asked of a GPU, which would have to wait."""
+    """Return whether all channels are equal; then one stands for three. False on a GPU, which would have to wait."""
     if pixels.is_cuda or not len(pixels):
         return False
     return all(torch.equal(part[..., 0], part[..., channel]) for part in (pixels[:1], pixels) for channel in (1, 2))
