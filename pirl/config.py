@@ -204,7 +204,7 @@ class TrainConfig(Settings):
     batch_size: int = Field(ge=1, le=2**20)
     """Global: over all ranks."""
     last_batch: Literal["keep", "drop"] = "keep"
-    """What is left of an epoch after its full batches: a smaller batch, dealt evenly, or dropped."""
+    """The rest of an epoch after its full batches: a smaller batch, dealt evenly, or dropped."""
     order: Literal["sorted", "permutation"] = "sorted"
     """Order of an epoch's images. sorted: by random keys, as in version 0.1, which every rank draws and sorts;
     permutation: a keyed permutation, of which any part costs as much at any number of images (`pirl.order`)."""
@@ -335,7 +335,7 @@ def recipe_names() -> list[str]:
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe by name or path, apply `section.key=value` overrides, validate all of it.
 
-    Raises `ConfigError` with every problem found, or `UsageError` where there is no such recipe.
+    `ConfigError` with every problem, or `UsageError` where the recipe does not exist.
     """
     path = Path(name)
     if path.suffix == ".toml":
@@ -348,7 +348,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     else:
         if str(name) not in recipe_names():
             raise UsageError(
-                f"there is no recipe {str(name)!r}.{did_you_mean(str(name), recipe_names())}",
+                f"recipe {str(name)!r} not found.{did_you_mean(str(name), recipe_names())}",
                 "`pirl recipes` lists them; a path must end in .toml",
             )
         text = (resources.files("pirl") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")

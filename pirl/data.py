@@ -109,7 +109,7 @@ class CropDataset(Dataset[Batch]):
         self._decoded_bytes = 0
 
     def image_ids(self, rows: np.ndarray) -> np.ndarray:
-        """The ids of bank rows: the same, or evenly spaced over the data set where the recipe uses fewer images."""
+        """Return the ids of bank rows: the same, or evenly spaced over the data set if the recipe uses fewer images."""
         return rows if self.rows == len(self.reader) else rows * len(self.reader) // self.rows
 
     def __getitem__(self, index: tuple[int, np.ndarray]) -> Batch:
@@ -137,7 +137,7 @@ class CropDataset(Dataset[Batch]):
             crop(self._pixels(ids[row], sources[row]), geometry, row, cfg, out)
 
     def batch(self, rows: np.ndarray, images: Tensor, patches: Tensor) -> Batch:
-        """Crops that `fill` has written, beside the rows and ids that they are of."""
+        """Return crops that `fill` has written, with their rows and ids."""
         ids = self.image_ids(rows)
         return Batch(torch.from_numpy(rows.copy()), torch.from_numpy(ids.copy()), images, patches.flatten(0, 1))
 
@@ -274,8 +274,10 @@ class Loader:
                 pins.release()
 
     def _next(self, ready: Iterator[Any]) -> Any:
-        """What the workers hand over next. They have half of the time that other ranks wait for this one, so that the
-        rank which is to blame is the first to speak."""
+        """Return the next item of the workers.
+
+        They have half of the time that other ranks wait for this one, so that the stalled rank is the first to report.
+        """
         deadline = time.monotonic() + self.world.timeout_s / 2
         while True:
             try:
@@ -299,8 +301,10 @@ class Loader:
 
 
 class Pins:
-    """Slots in page-locked memory, from which a GPU copies while this process goes on; so a slot must not be written
-    again before what was asked of the GPU while it was in use is done."""
+    """Slots in page-locked memory, from which a GPU copies while this process continues.
+
+    A slot must not be written again before the GPU has done what was queued while the slot was in use.
+    """
 
     def __init__(self, tensors: Sequence[Tensor], slots: int) -> None:
         self.tensors = tensors

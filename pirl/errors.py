@@ -1,4 +1,4 @@
-"""What can go wrong for a user, each with the next step. Only a bug, which is none of these, shows a traceback."""
+"""The errors of a user, each with the next step. Only a bug, which is not one of these, shows a traceback."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 EXIT_DONE = 0
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the work is saved; run the same command again to go on
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the work is saved; run the same command again to resume
 
 
 class PirlError(Exception):
-    """A failure that the user can act on: `what` happened and where, `hint` says what to do next."""
+    """A failure that the user can act on: `what` happened and where, `hint` is the next step."""
 
     exit_code = EXIT_FAILURE
     transient = False
-    """Whether a retry may help: the server is overloaded or unavailable, say. Otherwise somebody has to act."""
+    """True where a retry may help, as with an overloaded or unavailable server. Otherwise somebody has to act."""
 
     def __init__(self, what: str, hint: str = "", *, transient: bool | None = None) -> None:
         super().__init__(what)
@@ -65,11 +65,11 @@ class RegistryError(PirlError):
 
 
 class TrainingError(PirlError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class PreemptedError(PirlError):
-    """Training was told to stop and has saved its state."""
+    """Training was stopped from outside and has saved its state."""
 
     exit_code = EXIT_PREEMPTED
 

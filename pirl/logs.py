@@ -4,7 +4,7 @@
 people: a pipe alone does not mean that a machine reads (`make demo | tee demo.log`, a pipeline on one's own machine).
 Secrets are blanked in both forms.
 
-Each program calls `start` first. From then on a line that the console cannot take is dropped, whoever prints it: no
+Each program calls `start` first. From then on a line that the console cannot take is dropped, whatever prints it: no
 standard stream, a reader that has left (`| head -1`), a lost terminal, a full disk. A character that the console's
 encoding lacks is written with a backslash.
 """
@@ -84,7 +84,7 @@ def event(kind: str, **fields: Any) -> None:
 def output(text: str) -> None:
     """Print the result of a command as it is, for another program to read.
 
-    A reader that has left is no error. A full disk is one, for a file that is cut off looks like a result.
+    A reader that has left is not an error. A full disk is one, for a file that is cut off looks like a result.
     """
     error = write(sys.stdout, text)
     if error and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -121,7 +121,7 @@ def is_terminal() -> bool:
     """Return whether stdout is a terminal."""
     try:
         return sys.stdout.isatty()
-    except (AttributeError, ValueError):  # there is none, or it is closed
+    except (AttributeError, ValueError):  # stdout is absent or closed
         return False
 
 
@@ -237,7 +237,7 @@ def redact(text: str) -> str:
 
 
 def readable(line: str) -> str:
-    """The words of a JSON line that this module wrote; any other line as it is."""
+    """Return the words of a JSON line that this module wrote; any other line as it is."""
     try:
         found = json.loads(line)
     except ValueError:

@@ -57,7 +57,7 @@ def markdown() -> str:
         "Every setting with its type, default and bounds. This page is generated: "
         "`python -m pirl.reference > docs/configuration.md`.",
         "## Recipe",
-        "What is learned. `pirl show RECIPE` prints the values of a recipe; `section.key=value` overrides one.",
+        "The training itself. `pirl show RECIPE` prints the values of a recipe; `section.key=value` overrides one.",
         table(fields(Recipe)),
         "## Options of a training",
         "How the ranks run; nothing of it changes what is learned. On a command `--name`, in a pipeline's `options` "
@@ -116,7 +116,7 @@ def kind_of(annotation: Any) -> str:
 
 
 def default_of(field: FieldInfo) -> str:
-    """Return the default; "required" if there is none, "computed" if it depends on the machine."""
+    """Return the default; "required" without one, "computed" if it depends on the machine."""
     if field.default_factory in (dict, list, tuple):
         return f"`{json.dumps(field.default_factory())}`"
     if field.default_factory is not None:

@@ -622,7 +622,7 @@ def test_preview_mistakes(tmp_path: Path) -> None:
     (tmp_path / "broken" / "a.jpg").write_bytes(truncated_jpeg())
     with pytest.raises(UsageError, match="neither"):
         write_preview("demo", str(tmp_path), tmp_path / "sheet.pdf")
-    with pytest.raises(UsageError, match="no recipe 'demmo'"):
+    with pytest.raises(UsageError, match="recipe 'demmo' not found"):
         write_preview("demmo", str(tmp_path), tmp_path / "sheet.html")
     with pytest.raises(UsageError, match="0 images"):
         write_preview("demo", str(tmp_path), tmp_path / "sheet.html", count=0)
