@@ -64,7 +64,7 @@ class BlockCache:
             self._give_up(error)
 
     def get(self, shard: int, start: int, stop: int) -> bytes | None:
-        """Bytes start..stop-1 of a shard if all of them are here."""
+        """Return the bytes start..stop-1 of a shard if the cache has all of them."""
         pieces = []
         for block in range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)):
             first = block * BLOCK_BYTES
@@ -118,7 +118,7 @@ class BlockCache:
             self._give_up(error)
 
     def room(self) -> int:
-        """Bytes that may still be kept. Measures the folder now and then, and clears out unused data sets."""
+        """Return the bytes that may still be kept. Measure the folder now and then, and remove unused data sets."""
         if not self._off and self._uncounted > self._limit // COUNT_SHARE:
             try:
                 self._count()
@@ -128,7 +128,7 @@ class BlockCache:
 
     @contextmanager
     def fetching(self, shard: int, start: int, stop: int) -> Iterator[None]:
-        """Only one process or thread at a time is in here for the same blocks."""
+        """Hold a lock, so that one process or thread at a time works on the same blocks."""
         # a lock of the open file (OFD), not of the process: it works between threads and ends with its holder
         first = (shard << 32) + start // BLOCK_BYTES
         count = -(-stop // BLOCK_BYTES) - start // BLOCK_BYTES
@@ -211,7 +211,7 @@ def _lock_range(file: BinaryIO, first: int, count: int) -> None:
 
 
 def _used(folder: Path) -> int:
-    """Bytes in a folder; unfinished files of lost writers are removed."""
+    """Return the bytes in a folder; remove unfinished files of lost writers."""
     total = 0
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:

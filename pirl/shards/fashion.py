@@ -48,7 +48,7 @@ def cache_root() -> Path | None:
 
 
 def fashion_mnist(split: str) -> ArraySource:
-    """Fashion-MNIST's 60,000 "train" or 10,000 "test" images, from the first place that has them.
+    """Return Fashion-MNIST's 60,000 "train" or 10,000 "test" images, from the first place that has them.
 
     The order: the folder in PIRL_DATA, the cached copy, torchvision's download (into the cache), Debian's package.
     """
@@ -132,7 +132,7 @@ def _idx_file(folder: Path, name: str) -> Path:
 
 
 def _download() -> Path | None:
-    """torchvision's download, put into the cache whole or not at all. RuntimeError in seconds when offline."""
+    """Download by torchvision into the cache, whole or not at all. RuntimeError in seconds when offline."""
     cache = cache_root()
     if cache is None:
         raise FileNotFoundError(NO_CACHE)
@@ -154,7 +154,7 @@ def _download() -> Path | None:
 
 
 def _require_network(url: str) -> None:
-    """One small request in a thread that can be given up: looking up a name has no timeout of its own."""
+    """Send a small request in a thread that can be given up: the look-up of a name has no timeout of its own."""
     answer: list[BaseException | None] = []
 
     def ask() -> None:

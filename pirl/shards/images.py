@@ -192,7 +192,7 @@ def decode_pixels(data: bytes, name: str, decoding: Decoding = DEFAULT, buffer: 
 
 
 def _jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
-    """(height, width) of a JPEG whose RGB form has one meaning and an allowed size; None for any other file."""
+    """Return (height, width) of a JPEG whose RGB form has one meaning and an allowed size; None for any other file."""
     if not data.startswith(b"\xff\xd8\xff"):
         return None
     try:

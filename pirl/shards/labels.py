@@ -32,13 +32,13 @@ SPLITS = frozenset(
 
 
 def check_class(name: str) -> None:
-    """UsageError unless `name` can be written into our files."""
+    """Raise UsageError unless `name` can be written into our files."""
     if not name.isprintable():  # also the surrogates of a name that is not UTF-8, which JSON files cannot carry
         raise UsageError(f"the class name {name!r} has characters that cannot be written", "rename the class")
 
 
 def numbered(given: list[str], where: str) -> tuple[np.ndarray, list[str]]:
-    """Labels as they are written, class indices or names -> indices, int64 (N,), and the classes."""
+    """Return labels, written as class indices or names, as indices, int64 (N,), and the classes."""
     if all(label.isascii() and label.isdecimal() for label in given):
         indices = np.array([int(label[:20]) for label in given], dtype=object)
         if indices.max() >= MAX_CLASSES:
@@ -83,7 +83,7 @@ def top_folder(name: str) -> str:
 
 
 def check_level(names: Sequence[str], classes: Sequence[str], where: str, place: str = "") -> list[str]:
-    """UsageError where the class folders are the splits of a data set (train, val ...), so one level too high.
+    """Raise UsageError where the class folders are the splits of a data set (train, val ...), so one level too high.
 
     `place` is where they lie, for the hint. Returns notes: a warning where all class folders hold the same folders,
     whatever their names are.

@@ -100,7 +100,7 @@ class ObjectSource(Source):
         self._ask()
 
     def _requests(self, indices: Sequence[int]) -> list[list[int]]:
-        """Neighbours in one object go together."""
+        """Group neighbours in one object into one request."""
         requests: list[list[int]] = []
         for i in indices:
             if requests:

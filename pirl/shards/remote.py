@@ -64,7 +64,7 @@ class RemoteShards:
         return [data for data in found if data is not None]
 
     def _requests(self, spans: Sequence[Span], missing: list[int], room: int) -> list[_Request]:
-        """As few requests as hold the missing spans: of whole blocks as long as there is `room` for these."""
+        """Return requests that hold the missing spans: of whole blocks as long as there is `room` for these."""
         requests: list[_Request] = []
         for number in sorted(missing, key=lambda number: spans[number]):
             shard, start, stop = spans[number]

@@ -116,7 +116,7 @@ def group_samples(members: Sequence[Member], parts: Parts) -> Grouped:
 
 
 def check_words(groups: Iterable[Grouped]) -> None:
-    """UsageError where names with dots are parts of samples (`0.rgb.png`, `0.depth.png`), seen over several tars."""
+    """Raise UsageError where names with dots are parts of samples (`0.rgb.png`, `0.depth.png`), over several tars."""
     words: dict[str, tuple[str, str]] = {}
     for group in groups:
         for word, (key, name) in group.words.items():
@@ -168,7 +168,7 @@ def _images(candidate: dict[str, Member], parts: Parts, words: dict[str, tuple[s
 
 
 def _check_words(images: list[Member], words: dict[str, tuple[str, str]]) -> None:
-    """UsageError where a word between key and suffix comes again for another key: then it names a part."""
+    """Raise UsageError where a word between key and suffix comes again for another key: then it names a part."""
     for member in images:
         word = member.part.rpartition(".")[0]
         if word.replace(".", "").replace("_", "").replace("-", "").isdecimal():

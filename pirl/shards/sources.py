@@ -45,7 +45,7 @@ class Source(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hex SHA-256 that changes when the input does. Not a place: a copied array data set has the same."""
+        """Return a hex SHA-256 that changes when the input does. Not a place: a copied array data set has the same."""
 
     @abstractmethod
     def check(self, i: int, decoding: Decoding) -> tuple[Checked, int]:
@@ -113,7 +113,7 @@ class FileSource(Source):
 
     @contextmanager
     def _opened(self, i: int) -> Iterator[tuple[int, int]]:
-        """(descriptor, size) of a file that is as it was when it was listed. DataError about it and its reading."""
+        """Yield (descriptor, size) of a file; DataError where it has changed since it was listed or cannot be read."""
         name = self.names[i]
         try:
             # O_NONBLOCK: opening a FIFO that carries an image's name must not wait for a writer
@@ -172,7 +172,7 @@ class ArraySource(Source):
 
 
 def grey_png(image: np.ndarray) -> bytes:
-    """uint8 (H, W) -> PNG of mode L. Four times as fast as Pillow on 28x28, where a call costs more than the work."""
+    """Return uint8 (H, W) as a PNG of mode L, on 28x28 four times as fast as Pillow, whose call costs more."""
     height, width = image.shape
     rows = np.zeros((height, width + 1), np.uint8)  # each row after its filter type, 0: as it is
     rows[:, 1:] = image

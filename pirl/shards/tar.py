@@ -40,7 +40,7 @@ Load = Callable[[memoryview], bytes | memoryview]
 
 
 def padded(size: int) -> int:
-    """Bytes that a member of `size` bytes takes in an archive, with its header."""
+    """Return the bytes that a member of `size` bytes takes in an archive, with its header."""
     return BLOCK + -(-size // BLOCK) * BLOCK
 
 

@@ -210,7 +210,7 @@ def _text(data: bytes, name: str, where: str) -> str:
 
 
 def _tar_members(file: io.BufferedReader, size: int) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Members of an archive and of those that were joined to it (`cat a.tar b.tar`). TarError for anything else."""
+    """Yield the members of an archive and of those joined to it (`cat a.tar b.tar`). TarError for anything else."""
     start: int | None = 0
     while start is not None:
         file.seek(start)

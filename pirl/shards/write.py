@@ -152,7 +152,10 @@ class _Run:
         return quarantine
 
     def _check(self, workers: Workers, max_bad_share: float) -> tuple[list[str], np.ndarray, dict[int, str], Pictures]:
-        """Pass 1. Extension ("" for an unreadable one) and size of every wanted image, and why some are unreadable."""
+        """Check every wanted image, pass 1.
+
+        Return the extension ("" for an unreadable one) and size of each, and why some are unreadable.
+        """
         chunks = [self.wanted[start : start + CHUNK_IMAGES] for start in range(0, len(self.wanted), CHUNK_IMAGES)]
         there = set(self.records.list("checked-"))
         results: dict[int, dict[str, Any]] = {}
@@ -229,7 +232,7 @@ class _Run:
             )
 
     def _write(self, workers: Workers, plans: list[Plan]) -> list[Shard]:
-        """Pass 2. Write every shard that has no record yet."""
+        """Write every shard that has no record yet, pass 2."""
         there = set(self.records.list("shard-"))
         shards: dict[int, Shard] = {}
         for plan in plans:
