@@ -56,7 +56,7 @@ class Geometry:
 
 
 def random_box(draws: np.ndarray, sizes: np.ndarray, scale: Sequence[float], ratio: Sequence[float]) -> np.ndarray:
-    """Boxes by the law of torchvision's RandomResizedCrop: (B, 4) int64 of top, left, height, width.
+    """Return boxes by the law of torchvision's RandomResizedCrop: (B, 4) int64 of top, left, height, width.
 
     The area is uniform in `scale` (shares of the image's area), the aspect ratio log-uniform in `ratio`; the first of
     10 tries that fits is placed uniformly, and if none fits the largest centred box with an allowed ratio is taken.
@@ -81,7 +81,7 @@ def random_box(draws: np.ndarray, sizes: np.ndarray, scale: Sequence[float], rat
 
 
 def draw_geometry(cfg: ViewsConfig, seed: int, epoch: int, ids: np.ndarray, sizes: np.ndarray) -> Geometry:
-    """Boxes, jitter and permutation of the images `ids` (B,) of `sizes` (B, 2: height, width) in an epoch."""
+    """Return boxes, jitter and permutation of the images `ids` (B,) of `sizes` (B, 2: height, width) in an epoch."""
     cells = cfg.grid * cfg.grid
     draws = uniforms(seed, epoch, ids, GEOMETRY_STREAM, 2 * CROP_DRAWS + 3 * cells)
     image, patch, jitter, order = np.split(draws, np.cumsum([CROP_DRAWS, CROP_DRAWS, 2 * cells]), axis=1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def on_some(x: Tensor, mask: np.ndarray, op: Callable[[Tensor, np.ndarray], object]) -> None:
-    """`op(elements, their indices)` in place on the elements of `x` where `mask` holds."""
+    """Apply `op(elements, their indices)` in place to the elements of `x` where `mask` holds."""
     index = np.flatnonzero(mask)
     if len(index) == len(x):
         op(x, index)
@@ -28,17 +28,17 @@ def on_some(x: Tensor, mask: np.ndarray, op: Callable[[Tensor, np.ndarray], obje
 
 
 def _column(x: Tensor, values: np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
-    """One value for each element, to broadcast over its pixels."""
+    """Return one value for each element, to broadcast over its pixels."""
     return torch.as_tensor(values, dtype=dtype).to(x.device, non_blocking=True).view(-1, 1, 1, 1)
 
 
 def _blend_(x: Tensor, degenerate: Tensor, factor: np.ndarray) -> None:
-    """degenerate + factor (x - degenerate), clipped and cut to integers, as PIL's Image.blend."""
+    """Set x to degenerate + factor (x - degenerate), clipped and cut to integers, as PIL's Image.blend."""
     x.sub_(degenerate).mul_(_column(x, factor)).add_(degenerate).clamp_(0, 255).floor_()
 
 
 def luma(x: Tensor) -> Tensor:
-    """PIL's conversion to mode L, (m, 1, H, W): (19595 R + 38470 G + 7471 B + 2^15) >> 16. Float32 holds it exactly."""
+    """Return PIL's mode L, (m, 1, H, W): (19595 R + 38470 G + 7471 B + 2^15) >> 16. Float32 holds it exactly."""
     if x.shape[1] == 1:
         return x.clone()
     red, green, blue = x.split(1, dim=1)
@@ -47,12 +47,12 @@ def luma(x: Tensor) -> Tensor:
 
 
 def brightness_(x: Tensor, factor: np.ndarray) -> None:
-    """PIL's ImageEnhance.Brightness."""
+    """Apply PIL's ImageEnhance.Brightness."""
     x.mul_(_column(x, factor)).clamp_(max=255).floor_()
 
 
 def contrast_(x: Tensor, factor: np.ndarray) -> None:
-    """PIL's ImageEnhance.Contrast: away from the rounded mean luma."""
+    """Apply PIL's ImageEnhance.Contrast: away from the rounded mean luma."""
     total = luma(x).sum(-1).sum((1, 2), dtype=torch.float64)  # of integers: exact in any order
     pixels = torch.full_like(total, x.shape[2] * x.shape[3])  # a GPU divides by a number by way of its reciprocal
     mean = (total / pixels + 0.5).floor_().float().view(-1, 1, 1, 1)
@@ -60,14 +60,14 @@ def contrast_(x: Tensor, factor: np.ndarray) -> None:
 
 
 def saturation_(x: Tensor, factor: np.ndarray) -> None:
-    """PIL's ImageEnhance.Color: away from the gray image."""
+    """Apply PIL's ImageEnhance.Color: away from the gray image."""
     if x.shape[1] == 3:
         _blend_(x, luma(x), factor)
 
 
 @functools.cache
 def _hue_table(device: torch.device) -> Tensor:
-    """PIL's 8-bit hue, which depends on two differences only: (511 * 511,) uint8 at 511 (R - G) + G - B, from -255."""
+    """Return PIL's 8-bit hue by two differences of colours: (511 * 511,) uint8 at 511 (R - G) + G - B, from -255."""
     red_green, green_blue = (axis - 255 for axis in np.mgrid[:511, :511])
     channels = np.stack([red_green + green_blue, green_blue, np.zeros_like(green_blue)], axis=-1)
     channels -= channels.min(axis=-1, keepdims=True)
@@ -76,7 +76,7 @@ def _hue_table(device: torch.device) -> Tensor:
 
 
 def hue_(x: Tensor, turns: np.ndarray) -> None:
-    """torchvision's adjust_hue on PIL images: to 8-bit HSV, a shift of H modulo 256, and back."""
+    """Apply torchvision's adjust_hue on PIL images: to 8-bit HSV, a shift of H modulo 256, and back."""
     if x.shape[1] == 1:
         return  # gray has no hue
     red, green, blue = x.unbind(1)
@@ -100,18 +100,18 @@ def hue_(x: Tensor, turns: np.ndarray) -> None:
 
 
 def flip_(x: Tensor) -> None:
-    """Left and right exchanged."""
+    """Exchange left and right."""
     x.copy_(x.flip(-1))
 
 
 def posterize_(x: Tensor, bits: np.ndarray) -> None:
-    """PIL's ImageOps.posterize."""
+    """Apply PIL's ImageOps.posterize."""
     step = 2.0 ** (8 - bits)
     x.mul_(_column(x, 1 / step)).floor_().mul_(_column(x, step))
 
 
 def sharpness_(x: Tensor, factor: np.ndarray) -> None:
-    """PIL's ImageEnhance.Sharpness: away from the image smoothed by a 3x3 kernel; border pixels stay."""
+    """Apply PIL's ImageEnhance.Sharpness: away from the image smoothed by a 3x3 kernel; border pixels stay."""
     height, width = x.shape[2:]
     if min(height, width) < 3:
         return
@@ -130,13 +130,13 @@ def sharpness_(x: Tensor, factor: np.ndarray) -> None:
 
 
 def solarize_(x: Tensor, threshold: np.ndarray) -> None:
-    """PIL's ImageOps.solarize."""
+    """Apply PIL's ImageOps.solarize."""
     inverted = (x - _column(x, threshold - 1)).clamp_(0, 1)  # arithmetic is faster than torch.where on a CPU
     x.add_(inverted.mul_(torch.rsub(x, 255, alpha=2)))
 
 
 def autocontrast_(x: Tensor) -> None:
-    """PIL's ImageOps.autocontrast: each channel stretched to 0..255."""
+    """Apply PIL's ImageOps.autocontrast: each channel stretched to 0..255."""
     low, high = (extreme(x.flatten(2), dim=2, keepdim=True).double() for extreme in (torch.amin, torch.amax))
     # 255 / tensor would multiply by a rounded reciprocal
     stretch = torch.where(high > low, torch.full_like(low, 255) / (high - low).clamp(min=1), 1.0)
@@ -147,13 +147,13 @@ def autocontrast_(x: Tensor) -> None:
 
 
 def gray_(x: Tensor) -> None:
-    """PIL's conversion to mode L, in all channels."""
+    """Apply PIL's conversion to mode L, in all channels."""
     if x.shape[1] == 3:
         x.copy_(luma(x).expand_as(x))
 
 
 def blur_(x: Tensor, sigma: np.ndarray) -> None:
-    """PIL's GaussianBlur: three box blurs along the rows, then three along the columns."""
+    """Apply PIL's GaussianBlur: three box blurs along the rows, then three along the columns."""
     reach, inner, outer = box_weights(sigma)
     for radius in np.unique(reach).tolist():
 
@@ -168,7 +168,7 @@ def blur_(x: Tensor, sigma: np.ndarray) -> None:
 
 
 def box_weights(sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Three box filters that make a Gaussian, in PIL's float32 arithmetic and its 24-bit fixed point.
+    """Return three box filters that make a Gaussian, in PIL's float32 arithmetic and its 24-bit fixed point.
 
     Returns, (m,) each, int64: whole pixels on either side of the centre, their weight, and the weight of the two
     pixels beyond (Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering", 2011).
@@ -185,7 +185,7 @@ def box_weights(sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _box_blur(x: Tensor, axis: int, radius: int, inner: Tensor, outer: Tensor) -> Tensor:
-    """Three box blurs of (m, C, H, W) int32 along `axis`, rounded to 8 bits after each, edges repeated."""
+    """Apply three box blurs of (m, C, H, W) int32 along `axis`, rounded to 8 bits after each, edges repeated."""
     size, pad = x.shape[axis], radius + 1
     shape = list(x.shape)
     shape[axis] += 2 * pad

@@ -83,7 +83,7 @@ class Photometrics:
 def draw_photometrics(
     cfg: ViewsConfig, seed: int, epoch: int, ids: np.ndarray, elements: Sequence[int]
 ) -> Photometrics:
-    """Parameters of the given elements of each image (0: image view, k: patch k - 1 of the output), image by image.
+    """Return the parameters of elements of each image (0: image view, k: patch k - 1 of the output), image by image.
 
     Returns arrays of n = B * len(elements). Every element draws independently of all others.
     """
@@ -140,7 +140,7 @@ def apply_photometrics(pixels: Tensor, params: Photometrics, cfg: ViewsConfig) -
 
 
 def _chain(x: Tensor, params: Photometrics, plans: np.ndarray, cfg: ViewsConfig) -> None:
-    """All transforms, in place on (m, C, H, W) pixels sorted by their jitter plans."""
+    """Apply all transforms, in place on (m, C, H, W) pixels sorted by their jitter plans."""
     if cfg.photometric == "base":
         _jitter(x, params, plans)
         on_some(x, params.group, lambda part, index: _group(part, params[index]))
@@ -154,7 +154,7 @@ def _chain(x: Tensor, params: Photometrics, plans: np.ndarray, cfg: ViewsConfig)
 
 
 def denormalise(images: Tensor, cfg: ViewsConfig) -> Tensor:
-    """Normalised images (n, 3, H, W) back to pixels to look at: (n, H, W, 3) uint8 on the CPU."""
+    """Return normalised images (n, 3, H, W) as pixels to look at: (n, H, W, 3) uint8 on the CPU."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (cfg.mean, cfg.std))
     pixels = (images.detach().float().cpu() * std + mean) * 255
     return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
@@ -168,7 +168,7 @@ def _is_gray(pixels: Tensor) -> bool:
 
 
 def _jitter_plans(params: Photometrics, cfg: ViewsConfig) -> np.ndarray:
-    """(n,) the jitter operations that do something, in order, as digits (index + 1) of a number in base 5."""
+    """Return (n,) the jitter operations that do something, in order, as digits (index + 1) of a number in base 5."""
     active = np.array([getattr(cfg, name) > 0 for name in JITTER_OPS])
     plans = np.zeros(len(params), np.int64)
     for op in params.order.T:
@@ -177,7 +177,7 @@ def _jitter_plans(params: Photometrics, cfg: ViewsConfig) -> np.ndarray:
 
 
 def _jitter(x: Tensor, params: Photometrics, plans: np.ndarray) -> None:
-    """Colour jitter of elements sorted by their plans."""
+    """Apply colour jitter to elements sorted by their plans."""
     for run in _runs(plans):
         for digit in np.base_repr(plans[run.start], 5):
             if digit != "0":

@@ -14,7 +14,7 @@ _32 = np.uint64(32)
 
 
 def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Philox4x32 with 10 rounds: `counter` (..., 4) and `key` (..., 2) uint32, broadcast, to (..., 4) uint32."""
+    """Apply Philox4x32 with 10 rounds: `counter` (..., 4) and `key` (..., 2) uint32, broadcast, to (..., 4) uint32."""
     shape = np.broadcast_shapes(counter.shape[:-1], key.shape[:-1])
     x0, x1, x2, x3 = (np.broadcast_to(counter[..., i], shape).astype(np.uint64) for i in range(4))
     k0, k1 = (key[..., i].astype(np.uint64) for i in range(2))
@@ -26,7 +26,7 @@ def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
 
 
 def uniforms(seed: int, epoch: int, ids: np.ndarray, view: int | np.ndarray, n: int) -> np.ndarray:
-    """`n` uniform numbers for each id, (B, n) float64 in [0, 1) with 53 random bits.
+    """Return `n` uniform numbers for each id, (B, n) float64 in [0, 1) with 53 random bits.
 
     `ids` (B,) are image ids below 2^64, `view` (0..255, an integer or (B,)) names an independent stream of the same
     image; `seed` counts modulo 2^64, `epoch` lies below 2^48 and `n` is at most 512. Column k of a row never depends on
