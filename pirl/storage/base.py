@@ -77,7 +77,7 @@ class Storage(ABC):
 
     @abstractmethod
     def list(self, prefix: str = "") -> Names:
-        """All names that start with `prefix`, from all levels, sorted; empty when there is nothing."""
+        """Return all names that start with `prefix`, from all levels, sorted."""
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Return the bytes of each object that `list` names."""
@@ -85,7 +85,7 @@ class Storage(ABC):
 
     @abstractmethod
     def size(self, name: str) -> int:
-        """Bytes of the object; `StorageNotFoundError` when absent."""
+        """Return the bytes of the object; `StorageNotFoundError` when absent."""
 
     @abstractmethod
     def delete(self, name: str) -> None:
@@ -152,7 +152,7 @@ class Storage(ABC):
 
 
 def encode_json(value: Any) -> bytes:
-    """JSON as this project stores it: UTF-8, indent 2, the caller's order of keys, a final newline."""
+    """Return JSON as this project stores it: UTF-8, indent 2, the caller's order of keys, a final newline."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 

@@ -111,7 +111,7 @@ def _answered(root: str) -> None:
 
 
 def _report(root: str, error: PirlError, limit_s: float) -> None:
-    """Say once an outage that it has begun."""
+    """Log the start of an outage, once for each."""
     with _lock:
         begins = root not in _outages
         _outages.setdefault(root, time.monotonic())

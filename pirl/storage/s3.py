@@ -162,7 +162,7 @@ class S3Storage(Storage):
 
     @retried
     def read_version(self, name: str, version: str, offset: int, length: int) -> bytes | None:
-        """As `read_range`; None when the object is not the one that `entries` has listed any more."""
+        """Read as `read_range` does; return None where the object has changed since `entries` listed it."""
         if length <= 0:
             return b""
         try:
