@@ -172,7 +172,7 @@ class LossConfig(Settings):
 
     @property
     def draws_per_image(self) -> bool:
-        """Whether negatives are drawn for each image and view, as in the paper."""
+        """True where negatives are drawn for each image and view, as in the paper."""
         return self.negatives != "all" and not self.shared_negatives
 
 
@@ -297,11 +297,11 @@ class Recipe(Settings):
         return [f"{key}: {own.get(key)!r} -> {others.get(key)!r}" for key in keys if own.get(key) != others.get(key)]
 
     def rows(self, images: int) -> int:
-        """Images that take part, and rows of the memory bank, of a data set of `images`."""
+        """Return the images that take part, and rows of the memory bank, of a data set of `images`."""
         return min(self.data.images or images, images)
 
     def steps_per_epoch(self, images: int) -> int:
-        """Optimiser steps of one epoch over `images` images."""
+        """Return the optimiser steps of one epoch over `images` images."""
         full, rest = divmod(images, self.train.batch_size)
         return full + (1 if rest and self.train.last_batch == "keep" else 0)
 
@@ -327,7 +327,7 @@ class Recipe(Settings):
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with the library."""
+    """Return the names of the recipes that come with the library."""
     folder = resources.files("pirl") / "recipes"
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
@@ -356,7 +356,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(text: str, overrides: Sequence[str] = (), origin: str = "recipe") -> Recipe:
-    """`load_recipe` on text, e.g. the `config.toml` of a run."""
+    """Return the recipe in a text, as `load_recipe`, e.g. the `config.toml` of a run."""
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -423,7 +423,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """TOML has no null and no tuples."""
+    """Return a value as TOML takes it, which has no null and no tuples."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, tuple | list):

@@ -87,7 +87,7 @@ def epoch_shares(recipe: Recipe, rows: int, epoch: int, world: World, start: int
 
 
 def negative_seeds(seed: int, epoch: int, ids: np.ndarray, view: int) -> Tensor:
-    """(B,) int64 seeds from which each image's negatives are drawn: view 0 patches, 1 image."""
+    """Return (B,) int64 seeds from which each image's negatives are drawn: view 0 patches, 1 image."""
     draws = uniforms(seed, epoch, ids, NEGATIVES_STREAM + view, 1)[:, 0]
     return torch.from_numpy((draws * 2.0**53).astype(np.int64))
 
@@ -142,7 +142,7 @@ class CropDataset(Dataset[Batch]):
         return Batch(torch.from_numpy(rows.copy()), torch.from_numpy(ids.copy()), images, patches.flatten(0, 1))
 
     def _pixels(self, id: int, source: bytes | np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8, valid until the next call."""
+        """Return (H, W, 3) uint8, valid until the next call."""
         if isinstance(source, np.ndarray):
             return source
         if not self._buffer:
@@ -211,7 +211,7 @@ class Loader:
             )
 
     def batches(self, epoch: int, samples: int) -> Generator[tuple[int, int, Share, Batch], None, None]:
-        """(epoch, samples of it seen before, share, batch) from the cursor to the end of the last epoch.
+        """Yield (epoch, samples of it seen before, share, batch) from the cursor to the end of the last epoch.
 
         The pixels of a batch are there until the next one is asked for. Closing it ends the workers.
         """

@@ -80,6 +80,6 @@ def _restore(kind: type[PirlError], what: str) -> PirlError:
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` for the nearest choice, or an empty string."""
+    """Return `" Did you mean 'x'?"` for the nearest choice, or an empty string."""
     near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""

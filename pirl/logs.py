@@ -227,7 +227,7 @@ def _guarded(stream: TextIO | None, wait_s: float | None) -> TextIO:
 
 
 def redact(text: str) -> str:
-    """`text` without keys, tokens, passwords and signatures of presigned URLs."""
+    """Return `text` without keys, tokens, passwords and signatures of presigned URLs."""
     for name, value in os.environ.items():
         if len(value) >= 8 and _SECRET_VARIABLE.search(name.upper()) and not name.endswith("_FILE"):
             text = text.replace(value, BLANK)
@@ -264,7 +264,7 @@ def _emit(stream: TextIO, level: str, fields: dict[str, Any]) -> None:
 
 
 def _clean(value: Any) -> Any:
-    """As JSON takes it, secrets blanked at any depth; a number that JSON has no word for becomes text."""
+    """Return a value as JSON takes it, secrets blanked at any depth; NaN and infinity become text."""
     if isinstance(value, dict):
         return {str(key): _clean(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
