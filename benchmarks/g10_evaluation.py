@@ -33,10 +33,10 @@ from pirl.evaluate import (
     extract,
     linear_probe,
     load_pixels,
-    probe,
 )
 from pirl.evaluate.crops import LabelledCrops
 from pirl.evaluate.layers import FrozenLayers
+from pirl.evaluate.probe import probe
 from pirl.evaluate.zoo import build_heads, train_heads
 from pirl.memory import MemoryBank
 from pirl.model import build_model
