@@ -53,11 +53,11 @@ def models(
     """
     from ..registry import open_registry
 
-    known = open_registry(registry)
+    opened_registry = open_registry(registry)
     rows = []
-    for name in known.models():
-        pointers = {pointer: _pointer(known, name, pointer) for pointer in ("champion", "latest")}
-        for version in known.versions(name):
+    for name in opened_registry.models():
+        pointers = {pointer: _pointer(opened_registry, name, pointer) for pointer in ("champion", "latest")}
+        for version in opened_registry.versions(name):
             scores = version.evaluation.pretrained if version.evaluation else {}
             rows.append(
                 {
@@ -97,11 +97,11 @@ def import_checkpoint(
     from ..export import examine, import_file
 
     if dry_run:
-        found = examine(file, data, recipe, overrides or [])
+        result = examine(file, data, recipe, overrides or [])
     else:
-        found = import_file(file, out, data, recipe, overrides or [])
-    console.print(found.summary())
-    for note in found.notes:
+        result = import_file(file, out, data, recipe, overrides or [])
+    console.print(result.summary())
+    for note in result.notes:
         console.print(f"note: {note}")
     if not dry_run:
         console.print(f"run: {out}")

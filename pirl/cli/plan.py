@@ -74,13 +74,13 @@ def plan(
         gpu_hours_between_failures=mtbf_hours,
         price=price,
     )
-    found = plan_training(chosen, nodes, gpus, parse_count(images), machine)
-    grown = growth(chosen, gpus, -(-found.batch_size // (nodes * gpus)), machine)
+    training_plan = plan_training(chosen, nodes, gpus, parse_count(images), machine)
+    grown = growth(chosen, gpus, -(-training_plan.batch_size // (nodes * gpus)), machine)
     if as_json:
-        result = {"plan": asdict(found), "growth": [asdict(each) for each in grown]}
+        result = {"plan": asdict(training_plan), "growth": [asdict(each) for each in grown]}
         logs.output(f"{json.dumps(result)}\n")
         return
-    show_rows([{"what": name, chosen.name: text} for name, text in summary(found, chosen.train.epochs)], False)
+    show_rows([{"what": name, chosen.name: text} for name, text in summary(training_plan, chosen.train.epochs)], False)
     console.print("\nthe same with more images and nodes, the batch growing with the GPUs:")
     show_rows([growth_row(each) for each in grown], False)
     estimate = "given" if images_per_s else "estimated for an H200: give yours by --images-per-s"

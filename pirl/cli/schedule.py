@@ -18,8 +18,8 @@ from .submit import (
     ServiceAccount,
     Upload,
     connect,
+    print_plan,
     resolve,
-    tell_plan,
 )
 
 Name = Annotated[str, typer.Argument(help="Name of a schedule, as in `pirl schedule list`.")]
@@ -74,7 +74,7 @@ test_source=s3://bucket/test root=s3://bucket/pirl
     backend: Any = connect(endpoint, namespace) if endpoint or not dry_run else None
     version, values = resolve(backend, pipeline, arguments or [], upload, dry_run)
     if dry_run:
-        tell_plan(f"would schedule {name} at {six}:", pipeline, version, values)
+        print_plan(f"would schedule {name} at {six}:", pipeline, version, values)
         return
     done = backend.schedule(name, version, values, six, experiment, service_account)
     console.print(f"{name}: {done}, {six}, version {version.name}")
@@ -104,7 +104,7 @@ def pause(name: Name, endpoint: EndpointOption = "", namespace: Namespace = "") 
 
 @group.command()
 def resume(name: Name, endpoint: EndpointOption = "", namespace: Namespace = "") -> None:
-    """Go on after `pause`, with the next tick.
+    """Continue after `pause`, with the next tick.
 
     Example: pirl schedule resume pirl-retrain
     """
@@ -120,13 +120,13 @@ def delete(name: Name, endpoint: EndpointOption = "", namespace: Namespace = "")
     Example: pirl schedule delete pirl-retrain
     """
     backend = connect(endpoint, namespace)
-    found = backend.find_schedules(name)
-    if active := [run for one in found for run in backend.active_runs(one)]:
+    schedules = backend.find_schedules(name)
+    if active := [run for one in schedules for run in backend.active_runs(one)]:
         raise PirlError(
             f"{name} has a run that still goes, {active[0]}, which would be deleted with it",
             f"`pirl schedule pause {name}`, and delete it when the run has ended or was terminated",
         )
-    for one in found:
+    for one in schedules:
         backend.delete(one)
     console.print(f"{name}: deleted")
 

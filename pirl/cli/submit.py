@@ -52,7 +52,7 @@ train_source=s3://bucket/train test_source=s3://bucket/test backend=pytorchjob j
     version, values = resolve(backend, pipeline, arguments or [], upload, dry_run)
     name = f"{pipeline} {values['run']}" if values.get("run") else pipeline
     if dry_run:
-        tell_plan("would run", pipeline, version, values)
+        print_plan("would run", pipeline, version, values)
         return
     run_id = backend.run(version, name, values, experiment, service_account)
     link = backend.link(run_id)
@@ -79,31 +79,31 @@ def resolve(backend: Any, pipeline: str, items: list[str], upload: bool, dry_run
     from pipelines.arguments import complete, inputs_of, require_all, typed_arguments
     from pipelines.compiled import PIPELINES, compiled
 
-    ours: Any = compiled(pipeline) if pipeline in PIPELINES and upload else None
-    if backend is None and ours is None:
+    package: Any = compiled(pipeline) if pipeline in PIPELINES and upload else None
+    if backend is None and package is None:
         raise UsageError(
             f"pipeline {pipeline!r} does not exist in this code.{did_you_mean(pipeline, PIPELINES)}",
             f"here are {', '.join(PIPELINES)}; --endpoint asks a backend for others",
         )
-    version: Any = backend.newest(pipeline, ours.version if ours else "") if backend else None
-    if ours is None and version is None:
+    version: Any = backend.newest(pipeline, package.version if package else "") if backend else None
+    if package is None and version is None:
         raise PirlError(
             f"the backend has no pipeline {pipeline!r}.{did_you_mean(pipeline, PIPELINES)}",
             "look at its name" if pipeline not in PIPELINES else "upload it: leave --no-upload away",
         )
-    inputs = inputs_of(ours.spec if ours else version.spec)
+    inputs = inputs_of(package.spec if package else version.spec)
     values = typed_arguments(pipeline, inputs, items)
     if pipeline in PIPELINES:
         values = complete(values, inputs)
     require_all(pipeline, inputs, values)
-    if backend and ours and version is None and not dry_run:
-        version = backend.upload(ours)
+    if backend and package and version is None and not dry_run:
+        version = backend.upload(package)
     return version, values
 
 
-def tell_plan(what: str, pipeline: str, version: Any, values: dict[str, Any]) -> None:
-    """Print what a run would use."""
-    known = f"version {version.name}" if version else "this code's version, to be uploaded first"
-    console.print(f"{what} {pipeline}, {known}")
+def print_plan(action: str, pipeline: str, version: Any, values: dict[str, Any]) -> None:
+    """Print the pipeline, version and arguments of a dry run."""
+    source = f"version {version.name}" if version else "this code's version, to be uploaded first"
+    console.print(f"{action} {pipeline}, {source}")
     for name, value in values.items():
         console.print(f"  {name} = {json.dumps(value)}")
