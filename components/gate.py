@@ -1,4 +1,4 @@
-"""An evaluation -> one word, on which the pipeline branches."""
+"""The gate as a step: an evaluation -> "promote" or "reject", on which the pipeline branches."""
 
 from kfp import dsl
 
@@ -7,7 +7,7 @@ from components.step import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def gate(run: str, root: str, model: str, metric: str, min_gain: float, registry: str = "") -> str:
-    """ "promote" if pretraining helped enough and no champion is better, else "reject"; the reasons go to gate.json."""
+    """Return "promote" if pretraining helped enough and no champion is better, else "reject"; write gate.json."""
     from components.step import step
     from pirl.gate import decide
     from pirl.logs import say

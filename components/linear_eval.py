@@ -1,4 +1,4 @@
-"""a trained network -> the probes of its frozen trunk, next to those of its initial weights."""
+"""The evaluation as a step: a trained network -> probes of its frozen trunk and of its initial weights."""
 
 from kfp import dsl
 

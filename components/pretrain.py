@@ -1,4 +1,4 @@
-"""shards -> a trained network, its memory bank and its checkpoints; here, or by a job on the cluster."""
+"""The training as a step, in this process or by a job: shards -> a network, its memory bank, checkpoints."""
 
 from kfp import dsl
 
@@ -17,7 +17,7 @@ def pretrain(
     job: str = "",
     kfp_run: str = "",
 ) -> str:
-    """Train as ROOT/runs/RUN, or resume it; returns the run's URI.
+    """Train as ROOT/runs/RUN, or resume it; return the run's URI.
 
     `overrides` (of the recipe), `options` (`pirl train --help`) and `job` (settings of the job, on a cluster) are
     NAME=VALUE items separated by blanks. `kfp_run` is the id of the KFP run, a label of the job.

@@ -1,4 +1,4 @@
-"""a gated run -> an immutable model version, the new champion."""
+"""The registration as a step: a run that passed the gate -> an immutable version, the new champion."""
 
 from kfp import dsl
 
@@ -7,7 +7,7 @@ from components.step import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def register(run: str, root: str, model: str, trunk: dsl.Output[dsl.Model], registry: str = "") -> str:
-    """Register the run's trunk in `registry`, or in ROOT/registry; returns the version's URI."""
+    """Register the run's trunk in `registry`, or in ROOT/registry; return the version's URI."""
     from components.step import step
     from pirl.gate import register_run
     from pirl.run import Workspace

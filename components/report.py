@@ -1,4 +1,4 @@
-"""a run -> one page that shows it."""
+"""The report as a step: a run -> one page that shows it."""
 
 from kfp import dsl
 
@@ -7,7 +7,7 @@ from components.step import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def report(run: str, train_data: str, test_data: str, verdict: str) -> str:
-    """Write the run's report.html; returns its URI. `verdict` is what came before: a version, or "reject"."""
+    """Write the run's report.html; return its URI. `verdict` is a version's URI or "reject"."""
     from components.step import step
     from pirl.report import write_report
 

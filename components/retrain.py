@@ -22,17 +22,17 @@ def retrain(
     job: str,
     kfp_run: str = "",
 ) -> None:
-    """Decide within seconds, and train, evaluate and register only if there is something new. As `pirl retrain`.
+    """Train, evaluate and register as `pirl retrain`, only after a change; decide that within seconds.
 
     `overrides`, `options` and `job` as in the step `pretrain`. `kfp_run` is the id of the KFP run, a label of the job.
     """
-    from components.step import told
+    from components.step import reporting_errors
     from pirl.backends import open_backend
     from pirl.retraining.retrain import Retraining, keep_up_to_date
     from pirl.settings import split_items
     from pirl.training.spec import training_options
 
-    with told("retrain"):
+    with reporting_errors("retrain"):
         own = training_options(options)
         code = keep_up_to_date(
             Retraining(

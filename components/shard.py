@@ -1,4 +1,4 @@
-"""images -> WebDataset shards with a manifest."""
+"""The sharding as a step: images -> WebDataset shards with a manifest."""
 
 from kfp import dsl
 

@@ -1,4 +1,4 @@
-"""What every component does around its one call."""
+"""The frame of every component around its one call: messages, timing, and the end of the runner."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RUNNER = "PIRL_RUNNER"
 
 
 def end_with_runner() -> None:
-    """Have this process told to stop when the runner ends, or the shell that the runner has put between them."""
+    """Stop this process when the runner ends, or the shell between the two."""
     die_with_parent()
     runner = os.environ.get(RUNNER)
     if not runner or not hasattr(os, "pidfd_open"):
@@ -53,8 +53,8 @@ def end_with_runner() -> None:
 
 
 @contextmanager
-def told(name: str) -> Iterator[None]:
-    """The step `name` ends with the runner that started it, and tells what a user can act on without a traceback."""
+def reporting_errors(name: str) -> Iterator[None]:
+    """End the step `name` with its runner, and report a `PirlError` without a traceback."""
     end_with_runner()
     try:
         logs.start()
@@ -66,12 +66,12 @@ def told(name: str) -> Iterator[None]:
 
 @contextmanager
 def step(run: str, name: str) -> Iterator[None]:
-    """What `told` does, and time the step `name` of a run into its `steps/NAME.json`.
+    """Report errors as `reporting_errors`, and record the time of the step `name` of a run in its `steps/NAME.json`.
 
-    A repeated step that finds its work done keeps the time that the work took, and says when it last ran.
+    A repeated step that is a no-op keeps the time of the work, and records when it last ran.
     """
     started, clock = time.time(), time.perf_counter()
-    with told(name), task(name, run):
+    with reporting_errors(name), task(name, run):
         yield
     seconds = round(time.perf_counter() - clock, 2)
     folder = Run.at(run)

@@ -1,4 +1,4 @@
-"""key=value -> the typed arguments of a pipeline, checked before anything is paid for."""
+"""Typed arguments of a pipeline from key=value items, checked before anything is paid for."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ KINDS = {
 
 
 def inputs_of(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The parameters of a pipeline's spec; a backend wraps it where there is also one for the platform."""
+    """Return the parameters of a pipeline's spec; a backend wraps it where there is also one for the platform."""
     root = spec.get("pipeline_spec", spec)["root"]
     return root.get("inputDefinitions", {}).get("parameters", {})
 
 
 def typed_arguments(pipeline: str, inputs: Mapping[str, dict[str, Any]], items: Iterable[str]) -> dict[str, Any]:
-    """The items, each as the type of its input: a backend refuses "5" for a number and 5 for a text.
+    """Return each item with the type of its input, because a backend refuses "5" for a number and 5 for a text.
 
-    Unknown names and wrong values are told all at once.
+    All unknown names and wrong values are raised at once.
     """
     values: dict[str, Any] = {}
     problems, moved = [], []

@@ -62,20 +62,20 @@ class Schedule:
 class Backend:
     """KFP's API (v2beta1) at `endpoint`. `namespace` is the profile's on a backend of several users.
 
-    What the backend refuses, or that it cannot be reached, is a `PirlError`.
+    A refusal by the backend, or a backend that is unavailable, is a `PirlError`.
     """
 
     def __init__(self, endpoint: str, namespace: str = "", token: str = "") -> None:
         if not endpoint.startswith(("http://", "https://")):
-            raise UsageError(f"{endpoint!r} is no address of a KFP API", "http://HOST:8888 or https://HOST/pipeline")
+            raise UsageError(f"{endpoint!r} is not a KFP API's address", "http://HOST:8888 or https://HOST/pipeline")
         self.endpoint, self.namespace = endpoint.rstrip("/"), namespace
-        with self._call("be asked"):
+        with self._call("report its health"):
             self._client = _Client(host=self.endpoint, namespace=namespace or "kubeflow", existing_token=token or None)
-            if namespace:  # without one it has asked already
+            if namespace:  # because without one the client has checked its health already
                 self._client.get_kfp_healthz()
 
     def newest(self, pipeline: str, name: str = "") -> Version | None:
-        """The newest version of a pipeline, or of those that are named `name`."""
+        """Return the newest version of a pipeline, or the newest of those that are named `name`; None without one."""
         with self._call(f"find the pipeline {pipeline}"):
             found = self._client.list_pipelines(
                 filter=_named(pipeline), page_size=2, namespace=self.namespace or None
@@ -116,7 +116,7 @@ class Backend:
     def run(
         self, version: Version, name: str, arguments: dict[str, Any], experiment: str, service_account: str = ""
     ) -> str:
-        """Start a run; returns its id."""
+        """Start a run; return its id."""
         with self._call(f"run {name}"):
             started = self._client.run_pipeline(
                 self._experiment(experiment),
@@ -129,15 +129,15 @@ class Backend:
         return started.run_id
 
     def link(self, run_id: str) -> str:
-        """The run's page, where `endpoint` has pages beside its API, or `KF_PIPELINES_UI_ENDPOINT` says who has."""
+        """Return the address of the run's page, at `KF_PIPELINES_UI_ENDPOINT` or, without it, at `endpoint`."""
         return f"{os.environ.get('KF_PIPELINES_UI_ENDPOINT') or self.endpoint}/#/runs/details/{run_id}"
 
     def wait(self, run_id: str, told: Callable[[str], None], every_s: float = 5.0) -> None:
-        """Until the run has ended, through restarts of the backend; anything but SUCCEEDED is a `PirlError`."""
+        """Wait until the run has ended, through restarts of the backend; raise `PirlError` unless it SUCCEEDED."""
         state, answered = None, time.monotonic()
         while True:
             try:
-                with self._call("tell of the run"):
+                with self._call("report the run's state"):
                     run = self._client.get_run(run_id)
                 answered = time.monotonic()
             except UnansweredError:
@@ -152,9 +152,9 @@ class Backend:
                 break
             time.sleep(every_s)
         if state != "SUCCEEDED":
-            if not _failed_steps(run):  # the steps are told a moment later than the run
+            if not _failed_steps(run):  # because the backend reports the steps a moment later than the run
                 time.sleep(every_s)
-                with self._call("tell of the run"):
+                with self._call("report the run's state"):
                     run = self._client.get_run(run_id)
             stopped = any(past.state == "CANCELING" for past in run.state_history or [])
             where = f" in {', '.join(failed)}" if (failed := _failed_steps(run)) else ""
@@ -165,7 +165,7 @@ class Backend:
             )
 
     def schedules(self, name: str = "") -> list[Schedule]:
-        """All of them, or those of that name, the newest first; a name is not unique on a backend."""
+        """Return all schedules, or those of that name, the newest first; a name is not unique on a backend."""
         found: list[Schedule] = []
         token = ""
         while True:
@@ -191,11 +191,11 @@ class Backend:
         experiment: str,
         service_account: str = "",
     ) -> str:
-        """Let there be one enabled schedule of that name, with just this in it; returns what had to be done.
+        """Make this the one enabled schedule of that name; return "created", "updated" or "unchanged".
 
         A backend cannot change a schedule: a new one is made before the old one is retired, so that whatever breaks in
-        between leaves one that works, and the same call again leaves only one. An old one whose run still goes is
-        paused, as Kubernetes would delete the run with it; a later call deletes it.
+        between leaves one that works, and the same call again leaves only one. An old one with an active run is
+        paused, because Kubernetes would delete the run with it; a later call deletes it.
         """
         there = self.schedules(name)
         same = [
@@ -234,11 +234,11 @@ class Backend:
         return done
 
     def find_schedules(self, name: str) -> list[Schedule]:
-        """Those of that name, at least one."""
+        """Return the schedules of that name, at least one; raise `UsageError` without one."""
         found = self.schedules(name)
         if not found:
-            known = [one.name for one in self.schedules()]
-            raise UsageError(f"there is no schedule {name!r}.{did_you_mean(name, known)}", "see `pirl schedule list`")
+            nearest = did_you_mean(name, [one.name for one in self.schedules()])
+            raise UsageError(f"schedule {name!r} does not exist.{nearest}", "see `pirl schedule list`")
         return found
 
     def pause(self, schedule: Schedule) -> None:
@@ -250,7 +250,7 @@ class Backend:
             self._client.enable_recurring_run(schedule.id)
 
     def active_runs(self, schedule: Schedule) -> list[str]:
-        """Ids of its runs that have not ended, among the newest hundred of the backend."""
+        """Return the ids of its runs that have not ended, among the newest hundred of the backend."""
         with self._call(f"list the runs of {schedule.name}"):
             runs = self._client.list_runs(
                 page_size=100, sort_by="created_at desc", namespace=self.namespace or None
@@ -258,7 +258,7 @@ class Backend:
         return [run.run_id for run in runs or [] if run.recurring_run_id == schedule.id and run.state not in FINAL]
 
     def delete(self, schedule: Schedule) -> None:
-        """With all that it started: its runs' Workflows belong to it."""
+        """Delete a schedule with all that it started, because its runs' Workflows belong to it."""
         with self._call(f"delete {schedule.name}"):
             self._client.delete_recurring_run(schedule.id)
 
@@ -267,7 +267,7 @@ class Backend:
 
     @contextmanager
     def _call(self, doing: str) -> Iterator[None]:
-        """Keep the client's own messages to itself, and turn what went wrong into one of ours."""
+        """Suppress the client's own messages, and raise its errors as `PirlError`."""
         disabled = logging.root.manager.disable
         logging.disable(logging.ERROR)
         try:
@@ -276,7 +276,7 @@ class Backend:
                 yield
         except ApiException as error:
             kind = UnansweredError if error.status in (None, 0, 429) or error.status >= 500 else PirlError
-            hint = HINTS.get(error.status, "correct what it says, or look at the backend's log")
+            hint = HINTS.get(error.status, "correct the request by its reason, or look at the backend's log")
             raise kind(f"{self.endpoint} did not {doing}: {_reason(error)}", hint) from None
         except HTTPError as error:
             raise UnansweredError(
@@ -290,8 +290,10 @@ class Backend:
 
 
 class _Client(kfp.Client):
-    """The stock client, which would ask a wrong address for its health for 25 s, not say what was wrong, and take the
-    page of a login for an empty answer."""
+    """KFP's client with one short health check.
+
+    The original repeats it at a wrong address for 25 s, names no reason, and takes a login page for an empty answer.
+    """
 
     def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
         health, _, headers = self._healthz_api.healthz_service_get_healthz_with_http_info()
@@ -301,17 +303,19 @@ class _Client(kfp.Client):
 
 
 class UnansweredError(PirlError):
-    """The backend is away; it may come back."""
+    """The backend is unavailable, which is transient."""
 
 
 def _named(name: str) -> str:
-    """KFP's filter for what is called that."""
+    """Return KFP's filter for objects of that name."""
     return json.dumps({"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]})
 
 
 def _failed_steps(run: Any) -> list[str]:
-    """Names of a run's steps that failed. The backend lists each node of the workflow, of which a step has several: of
-    its name, NAME-driver, NAME(0), executor..."""
+    """Return the names of a run's steps that failed.
+
+    The backend lists each node of the workflow, of which a step has several: NAME, NAME-driver, NAME(0), executor...
+    """
     tasks = (run.run_details.task_details if run.run_details else None) or []
     steps = {name.removesuffix("-driver") for task in tasks if (name := str(task.display_name)).endswith("-driver")}
     failed = {str(task.display_name).removesuffix("-driver") for task in tasks if task.state == "FAILED"}

@@ -1,4 +1,4 @@
-"""What a step needs on a cluster and does not notice on this machine."""
+"""Settings of the steps for a cluster, without effect on this machine."""
 
 from kfp import dsl, kubernetes
 
@@ -9,8 +9,8 @@ SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL",
 
 
 def on_cluster(*tasks: dsl.PipelineTask) -> None:
-    """Give the steps the storage's credentials, and their results to no cache."""
+    """Give the steps the storage's credentials, and disable the cache of their results."""
     for task in tasks:
         # optional: where the steps' service account has a workload identity there is no Secret
         kubernetes.use_secret_as_env(task, SECRET, {key: key for key in SECRET_KEYS}, optional=True)
-        task.set_caching_options(False)  # what a step finds done, it skips itself, by content
+        task.set_caching_options(False)  # because a step skips finished work itself, by content

@@ -1,4 +1,4 @@
-"""The pipelines by name, and as the YAML that a KFP backend takes."""
+"""The pipelines by name, and as the YAML that a KFP backend accepts."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ PIPELINES = {"pirl-pretrain": pirl_pretrain, "pirl-retrain": pirl_retrain}
 
 @dataclass(frozen=True)
 class Compiled:
-    """A pipeline's YAML: the pipeline itself, then what Kubernetes has to know of its steps."""
+    """A pipeline's YAML: the pipeline itself, then the settings of its steps for Kubernetes."""
 
     name: str
     text: str
 
     @property
     def version(self) -> str:
-        """Its name on a backend, made of its content: the same pipeline is never uploaded twice."""
+        """Return its name on a backend, made of its content: the same pipeline is never uploaded twice."""
         return f"{__version__.replace('+', '-')}-{hashlib.sha256(self.text.encode()).hexdigest()[:12]}"
 
     @property
@@ -37,7 +37,7 @@ class Compiled:
 
 
 def compiled(name: str) -> Compiled:
-    """The pipeline of that name, with the image that PIRL_STEPS_IMAGE named when this process began."""
+    """Return the pipeline of that name, with the image that PIRL_STEPS_IMAGE named when this process began."""
     require_image()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pipeline.yaml"

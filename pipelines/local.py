@@ -1,4 +1,4 @@
-"""Running the DAG on this machine, each step a process, no cluster and no container."""
+"""The runner of the DAG on this machine: each step a process, no cluster and no container."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from pirl.storage import Storage
 
 
 def run_local(**arguments: Any) -> Storage:
-    """Run `pirl-pretrain` and make sure that its steps ran. Returns the run's storage.
+    """Run `pirl-pretrain`, check that its steps ran, and return the run's storage.
 
-    A failed step has told why on its own output; the `PirlError` raised here names it.
+    A failed step prints the reason on its own output; the `PirlError` raised here names the step.
     """
     require_image()
     for name, value in arguments.items():
@@ -43,7 +43,7 @@ def run_local(**arguments: Any) -> Storage:
             pirl_pretrain(**arguments)
         except RuntimeError as error:
             raise PirlError(
-                f"the pipeline stopped: {_last_step(error)}", "see the step's own message above; run it again to go on"
+                f"the pipeline stopped: {_last_step(error)}", "see the step's own message above; run it again to resume"
             ) from None
     require_steps(run, started)
     return run
@@ -53,8 +53,8 @@ def run_local(**arguments: Any) -> Storage:
 def passing_on_stop() -> Iterator[None]:
     """Pass SIGTERM, and a lost terminal, on to the step that runs: it saves, and the pipeline has failed when it ends.
 
-    SIGHUP stays ignored under `nohup`. What a step prints reaches the runner in the encoding in which that reads it.
-    A step also notices by itself that its runner is gone, which may have had no time to pass anything on.
+    SIGHUP stays ignored under `nohup`. The output of a step reaches the runner in the encoding that the runner reads.
+    A step also ends by itself after its runner, which may have had no time to pass a signal on.
     """
     os.environ[RUNNER] = str(os.getpid())
     os.environ["PYTHONIOENCODING"] = f"{locale.getpreferredencoding(False)}:backslashreplace"

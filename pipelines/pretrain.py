@@ -3,7 +3,7 @@
     shard -> pretrain -> linear_eval -> gate -> register -> report
                                           `-----else-----> report (why not)
 
-Steps hand each other URIs; whatever is large stays in storage. Every step can be repeated: it finds its work done.
+Steps exchange URIs; large data stays in storage. Every step can be repeated: finished work makes it a no-op.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from pipelines.cluster import on_cluster
 
 
 def train_to_register(train: Any, test: Any, training: dict[str, Any], gating: dict[str, Any]) -> None:
-    """Add the steps from the tasks `train` and `test`, which make shards, on.
+    """Add the steps that follow the tasks `train` and `test`, which make shards.
 
     `training` and `gating` are the steps' parameters.
     """
@@ -58,8 +58,9 @@ def pirl_pretrain(
     backend: str = "local",
     job: str = "",
 ) -> None:
-    """Everything goes below `root` (a folder or an s3:// prefix): data/, runs/RUN/, and registry/MODEL/ unless
-    `registry` names another registry.
+    """Train, evaluate and register a model below `root`, a folder or an s3:// prefix.
+
+    Its folders are data/, runs/RUN/, and registry/MODEL/ unless `registry` names another registry.
 
     `overrides` (of the recipe), `options` (of the training) and `job` (settings of the job, where `backend` has jobs)
     are NAME=VALUE items separated by blanks.

@@ -1,6 +1,6 @@
-"""`pirl-retrain`: what a schedule runs. Unchanged, it is one pod of some seconds, and no training.
+"""`pirl-retrain`: the pipeline of a schedule. Up to date, it is one pod of some seconds without a training.
 
-One step, as every step of a schedule that has nothing to do costs a pod; what it does is `pirl retrain`.
+It has one step, which is `pirl retrain`, because every step costs a pod, also when it is a no-op.
 """
 
 from kfp import dsl
@@ -25,8 +25,11 @@ def pirl_retrain(
     backend: str = "local",
     job: str = "",
 ) -> None:
-    """The arguments of `pirl-pretrain`, but for `run`, which is named after what is trained;
-    `warm_epochs` as in `pirl retrain`."""
+    """Train, evaluate and register a model if its images, recipe or code have changed.
+
+    The arguments are those of `pirl-pretrain` without `run`, which is named after the training; `warm_epochs` as in
+    `pirl retrain`.
+    """
     task = retrain(
         train_source=train_source,
         test_source=test_source,
