@@ -72,8 +72,7 @@ def _settings(contents: Contents, recipe: Recipe) -> list[str]:
     if len(contents.params) != 4 or not all(map(math.isfinite, contents.params)):
         return items
     negatives, temperature, z, momentum = contents.params  # float32: str() of it is the decimal that was meant
-    rows = len(contents.loss["memory"]) if contents.loss else 0
-    if negatives != recipe.loss.count(rows):
+    if recipe.loss.negatives not in ("all", negatives):
         items.append(f"loss.negatives={round(negatives)}")
     if np.float32(temperature) != np.float32(recipe.loss.temperature):
         items.append(f"loss.temperature={np.float32(temperature)!s}")
