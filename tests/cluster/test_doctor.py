@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from training import Place, kubectl, make_place, remove_place, until
 
 pytestmark = [
@@ -51,7 +52,8 @@ def test_all_is_well(place: Place, as_launcher: bool) -> None:
 def test_rights_that_are_missing(place: Place) -> None:
     role = ["role", "pirl-launcher", "-n", place.namespace]
     before = kubectl("get", *role, "-o", "yaml")
-    kubectl("patch", *role, "--type=json", '--patch=[{"op": "remove", "path": "/rules/2"}]')
+    logs = next(i for i, rule in enumerate(yaml.safe_load(before)["rules"]) if "pods/log" in rule["resources"])
+    kubectl("patch", *role, "--type=json", f'--patch=[{{"op": "remove", "path": "/rules/{logs}"}}]')
     try:
         for as_launcher in (True, False):
             found = until(lambda who=as_launcher: _bad(doctor(place, as_launcher=who)[1], "rights"), 30)
@@ -66,8 +68,8 @@ def test_gpus_and_a_queue_that_are_not_there(place: Place) -> None:
     assert code == 1
     assert found["GPUs"]["state"] == "bad"
     assert "asked for: 4 x 7" in found["GPUs"]["found"]
-    assert found["queue"]["state"] == "bad"
-    assert "nowhere" in found["queue"]["found"]
+    assert found["Kueue"]["state"] == "bad"
+    assert "nowhere" in found["Kueue"]["found"]
 
 
 def test_an_image_that_is_not_there(place: Place) -> None:

@@ -144,7 +144,10 @@ def test_the_launcher_may_do_exactly_what_its_role_lists(installed: None) -> Non
         for resource in rule["resources"]
     }
     assert rules(LAUNCHER) == listed
+    served = kubectl("api-resources", "-o", "name").split()
     for resource, verbs in listed.items():
+        if "." in resource and resource not in served:
+            continue  # `can-i` needs the kind: here Trainer is not installed
         for verb in verbs:
             assert can_i(LAUNCHER, verb, resource), (verb, resource)
 
