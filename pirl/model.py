@@ -52,7 +52,7 @@ class Trunk(nn.Module):
         return nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) images -> (B, features) float, averaged over the last map."""
+        """Return (B, features) float for (B, 3, H, W) images, averaged over the last map."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.avgpool(x).flatten(1)
@@ -68,7 +68,7 @@ def memory_format(trunk: Trunk) -> torch.memory_format:
 
 
 def mlp(sizes: list[int], relu: str) -> nn.Sequential:
-    """Linear layers between `sizes`, with a ReLU after "every" layer, after the "hidden" ones, or after "none"."""
+    """Return linear layers between `sizes`, with a ReLU after "every" one, after the "hidden" ones, or after "none"."""
     layers: list[nn.Module] = []
     for index, (inside, out) in enumerate(pairwise(sizes)):
         layers.append(nn.Linear(inside, out))
@@ -91,7 +91,7 @@ class PatchHead(nn.Module):
         self.patches = patches
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B * patches, features) -> (B, dim)."""
+        """Return (B, dim) for (B * patches, features)."""
         x = self.project(x)
         return self.combine(x.reshape(len(x) // self.patches, -1))
 
@@ -110,7 +110,7 @@ class PIRL(nn.Module):
             self.image_head = mlp([features, features, config.embedding_dim], relu=config.image_head_relu)
 
     def forward(self, images: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, S, S) images and (B * patches, 3, P, P) patches, sample-major -> two (B, dim) embeddings.
+        """Return two (B, dim) embeddings of (B, 3, S, S) images and (B * patches, 3, P, P) patches, sample-major.
 
         Two separate passes, patches first: batch norm sees the two kinds apart, and its running statistics mix them.
         """

@@ -287,7 +287,7 @@ def test_the_head_names_of_every_variant() -> None:
 
 @pytest.mark.parametrize(("layout", "name"), [("torchvision", "trunk.pt"), ("vissl", "out.safetensors")])
 def test_a_wrong_name_or_no_run(tmp_path: Path, trained: Path, layout: Any, name: str) -> None:
-    with pytest.raises(UsageError, match="should end in"):
+    with pytest.raises(UsageError, match="another suffix"):
         export(str(trained), tmp_path / name, layout)
     good = {"torchvision": "trunk.safetensors", "vissl": "out.torch"}[layout]
     with pytest.raises(CheckpointError, match="has no checkpoint"):

@@ -702,7 +702,7 @@ def test_a_checkpoint_whose_parts_are_odd_is_an_error_not_a_bug(tmp_path: Path) 
     ("trunk", "says"),
     [
         (resnet18, "basic blocks 2+2+2+2, width 1"),
-        (lambda: torch.nn.Sequential(nn.Conv2d(3, 4, 1)), "no ResNet"),
+        (lambda: torch.nn.Sequential(nn.Conv2d(3, 4, 1)), "not a ResNet"),
     ],
 )
 def test_another_architecture(
@@ -778,9 +778,9 @@ def test_values_that_are_not_finite_are_counted_by_tensor(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError) as caught:
         examine(write(tmp_path / "file.torch", content))
     assert "3 problems" in caught.value.what
-    assert "bn1.running_var has 2 of 64 values that are not finite" in caught.value.what
-    assert "nce_average.memory has 128 of 5,120 values" in caught.value.what
-    assert "momentum 0 has 9,408 of 9,408 values" in caught.value.what
+    assert "bn1.running_var has 2 of 64 non-finite values" in caught.value.what
+    assert "nce_average.memory has 128 of 5,120 non-finite values" in caught.value.what
+    assert "momentum 0 has 9,408 of 9,408 non-finite values" in caught.value.what
 
 
 def test_a_bank_of_another_size_than_the_data(tmp_path: Path, shards: str, pirl: Callable[..., Shown]) -> None:

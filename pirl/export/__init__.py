@@ -44,13 +44,13 @@ def _settled(data: bytes) -> bytes:
 
 
 def export(checkpoint: str, out: str | Path, layout: Literal["torchvision", "vissl"] = "torchvision") -> str:
-    """Write a checkpoint to the file at `out`, a path or a URI. Return where it is.
+    """Write a checkpoint to the file at `out`, a path or a URI; return its location.
 
     That is its trunk as safetensors for torchvision, or all of it for VISSL.
     """
     _, name = split_file_uri(out)
     if PurePath(name).suffix != SUFFIXES[layout]:
-        raise UsageError(f"{out} should end in {SUFFIXES[layout]}", f"that is what {layout}'s files are called")
+        raise UsageError(f"{out} has another suffix than {layout}'s files", f"end it in {SUFFIXES[layout]}")
     check_file_output(out)
     if layout == "torchvision":
         recipe, _, trunk = load_trunk(checkpoint)

@@ -92,7 +92,7 @@ def _had_learning_rate(contents: Contents, recipe: Recipe) -> bool:
 
 
 def _architecture(what: Contents | Recipe) -> tuple[str, tuple[int, ...], float]:
-    """(block, blocks in each stage, width) of a recipe's trunk, or as the names and shapes of a file show it."""
+    """Return (block, blocks in each stage, width) of a recipe's trunk, or of a file by its names and shapes."""
     if isinstance(what, Recipe):
         return what.model.block, what.model.layers, what.model.width
     blocks = [{name.split(".")[1] for name in what.trunk if name.startswith(f"layer{n}.")} for n in (1, 2, 3, 4)]
@@ -103,7 +103,7 @@ def _architecture(what: Contents | Recipe) -> tuple[str, tuple[int, ...], float]
 
 def _described(architecture: tuple[str, tuple[int, ...], float]) -> str:
     kind, blocks, width = architecture
-    return f"{kind} blocks {'+'.join(map(str, blocks))}, width {width:g}" if sum(blocks) else "no ResNet"
+    return f"{kind} blocks {'+'.join(map(str, blocks))}, width {width:g}" if sum(blocks) else "not a ResNet"
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def _not_finite(name: str, tensor: Any) -> str:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         return ""
     bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-    return f"{name} has {bad:,} of {tensor.numel():,} values that are not finite" if bad else ""
+    return f"{name} has {bad:,} of {tensor.numel():,} non-finite values" if bad else ""
 
 
 def _shown(name: str) -> str:

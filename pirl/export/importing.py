@@ -52,7 +52,7 @@ class Import:
         return completed_epochs(self.cursor, self.recipe, len(self.state["bank"]["memory"]))
 
     def summary(self) -> str:
-        """One line: what it is of, and what it contains."""
+        """Return one line with its recipes and its contents."""
         parts = [f"trunk ({count(len(self.contents.trunk), 'tensor')})"]
         if "heads" not in self.lacks:
             parts.append(f"heads ({count(len(self.contents.heads), 'tensor')})")
@@ -107,7 +107,7 @@ def _completion(imported: Import, checkpoint: str) -> Completion:
 
 
 def examine(path: Path, data: str | None = None, recipe: str | None = None, overrides: Sequence[str] = ()) -> Import:
-    """Read a file, find out what it is of, and check all of it. Raises `CheckpointError` with every problem."""
+    """Read a file, identify its recipe, and check all of it; raise `CheckpointError` with every problem."""
     manifest = Manifest.load(open_storage(data)) if data else None
     contents = read_contents(path)
     chosen, candidates, notes = identify(contents, path, recipe, overrides)

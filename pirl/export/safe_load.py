@@ -91,7 +91,7 @@ def is_stretched(tensor: Tensor) -> bool:
 
 
 class StoredType:
-    """Stands for a `numpy.dtype`: numbers of 2 to 8 bytes, no objects."""
+    """Stand-in for a `numpy.dtype`: numbers of 2 to 8 bytes, no objects."""
 
     def __init__(self, name: str, *_: Any) -> None:
         if name not in NUMERIC:
@@ -103,7 +103,7 @@ class StoredType:
 
 
 class StoredArray:
-    """Stands for a `numpy.ndarray`: its state has the values, its constructor's arguments have not."""
+    """Stand-in for a `numpy.ndarray`: its state has the values, its constructor's arguments have not."""
 
     def __init__(self, *_: Any) -> None:
         self.tensor = torch.empty(0)
@@ -115,12 +115,12 @@ class StoredArray:
 
 
 def _number(kind: StoredType, data: bytes) -> int | float:
-    """Stands for `numpy.core.multiarray.scalar`."""
+    """Return a number, in place of `numpy.core.multiarray.scalar`."""
     return np.frombuffer(data, kind.dtype, count=1)[0].item()
 
 
 def _latin1(text: str = "", *_: Any) -> bytes:
-    """Stands for `_codecs.encode` and `bytes`, by which pickle's protocol 2 spells bytes."""
+    """Return bytes, in place of `_codecs.encode` and `bytes`, by which pickle's protocol 2 spells bytes."""
     return text.encode("latin-1")
 
 

@@ -62,7 +62,7 @@ class Contents:
 
     @property
     def params(self) -> list[float]:
-        """[K, T, Z, m], as float32 has them; empty without a bank."""
+        """Return [K, T, Z, m] with the values of float32; empty without a bank."""
         params = self.loss.get("params")
         return params.flatten().tolist() if isinstance(params, Tensor) else []
 
@@ -238,7 +238,7 @@ def to_vissl(saved: dict[str, Any], recipe: Recipe, commit: Commit) -> dict[str,
 
 
 def completed_epochs(cursor: Cursor, recipe: Recipe, rows: int) -> int:
-    """Epochs that are over at `cursor`: training leaves it at the end of the last one, not at the start of the next."""
+    """Return the completed epochs: training leaves `cursor` at the end of the last one, not at the next start."""
     end = rows - rows % recipe.train.batch_size if recipe.train.last_batch == "drop" else rows
     return cursor.epoch + (cursor.samples >= end > 0)
 
