@@ -99,8 +99,10 @@ class ContrastTerm(torch.autograd.Function):
     def forward(
         ctx: Any, embeddings: Tensor, memory: Tensor, ids: Tensor, negatives: Tensor, config: LossConfig, z: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(B, D) unit embeddings, own rows (B,), drawn rows (B, K) -> the (B,) losses, and the (B, 2) mean scores of
-        positive and negatives times T, which are cosines."""
+        """Return the (B,) losses and the (B, 2) mean scores of positive and negatives times T, which are cosines.
+
+        Takes (B, D) unit embeddings, own rows (B,) and drawn rows (B, K).
+        """
         embeddings, own, temperature = embeddings.detach(), memory[ids], config.temperature
         positive = (own * embeddings).sum(1).div_(temperature)
         products = products_at_once if memory.is_cuda else products_in_cache
@@ -145,7 +147,7 @@ def products_in_cache(memory: Tensor, negatives: Tensor, embeddings: Tensor) -> 
 
 
 def products_at_once(memory: Tensor, negatives: Tensor, embeddings: Tensor) -> Tensor:
-    """The same in one kernel, for a GPU: they are the slopes of a weighted sum of rows by its weights."""
+    """Return the same in one kernel, for a GPU: they are the slopes of a weighted sum of rows by its weights."""
     batch, count = negatives.shape
     bags = torch.arange(batch, device=negatives.device)
     bag_of_each = bags[:, None].expand(batch, count).reshape(-1)
@@ -161,7 +163,7 @@ def weighted_sums(memory: Tensor, negatives: Tensor, weights: Tensor) -> Tensor:
 
 
 def sums_in_parts(memory: Tensor, negatives: Tensor, weights: Tensor) -> Tensor:
-    """The same for a GPU, which adds up a bag one row after the other: many small bags keep it busy."""
+    """Return the same for a GPU, which adds up a bag one row after the other: many small bags keep it busy."""
     batch, count = negatives.shape
     samples, parts = (
         torch.arange(0, end, step, device=negatives.device) for end, step in ((batch * count, count), (count, PART))
@@ -183,8 +185,10 @@ class SummedTerms(torch.autograd.Function):
     def forward(
         ctx: Any, units: Tensor, criterion: Contrast, bank: MemoryBank, samples: Samples
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Take (2, B, D) unit embeddings; return the (2, B) losses, (2, B, 2) mean cosines to the own row and to the
-        negatives, and what the bank is to be updated with: rows and embeddings of all ranks."""
+        """Return the (2, B) losses of (2, B, D) unit embeddings, mean cosines, and the updates of the bank.
+
+        The (2, B, 2) cosines are to the own row and to the negatives; the updates are rows and embeddings of all ranks.
+        """
         world, counts = criterion.world, samples.counts
         own = counts[world.rank]
         units, rows = units.detach(), samples.rows

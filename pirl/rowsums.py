@@ -6,7 +6,7 @@ cross_entropy   value = sum exp(s_n - c)         pull = sum exp(s_n - c) m_n    
 nce             value = sum softplus(s_n - z)    pull = sum sigmoid(s_n - z) m_n    with z = ln(Z * noise)
 
 Over all rows, cross_entropy's are attention's output and log-sum-exp: kernels of attention read the bank once, and
-nothing of the size of the scores exists. Where there is no such kernel, and for nce, blocks of rows are multiplied.
+nothing of the size of the scores exists. Without such a kernel, and for nce, blocks of rows are multiplied.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Sums(NamedTuple):
 
 @dataclass(frozen=True)
 class Terms:
-    """What the scores of negatives become. `shift` is ln(Z * noise), or None for cross_entropy."""
+    """Function of the negatives' scores. `shift` is ln(Z * noise), or None for cross_entropy."""
 
     temperature: float
     shift: Tensor | None

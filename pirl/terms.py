@@ -65,7 +65,7 @@ class Negatives:
 def total_of_exponentials(bank: MemoryBank, negatives: Negatives, queries: Queries) -> Tensor:
     """Return the sum of exp(s) over this rank's rows that the queries' patches are scored against, float64.
 
-    The own row counts beside drawn rows, as in the reference; a systematic sample is taken as it is.
+    The own row counts with drawn rows, as in the reference; a systematic sample is taken as it is.
     """
     terms = Terms(negatives.config.temperature, None)
     sums = negatives.sums(bank, terms, queries, slice(0, 1))

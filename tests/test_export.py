@@ -292,7 +292,7 @@ def test_a_wrong_name_or_no_run(tmp_path: Path, trained: Path, layout: Any, name
     good = {"torchvision": "trunk.safetensors", "vissl": "out.torch"}[layout]
     with pytest.raises(CheckpointError, match="has no checkpoint"):
         export(str(tmp_path / "nowhere"), tmp_path / good, layout)
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="complete checkpoint not found"):
         export(f"{trained}/checkpoints/step-00000099", tmp_path / good, layout)
     assert list(tmp_path.iterdir()) == []
 

@@ -286,7 +286,7 @@ class TestWarmStart:
         shutil.rmtree(f"{root}/runs/old")
         decision = decide_retrain(root, Gating(registry, "pirl"), tiny, more, warm_epochs=1)
         assert decision.warm is None
-        assert "a cold start: there is no complete checkpoint" in decision.reasons[-1]
+        assert "a cold start: complete checkpoint not found" in decision.reasons[-1]
         checkpoint_of(Run.at(f"{root}/runs/old"), tiny_recipe("train.seed=3"))
         decision = decide_retrain(root, Gating(registry, "pirl"), tiny, more, warm_epochs=1)
         assert decision.warm is None

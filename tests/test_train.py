@@ -465,7 +465,7 @@ def test_a_finished_run_repeats_as_nothing(
     before = content(uninterrupted[1])
     done = train_here(uninterrupted[1], shards)
     assert done.to_json() == json.loads(before["DONE.json"])
-    assert "nothing to do" in capsys.readouterr().out
+    assert "up to date" in capsys.readouterr().out
     assert content(uninterrupted[1]) == before
 
 

@@ -2,9 +2,9 @@
 
     checkpoints/step-00000120/part-00000-of-00002-1f0c9a7e.safetensors   rank 0's share of the tensors, and the rest
     checkpoints/step-00000120/part-00001-of-00002-1f0c9a7e.safetensors   rank 1's
-    checkpoints/step-00000120/COMMIT.json      size and SHA-256 of each part, cursor, digests: without it, there is none
+    checkpoints/step-00000120/COMMIT.json      size and SHA-256 of each part, cursor, digests; makes it complete
     checkpoints/LATEST.json                    the name of the newest, and of the one before
-    lease/00000003.json                        who writes to the run
+    lease/00000003.json                        holder of the lease of the run
 
 The parts' names end with one token for each attempt, so that what a killed attempt left is never mixed with the next.
 A checkpoint loads on any number of ranks. Nothing is unpickled.

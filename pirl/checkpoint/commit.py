@@ -1,4 +1,4 @@
-"""What is known of a checkpoint without reading it: the commit object, by which it is published."""
+"""Commit object of a checkpoint: its record, by which it is published."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a run stands: it does not depend on ranks or workers."""
+    """Position of a run, which does not depend on ranks or workers."""
 
     epoch: int = 0
     samples: int = 0
@@ -38,7 +38,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Commit:
-    """What is known of a complete checkpoint without reading it."""
+    """Record of a complete checkpoint, read without its parts."""
 
     name: str
     cursor: Cursor
@@ -68,7 +68,7 @@ class Commit:
 
 
 def parse_part(fields: dict[str, Any]) -> Part:
-    """Return the part that JSON describes. Raises `TypeError` or `ValueError` where it is none."""
+    """Return the part that JSON describes. Raises `TypeError` or `ValueError` for anything else."""
     spans = tuple((int(start), int(stop), str(digest)) for start, stop, digest in fields.pop("spans", ()))
     part = Part(**fields, spans=spans)
     edges = [0, *(stop for _, stop, _ in spans)]
@@ -80,7 +80,7 @@ def parse_part(fields: dict[str, Any]) -> Part:
 
 
 def parse_commit(data: bytes, where: str) -> Commit:
-    """The content of the commit object of the checkpoint `where`; `CheckpointError` where it is none."""
+    """Return the content of the commit object of the checkpoint `where`; raise `CheckpointError` for anything else."""
     try:
         fields = json.loads(data)
         version = fields.pop("format")

@@ -1,6 +1,6 @@
-"""The right to write to a run: one training at a time.
+"""Single-writer lease of a run, with a fencing number and a heartbeat.
 
-    lease/00000003.json     who holds it, with a counter that the holder raises every few seconds
+    lease/00000003.json     its holder, with a counter that the holder raises every few seconds
 
 Each holder has a number of its own, made by a conditional write, so that of several that want the lease one gets it. A
 higher number ends the lower ones: a holder that was cut off sees it and writes no more. Nobody compares clocks: a
@@ -79,7 +79,7 @@ class Lease:
 
     @property
     def lost(self) -> bool:
-        """Whether another training is known to have taken over."""
+        """True once another training has taken over, as far as this one has seen."""
         return self._lost
 
     def check(self) -> None:
@@ -113,7 +113,7 @@ class Lease:
         self._folder.write_bytes(self._name, encode_json(self._content))
 
     def _keep_alive(self) -> None:
-        """Write heartbeats until the lease is lost or released, whatever fails; say once that they fail."""
+        """Write heartbeats until the lease is lost or released, whatever fails; warn once that they fail."""
         failing_since: float | None = None
         while not self._ended.wait(self._beat_s if failing_since is None else self._beat_s / 4):
             try:
@@ -138,7 +138,7 @@ def _folder(run: Storage, beat_s: float) -> Storage:
 
 
 def _holders(folder: Storage) -> list[str]:
-    """Names of the leases there are, the newest last; other files are none of ours."""
+    """Return the names of the leases, the newest last; leave out other files."""
     return [name for name in folder.list() if re.fullmatch(r"\d{8}\.json", name)]
 
 
@@ -179,7 +179,7 @@ def _read_patiently(folder: Storage, name: str) -> tuple[dict[str, Any], float]:
 
 
 def _read(folder: Storage, name: str) -> dict[str, Any]:
-    """The content; empty where it is gone or not what it should be."""
+    """Return the content; {} if it is gone or damaged."""
     try:
         content = json.loads(folder.read_bytes(name))
     except (StorageNotFoundError, ValueError):
@@ -191,7 +191,7 @@ def _introduction() -> dict[str, Any]:
     job = os.environ.get("TORCHELASTIC_RUN_ID", "")
     return {
         "holder": secrets.token_hex(8),
-        "job": "" if job == "none" else job,  # what torchrun says where it was given none
+        "job": "" if job == "none" else job,  # torchrun's value without an id
         "machine": _machine(),
         "pid": os.getpid(),
         "process_started": _process_started(os.getpid()),
@@ -203,7 +203,7 @@ def _introduction() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """The same for processes that can see each other by their numbers, empty where that is not known."""
+    """Return the same text for processes that see each other by their numbers; "" if that cannot be read."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -215,7 +215,7 @@ def _is_alive(content: dict[str, Any]) -> bool:
 
 
 def _process_started(pid: int) -> str:
-    """When a process of this machine started, in ticks since the boot; empty when it has ended."""
+    """Return when a process of this machine started, in ticks since the boot; "" if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -27,7 +27,7 @@ def read_state(folder: Storage, commit: Commit, rows: Mapping[str, range]) -> di
     """Return the state of a checkpoint; of the tensors in `rows` only these rows.
 
     Raises `CheckpointError` where a part is missing or damaged, and some `KeyError`, `TypeError`, `ValueError`,
-    `AttributeError`, `IndexError` or `RuntimeError` where it is no checkpoint of this program.
+    `AttributeError`, `IndexError` or `RuntimeError` where it is not a checkpoint of this program.
     """
     pieces: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
@@ -102,7 +102,7 @@ def read_part(data: Tensor, wanted: Mapping[str, range] | None = None) -> tuple[
     """Return the metadata and the tensors of a safetensors file in memory, (bytes,) uint8, each in memory of its own.
 
     Pieces of cut tensors that have no row of `wanted` are left out, those that have some are cut to them. Raises some
-    `ValueError`, `KeyError`, `TypeError` or `RuntimeError` where it is no such file.
+    `ValueError`, `KeyError`, `TypeError` or `RuntimeError` for any other file.
     """
     header, begin = read_header(data)
     body = data[begin:]
@@ -144,7 +144,7 @@ def assemble(tree: Any, pieces: dict[str, Tensor], wanted: Mapping[str, range] |
     """Return the state that `describe` took apart, from the pieces of all parts.
 
     Of a tensor in `wanted` only these rows. Raises `ValueError` where a tensor is not complete, or not of the shape
-    and type that the tree says.
+    and type of the tree.
     """
     wanted = wanted or {}
     rows: dict[str, list[tuple[int, int, Tensor]]] = {}

@@ -139,7 +139,7 @@ class Image:
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._slots: dict[str, Tensor] = {}
         self.cuts: list[tuple[int, int]] = []
-        """Where in the file the pieces of cut tensors are."""
+        """Ranges of the file with the pieces of cut tensors."""
 
     def fill(
         self, tensors: Mapping[str, Tensor | Rows], pieces: Iterable[Piece], metadata: dict[str, str]
@@ -192,7 +192,7 @@ class Image:
         return Part(file, len(data), _digest(data), spans)
 
     def not_finite(self) -> str:
-        """The key of a tensor with a number that is none, or empty; for when all of them are there."""
+        """Return the key of a staged tensor with NaN or infinity, or "". Call it after the copies have finished."""
         for key, slot in self._slots.items():
             if slot.is_floating_point():
                 wide = torch.promote_types(slot.dtype, torch.float32)  # large half numbers add up to inf

@@ -20,7 +20,7 @@ from pirl.storage import Storage
 from pirl.world import World
 
 _PEERS_S = 3600.0  # a rank whose part is not there by then fails the save
-# What reading a file can raise that is as it was committed, but was not written by this program.
+# errors of reading a file that is as it was committed, but was not written by this program
 _BAD_PART = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError)
 
 
@@ -39,19 +39,20 @@ class Checkpoints:
         keep_best: bool = False,
         guard: Callable[[], None] = lambda: None,
     ) -> None:
-        """The newest `keep` checkpoints stay, milestones, and with `keep_best` the one of the lowest loss. (The loss
-        tells how a training goes, not how good the trunk is: that is the evaluation's to tell.) `guard` is called on
-        rank 0 before anything is published, and raises where that is not permitted any more.
+        """Keep the newest `keep` checkpoints, milestones, and with `keep_best` the one of the lowest loss.
+
+        The loss shows how a training goes, not how good the backbone is: the evaluation shows that. `guard` is called
+        on rank 0 before anything is published, and raises if that is not permitted any more.
         """
         self.storage = storage
-        self._target = storage.patient(0)  # a save that fails is begun anew, and training waits for none
+        self._target = storage.patient(0)  # a save that fails is repeated as a whole, and training does not wait for it
         self.keep = keep
         self.keep_best = keep_best
         self.world = world or World()
         self.guard = guard
         self.failures = 0
         self.broken = ""
-        """What was not finite in the last state to be saved, on rank 0 once the save has ended."""
+        """Name of a non-finite tensor in the last state to be saved, on rank 0 once the save has ended."""
         self.skipped: list[str] = []
         """Names of broken ones that `load` passed over."""
         self._image = Image()
@@ -78,9 +79,8 @@ class Checkpoints:
 
         All ranks hold the same state, but for `Rows`, of which each writes its own, and the tensors that `of_main`
         names by their paths, such as "model/trunk.bn1.running_mean": those are taken from rank 0. Waits for a save
-        that is still under way. `done` is called on rank 0, from the writing thread. A failed save does not stop
-        training: `wait` tells. Numbers that are none are looked for in the copy, and a state with one is not
-        published.
+        that is still under way. `done` is called on rank 0, from the writing thread. Errors are
+        returned by `wait`, not raised here. A state with NaN or infinity, as found in the copy, is not published.
         """
         self.wait()
         tree, tensors = describe(state)
@@ -105,8 +105,9 @@ class Checkpoints:
         self._thread.start()
 
     def wait(self) -> StorageError | CheckpointError | None:
-        """Wait for a save under way; on rank 0 the error that ended it, if any: of the storage, or that the state is
-        `broken`. Other errors are raised.
+        """Wait for a save under way; return the error that ended it on rank 0, if any.
+
+        It is one of the storage, or that the state is `broken`. Other errors are raised.
         """
         if self._thread:
             self._thread.join()
@@ -121,12 +122,12 @@ class Checkpoints:
 
     @property
     def saving(self) -> bool:
-        """Whether a save is under way on this rank. Rank 0's ends after those of all ranks."""
+        """True while a save is under way on this rank. Rank 0's ends after those of all ranks."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
     def failed(self) -> bool:
-        """Whether the last save has failed, as far as is known now."""
+        """True if the last save has failed, as far as this rank has seen."""
         return self._error is not None
 
     def close(self) -> None:
@@ -159,7 +160,7 @@ class Checkpoints:
                 if "broken" in other:
                     self.broken = other["broken"]
                     raise CheckpointError(
-                        f"{self.broken} is not finite: the state was not saved", "go on from an older one"
+                        f"{self.broken} is not finite: the state was not saved", "resume from an older one"
                     )
             for other in outcomes:
                 if "what" in other:
@@ -177,8 +178,11 @@ class Checkpoints:
         return found
 
     def _gather(self, attempt: str, outcome: dict[str, Any]) -> list[dict[str, Any]]:
-        """All ranks' outcomes, on rank 0. Through the key-value store of the process group: a collective would get in
-        the way of training's own, and could not be abandoned when a rank is gone."""
+        """Return all ranks' outcomes on rank 0, [] on the others.
+
+        They travel through the key-value store of the process group: a collective would get in the way of training's
+        own, and could not be abandoned when a rank is gone.
+        """
         if self.world.size == 1:
             return [outcome]
         store = self.world.store
@@ -204,7 +208,7 @@ class Checkpoints:
         assert self._complete is not None
         self.guard()
         before = next((name for name in reversed(self._complete) if name != commit.name), None)
-        # first the pointer: until the commit object is there, a reader goes on to the one before
+        # first the pointer: until the commit object exists, a reader takes the one before
         self._target.write_json("LATEST.json", {"name": commit.name, "before": before})
         (self._target / commit.name).write_json("COMMIT.json", commit.to_json())
         replaced = self._complete.pop(commit.name, None)
@@ -254,16 +258,15 @@ class Checkpoints:
     # ---- finding and loading
 
     def names(self) -> list[str]:
-        """Names of the complete checkpoints, oldest first."""
+        """Return the names of the complete checkpoints, oldest first."""
         found = (name.split("/") for name in self.storage.list("step-"))
         return sorted(parts[0] for parts in found if len(parts) == 2 and parts[1] == "COMMIT.json")
 
     def newest(self) -> str | None:
-        """Name of the newest complete checkpoint, without listing where `LATEST.json` tells it."""
+        """Return the name of the newest complete checkpoint; without a listing if `LATEST.json` has it."""
         try:
             latest = json.loads(self.storage.read_small("LATEST.json"))
-            told = [str(name) for name in (latest["name"], latest["before"]) if name]
-            for name in told:
+            for name in [str(name) for name in (latest["name"], latest["before"]) if name]:
                 if (self.storage / name).exists("COMMIT.json"):
                     return name
         except (StorageNotFoundError, ValueError, TypeError, KeyError):
@@ -300,7 +303,7 @@ class Checkpoints:
             raise
 
     def commit(self, name: str) -> Commit:
-        """The commit object of the checkpoint `name`."""
+        """Return the commit object of the checkpoint `name`."""
         return self._commit(self.storage, name)
 
     def _commit(self, storage: Storage, name: str) -> Commit:
@@ -308,8 +311,8 @@ class Checkpoints:
         try:
             return parse_commit((storage / name).read_small("COMMIT.json"), where)
         except StorageNotFoundError:
-            known = ", ".join(self.names()) or "none"
-            raise CheckpointError(f"there is no complete checkpoint {where}", f"complete ones here: {known}") from None
+            complete = ", ".join(self.names()) or "none"
+            raise CheckpointError(f"complete checkpoint not found: {where}", f"complete ones: {complete}") from None
 
     def _read(self, name: str, rows: Mapping[str, range] | None = None) -> tuple[Commit, dict[str, Any]]:
         commit = self.commit(name)
@@ -318,7 +321,7 @@ class Checkpoints:
         except CheckpointError:
             if self.commit(name) == commit:
                 raise
-            return self._read(name, rows)  # it was written anew meanwhile
+            return self._read(name, rows)  # it was written again meanwhile
         except _BAD_PART as error:
             raise CheckpointError(
                 f"{self.storage.uri}/{name} is as it was committed, but no state: it was refused ({error})",

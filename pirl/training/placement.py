@@ -1,4 +1,4 @@
-"""Where the memory bank lives: whole on every rank, or cut by rows over the ranks."""
+"""Placement of the memory bank: whole on every rank, or cut by rows over the ranks."""
 
 from __future__ import annotations
 
