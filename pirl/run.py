@@ -29,7 +29,7 @@ from pirl.results import (
     WarmRecord,
     parse_lines,
 )
-from pirl.storage import Storage, open_storage
+from pirl.storage import Storage, local_path, open_storage
 from pirl.text import count
 
 if TYPE_CHECKING:  # importing it loads torch, which a look into a folder does not need
@@ -95,6 +95,11 @@ class Run:
         return self.storage.uri
 
     @property
+    def place(self) -> str:
+        """The location for messages: a path as it is, where `uri` has its blanks and brackets as %20 and %5B."""
+        return str(local_path(self.storage) or self.uri)
+
+    @property
     def name(self) -> str:
         return self.uri.rpartition("/")[2]
 
@@ -110,7 +115,7 @@ class Run:
             return self.storage.read_bytes(RECIPE).decode()
         except StorageNotFoundError:
             raise StorageNotFoundError(
-                f"{self.uri} does not hold a run: {RECIPE} is missing",
+                f"{self.place} does not hold a run: {RECIPE} is missing",
                 "give the --out of a `pirl train` that has started; `pirl runs` lists runs",
             ) from None
 
@@ -235,7 +240,7 @@ class Run:
         return loaded
 
     def _no_checkpoint(self) -> CheckpointError:
-        return CheckpointError(f"{self.uri} has no checkpoint", NO_CHECKPOINT_HINT)
+        return CheckpointError(f"{self.place} has no checkpoint", NO_CHECKPOINT_HINT)
 
     def _read(self, name: str, kind: type[T]) -> T | None:
         try:

@@ -266,15 +266,15 @@ def test_file_systems_on_a_network(
     assert caught.value.transient is transient
 
 
+@pytest.mark.parametrize("after", [0, 1], ids=["its index in the cache", "the shard"])
 def test_a_shard_that_a_network_s_server_has_forgotten_is_opened_again(
-    shards: str, monkeypatch: pytest.MonkeyPatch
+    shards: str, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    reader, pread, calls = ShardReader(shards), os.pread, [1]
+    reader, pread, calls = ShardReader(shards), os.pread, list(range(1 + after))
     right = reader.read(3)
 
     def forgotten(*arguments: Any) -> bytes:
-        if calls:
-            calls.pop()
+        if calls and calls.pop() == 0:
             raise OSError(errno.ESTALE, "stale file handle")
         return pread(*arguments)
 

@@ -25,10 +25,11 @@ from typing import NamedTuple
 import numpy as np
 from zlib_ng import zlib_ng
 
-from pirl.errors import DataError, StorageNotFoundError
+from pirl.errors import DataError, StorageError, StorageNotFoundError
 from pirl.shards.cache import BlockCache
 from pirl.shards.manifest import Manifest, Shard
 from pirl.storage import Storage
+from pirl.storage.local import local_errors
 
 HINT = "restore the file, or remove the folder and run `pirl shard` again"
 UNKNOWN = -1  # checksum of an image in shards that were made before there were checksums
@@ -56,11 +57,10 @@ class ShardIndex:
 
     def __init__(self, content: bytes | Path) -> None:
         self.fd = -1
-        self.content = b""
-        if isinstance(content, Path):
-            self.fd = os.open(content, os.O_RDONLY | os.O_CLOEXEC)
-        else:
-            self.content = content
+        self.path = content if isinstance(content, Path) else None
+        self.content = b"" if isinstance(content, Path) else content
+        if self.path:
+            self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         _, self.images, self.flags, _, self.names_bytes, _ = HEADER.unpack(self._read(0, HEADER.size))
 
     def __del__(self) -> None:
@@ -95,10 +95,20 @@ class ShardIndex:
         )
 
     def _read(self, start: int, length: int) -> bytes:
-        data = self.content[start : start + length] if self.fd < 0 else os.pread(self.fd, length, start)
+        data = self._pread(self.path, start, length) if self.path else self.content[start : start + length]
         if len(data) != length:
             raise DataError("the index of a shard in the cache was cut while it was in use", "run the command again")
         return data
+
+    def _pread(self, path: Path, start: int, length: int) -> bytes:
+        with local_errors("read", path):
+            try:
+                return os.pread(self.fd, length, start)
+            except OSError:  # a file that a network's server has forgotten (ESTALE) has to be opened again
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                os.dup2(fd, self.fd, inheritable=False)  # other threads may be reading from it
+                os.close(fd)
+                return os.pread(self.fd, length, start)
 
 
 class ShardIndexes:
@@ -141,7 +151,7 @@ class ShardIndexes:
             if self._checked[number] or index.is_sound(shard):
                 self._checked[number] = 1
                 return index
-        except (OSError, DataError):
+        except (OSError, DataError, StorageError):
             pass
         return None
 
