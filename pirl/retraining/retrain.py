@@ -78,7 +78,7 @@ def keep_up_to_date(retraining: Retraining, dry_run: bool = False) -> int:
     if not dry_run:
         write_shards(sources["train"], open_storage(data["train"]))
     elif not open_storage(data["train"]).exists(MANIFEST):
-        say(f"new images: {len(sources['train']):,} would be sharded to {data['train']} and compared")
+        say(f"new: {count(len(sources['train']), 'image')} would be sharded to {data['train']} and compared")
         say(f"what is new would be trained {retraining.backend.where}")
         return EXIT_DONE
     recipe = load_recipe(retraining.recipe, retraining.overrides)
