@@ -15,7 +15,7 @@ from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401 (fixture
 
 from pirl import cli
 from pirl.errors import DataError, PirlError, UsageError
-from pirl.shards import Quarantine, ShardReader, Source, compare_sources, open_source, summary, write_shards
+from pirl.shards import Quarantine, ShardReader, Source, compare_classes, open_source, summary, write_shards
 from pirl.shards.filter import LeftOut
 from pirl.storage import open_storage
 
@@ -303,7 +303,7 @@ def test_class_names_that_look_alike_are_reported(tmp_path: Path) -> None:
     train = open_source(str(put(tmp_path / "train", "caf\u00e9/1.jpg", "bee/1.jpg")))
     test = open_source(str(put(tmp_path / "test", "cafe\u0301/1.jpg", "bee/1.jpg")))
     with pytest.raises(DataError, match=r"one name in both: 'caf\\xe9', 'cafe\\u0301'"):
-        compare_sources(train, test)
+        compare_classes(train, test)
 
 
 def test_an_empty_text_is_not_the_current_folder() -> None:

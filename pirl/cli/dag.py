@@ -90,19 +90,19 @@ def run_dag(
 ) -> None:
     """Run the pipeline's steps here, one after the other, and show its result."""
     from ..outputs import check_registry, check_run_output
-    from ..shards import compare_sources, open_source, summary
+    from ..shards import compare_classes, open_source, summary
 
     root = str(local_path(open_storage(root)) or root)
     resolved = load_recipe(recipe, overrides or [])
     train, test = (open_source(arguments[name]) for name in ("train_source", "test_source"))
-    notes = compare_sources(train, test)
+    notes = compare_classes(train, test)
     resolved.check_data(len(train))
     console.print(f"{count(len(train), 'training image')} and {count(len(test), 'test image')}")
     for split, source in (("training", train), ("test", test)):
         for line in summary(source):
-            console.print(f"{split}: {line}", soft_wrap=True, markup=False, highlight=False)
+            console.print(f"{split}: {line}")
     for note in notes:
-        console.print(note, soft_wrap=True, markup=False, highlight=False)
+        console.print(note)
     name = run_name(root, resolved)
     schedule = f"{count(resolved.train.epochs, 'epoch')} of {count(resolved.rows(len(train)), 'image')}"
     workspace = Workspace(root)

@@ -28,7 +28,7 @@ from pirl.programs import Training
 from pirl.retraining.changes import Decision, Gating, data_uri, decide_retrain
 from pirl.retraining.warm import warm_start
 from pirl.run import Run
-from pirl.shards import MANIFEST, Source, compare_sources, open_source, summary, write_shards
+from pirl.shards import MANIFEST, Source, compare_classes, open_source, summary, write_shards
 from pirl.storage import open_storage
 from pirl.text import count
 from pirl.training.spec import TrainingOptions, TrainingSpec
@@ -69,7 +69,7 @@ def keep_up_to_date(retraining: Retraining, dry_run: bool = False) -> int:
     for split, source in sources.items():
         for line in summary(source):
             say(f"{split}: {line}")
-    for note in compare_sources(sources["train"], sources["test"]):
+    for note in compare_classes(sources["train"], sources["test"]):
         say(note)
     check_outside(retraining.root, list(sources.values()))
     check_registry(retraining.registry, list(sources.values()))

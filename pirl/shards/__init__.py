@@ -8,7 +8,7 @@ out/manifest.json       published last; see `Manifest`
 
 from __future__ import annotations
 
-from pirl.errors import DataError, UsageError, did_you_mean
+from pirl.errors import UsageError, did_you_mean
 from pirl.shards.decoding import (
     DEFAULT,
     LEGACY,
@@ -53,8 +53,7 @@ __all__ = [
     "cache_root",
     "check_image",
     "check_same_decoding",
-    "compare_shards",
-    "compare_sources",
+    "compare_classes",
     "decode_image",
     "decode_pixels",
     "decoding_notes",
@@ -94,32 +93,16 @@ def summary(source: Source) -> list[str]:
     return lines
 
 
-def compare_shards(train_data: str, test_data: str) -> list[str]:
-    """Return notes on the classes of sharded test images compared with the training images: which have none.
-
-    DataError naming classes that training does not have, or if either has no classes.
-    """
-    test = ShardReader(test_data)
-    train = ShardReader(train_data).manifest
-    for manifest, uri in ((train, train_data), (test.manifest, test_data)):
-        if manifest.classes is None:
-            raise DataError(
-                f"the images in {uri} have no classes", "give one folder a class: an evaluation needs labels"
-            )
-    absent = test.match_classes(train.classes or [])
-    return [f"classes without a test image: {listed(absent)}"] if absent else []
-
-
-def compare_sources(train: Source, test: Source) -> list[str]:
+def compare_classes(train: Source | Manifest, test: Source) -> list[str]:
     """Return notes on the classes of test images compared with those of training: which the test images lack.
 
-    UsageError where either has no labels; DataError naming classes that training does not have.
+    UsageError where either has no classes; DataError naming classes that training does not have.
     """
-    for split, source in (("training", train), ("test", test)):
-        if source.labels is None:
+    for split, images in (("training", train), ("test", test)):
+        if images.classes is None:
+            origin = images.source if isinstance(images, Manifest) else images.description
             raise UsageError(
-                f"the {split} images have no classes: {source.description}",
-                "give one folder a class: an evaluation needs labels",
+                f"the {split} images have no classes: {origin}", "give one folder a class: an evaluation needs labels"
             )
     assert train.classes is not None
     assert test.classes is not None
