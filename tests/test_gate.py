@@ -369,23 +369,36 @@ def test_a_decision_for_another_model_or_champion_is_made_again(tmp_path: Path, 
     assert len(open_registry(registry).versions("m")) == 1
 
 
-def test_scores_are_compared_again_when_the_pointer_is_moved(
-    tmp_path: Path, registry: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The better one becomes champion after the worse one has looked for the last time, before it moves the pointer."""
+@pytest.fixture
+def rivals(tmp_path: Path, registry: str) -> tuple[Run, Run]:
+    """A better and a worse run, both of which have passed the gate."""
     better, worse = finished(tmp_path / "better", 0.7, seed=1), finished(tmp_path / "worse", 0.6, seed=2)
     for run in (better, worse):
         assert decide(run, registry, "m").promote
+    return better, worse
+
+
+def overtake(monkeypatch: pytest.MonkeyPatch, registry: str, run: Run) -> list[str]:
+    """Have `run` registered just before the next move of the pointer; return the versions that move it, as they do."""
     advance = FolderCatalogue.move_champion
     calls: list[str] = []
 
     def overtaken(self: FolderCatalogue, model: str, version: str, moves: Any) -> bool:
         calls.append(version)
         if len(calls) == 1:
-            register_run(better.uri, registry, "m")
+            register_run(run.uri, registry, "m")
         return advance(self, model, version, moves)
 
     monkeypatch.setattr(FolderCatalogue, "move_champion", overtaken)
+    return calls
+
+
+def test_scores_are_compared_again_when_the_pointer_is_moved(
+    rivals: tuple[Run, Run], registry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The better one becomes champion after the worse one has looked for the last time, before it moves the pointer."""
+    better, worse = rivals
+    calls = overtake(monkeypatch, registry, better)
     with pytest.raises(RejectedError, match="more"):
         register_run(worse.uri, registry, "m")
     assert open_registry(registry).get("m").record["run_id"] == better.uri
@@ -393,22 +406,11 @@ def test_scores_are_compared_again_when_the_pointer_is_moved(
 
 
 def test_the_better_of_two_that_register_at_once_becomes_the_champion(
-    tmp_path: Path, registry: str, monkeypatch: pytest.MonkeyPatch
+    rivals: tuple[Run, Run], registry: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worse one is quicker and has the newer number: the better one moves the pointer after it."""
-    better, worse = finished(tmp_path / "better", 0.7, seed=1), finished(tmp_path / "worse", 0.6, seed=2)
-    for run in (better, worse):
-        assert decide(run, registry, "m").promote
-    advance = FolderCatalogue.move_champion
-    calls: list[str] = []
-
-    def overtaken(self: FolderCatalogue, model: str, version: str, moves: Any) -> bool:
-        calls.append(version)
-        if len(calls) == 1:
-            register_run(worse.uri, registry, "m")
-        return advance(self, model, version, moves)
-
-    monkeypatch.setattr(FolderCatalogue, "move_champion", overtaken)
+    better, worse = rivals
+    calls = overtake(monkeypatch, registry, worse)
     assert register_run(better.uri, registry, "m").version == "v0001"
     assert open_registry(registry).get("m").version == "v0001"
     assert calls == ["v0001", "v0002", "v0001"]

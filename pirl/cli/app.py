@@ -50,7 +50,6 @@ console = plain_console(width=None if logs.is_terminal() else 120)
 RecipeName = Annotated[str, typer.Argument(help="Name of a recipe (`pirl recipes`) or path of a TOML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Settings to change.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Processes = Annotated[int, typer.Option(help="Processes on this machine; 0: as many as GPUs, else two.")]
 BackendName = Annotated[
     str, typer.Option(metavar="NAME", help=f"Train on this machine, or by a job on the cluster: {', '.join(BACKENDS)}.")
 ]

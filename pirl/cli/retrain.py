@@ -103,8 +103,8 @@ def promote(
     try:
         before = catalogue.pointer(model, CHAMPION) or "none"
     except RegistryError as error:  # promoting repairs it
-        console.print(f"{error.what}", markup=False, highlight=False)
+        console.print(error.what)
         before = "unknown"
     if not dry_run:
         catalogue.promote(model, chosen.version)
-    console.print(f"{model}: champion {before} -> {chosen.version}{' (not done)' if dry_run else ''}", markup=False)
+    console.print(f"{model}: champion {before} -> {chosen.version}{' (not done)' if dry_run else ''}")

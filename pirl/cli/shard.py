@@ -46,15 +46,12 @@ def shard(
     from ..shards import Quarantine, decoding_notes, decoding_settings, listed, open_source, summary, write_shards
     from ..storage import open_storage
 
-    def say(text: str) -> None:
-        console.print(text, soft_wrap=True, markup=False, highlight=False)
-
     decoding = decoding_settings(background, exif, max_pixels)
     images = open_source(source, image, label)
     for line in summary(images):
-        say(line)
+        console.print(line)
     if dry_run:
-        say(f"{count(len(images), 'image')} would go to {out}")
+        console.print(f"{count(len(images), 'image')} would go to {out}")
         return
     place = open_storage(out)
     with progress("sharding") as advance:
@@ -67,10 +64,10 @@ def shard(
             progress=advance,
         )
     for note in decoding_notes(manifest.decoding, manifest.pictures):
-        say(note)
+        console.print(note)
     if manifest.quarantined and (empty := Quarantine.load(place).empty_classes):
-        say(f"{count(len(empty), 'class', 'classes')} without a readable image: {listed(empty)}")
-    say(
+        console.print(f"{count(len(empty), 'class', 'classes')} without a readable image: {listed(empty)}")
+    console.print(
         f"{count(manifest.images, 'image')} in {count(len(manifest.shards), 'shard')}, "
         f"{manifest.quarantined:,} quarantined, digest {manifest.digest[:12]}: {out}"
     )
