@@ -311,8 +311,8 @@ class Checkpoints:
         try:
             return parse_commit((storage / name).read_small("COMMIT.json"), where)
         except StorageNotFoundError:
-            complete = ", ".join(self.names()) or "none"
-            raise CheckpointError(f"complete checkpoint not found: {where}", f"complete ones: {complete}") from None
+            hint = f"complete ones here: {', '.join(self.names()) or 'none'}"
+            raise CheckpointError(f"complete checkpoint not found: {where}", hint) from None
 
     def _read(self, name: str, rows: Mapping[str, range] | None = None) -> tuple[Commit, dict[str, Any]]:
         commit = self.commit(name)
