@@ -12,7 +12,7 @@ def shard(source: str, root: str, run: str, split: str, train_data: str = "", pr
     The classes of test images are compared with those of the shards `train_data` before anything is written.
     """
     from components.step import step
-    from pirl.logs import say
+    from pirl.logs import info
     from pirl.shards import Manifest, compare_classes, decoding_notes, open_source, summary, write_shards
     from pirl.storage import open_storage
 
@@ -21,8 +21,8 @@ def shard(source: str, root: str, run: str, split: str, train_data: str = "", pr
         images = open_source(source)
         notes = compare_classes(Manifest.load(open_storage(train_data)), images) if train_data else []
         for line in [*summary(images), *notes]:
-            say(line)
+            info(line)
         manifest = write_shards(images, out, processes=processes)
         for line in decoding_notes(manifest.decoding, manifest.pictures):
-            say(line)
+            info(line)
     return out.uri

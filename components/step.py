@@ -57,10 +57,10 @@ def reporting_errors(name: str) -> Iterator[None]:
     """End the step `name` with its runner, and report a `PirlError` without a traceback."""
     end_with_runner()
     try:
-        logs.start()
+        logs.configure()
         yield
     except PirlError as error:
-        logs.complain(f"step {name}: {error}")
+        logs.error(f"step {name}: {error}")
         raise SystemExit(error.exit_code) from None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pirl import __version__, logs
 from pirl.errors import DataError, RegistryError, StorageError, UsageError, did_you_mean
-from pirl.logs import say
+from pirl.logs import info
 from pirl.outputs import check_registry
 from pirl.registry import CHAMPION, TRUNK, Registry, Version, open_registry
 from pirl.results import PROBES, Completion, Evaluation, GateDecision, GateQuestion, Lineage, ProbeSettings, Registered
@@ -33,7 +33,7 @@ def decide(
     metric: str = METRIC,
     min_gain: float = MIN_GAIN,
     dry_run: bool = False,
-    progress: Callable[[str], None] = say,
+    progress: Callable[[str], None] = info,
 ) -> GateDecision:
     """Return whether a run may become a champion, with every reason; written to its `gate.json` but for a dry run.
 

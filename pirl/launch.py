@@ -22,7 +22,6 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from . import logs
 from .errors import EXIT_DONE, EXIT_FAILURE, EXIT_PREEMPTED, PirlError, UsageError
-from .logs import complain
 from .world import is_port, lost_peer, parse_number
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -53,11 +52,11 @@ def report_outcome(work: Callable[[], int]) -> int:
             path = Path(folder) / f"{os.environ['RANK']}.json"
             path.write_text(json.dumps({"exit_code": exit_code, "message": message, "follows": follows}))
         else:
-            complain(message)
+            logs.error(message)
         return exit_code
 
     try:
-        logs.start(wait_s=CONSOLE_WAIT_S if folder else None)
+        logs.configure(wait_s=CONSOLE_WAIT_S if folder else None)
         return work()
     except PirlError as error:
         return leave(str(error), error.exit_code)
@@ -96,7 +95,7 @@ def _report_failure(error: ChildFailedError | SignalException, folder: Path) -> 
     """Print why the ranks ended, once, and return the exit code."""
     outcomes = {int(path.stem): json.loads(path.read_text()) for path in folder.glob("*.json")}
     if isinstance(error, SignalException) and not outcomes:
-        complain(
+        logs.error(
             f"stopped by {error.sigval.name} before there was anything new to save\n"
             "  -> run the same command again to continue"
         )
@@ -108,11 +107,11 @@ def _report_failure(error: ChildFailedError | SignalException, folder: Path) -> 
     if causes or not silent:
         causes = sorted(causes or outcomes.values(), key=lambda outcome: outcome["exit_code"] == EXIT_PREEMPTED)
         for message in dict.fromkeys(outcome["message"] for outcome in causes):
-            complain(message)
+            logs.error(message)
         return causes[0]["exit_code"]
     rank, code = min(silent.items(), key=lambda item: (item[1] == -signal.SIGTERM, item[0]))
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
-    complain(f"rank {rank} ended with {how}")
+    logs.error(f"rank {rank} ended with {how}")
     return EXIT_FAILURE
 
 

@@ -4,8 +4,8 @@
 people: a pipe alone does not mean that a machine reads (`make demo | tee demo.log`, a pipeline on one's own machine).
 Secrets are blanked in both forms.
 
-Each program calls `start` first. From then on a line that the console cannot take is dropped, whatever prints it: no
-standard stream, a reader that has left (`| head -1`), a lost terminal, a full disk. A character that the console's
+Each program calls `configure` first. From then on a line that the console cannot take is dropped, whatever prints it:
+no standard stream, a reader that has left (`| head -1`), a lost terminal, a full disk. A character that the console's
 encoding lacks is written with a backslash.
 """
 
@@ -49,12 +49,12 @@ _context: dict[str, Any] = {}
 _options: dict[str, str] = {}
 
 
-def say(text: str, **fields: Any) -> None:
+def info(text: str, **fields: Any) -> None:
     """Print one line at once, also through a pipe; `fields` are for the JSON form."""
     _line("info", text, fields)
 
 
-def complain(text: str, **fields: Any) -> None:
+def error(text: str, **fields: Any) -> None:
     """Print on stderr what ended the work."""
     _line("error", with_options(text), fields)
 
@@ -125,12 +125,12 @@ def is_terminal() -> bool:
         return False
 
 
-def about(**fields: Any) -> None:
+def bind(**fields: Any) -> None:
     """Set what every further JSON line of this process has: run, rank, step. None takes a field away."""
     _context.update(fields)
 
 
-def start(wait_s: float | None = None) -> None:
+def configure(wait_s: float | None = None) -> None:
     """Set up the console of a program: no output can raise, and all of it has the one form, where that is JSON.
 
     wait_s: longest that a line waits for a reader that has paused; None: without end. A rank may not wait, since the
@@ -239,10 +239,10 @@ def redact(text: str) -> str:
 def readable(line: str) -> str:
     """Return the words of a JSON line that this module wrote; any other line as it is."""
     try:
-        found = json.loads(line)
+        fields = json.loads(line)
     except ValueError:
         return line
-    return str(found.get("message", line)) if isinstance(found, dict) else line
+    return str(fields.get("message", line)) if isinstance(fields, dict) else line
 
 
 def _line(level: str, text: str, fields: dict[str, Any]) -> None:

@@ -82,7 +82,7 @@ def test_a_full_disk_fails_a_result_alone(monkeypatch: pytest.MonkeyPatch) -> No
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         logs.guard_streams()
-        logs.say("a line")
+        logs.info("a line")
         print("another line", flush=True)
         with pytest.raises(StorageError, match="No space left"):
             logs.output("[1, 2]\n")
@@ -94,16 +94,18 @@ def test_a_reader_that_has_paused_holds_up_no_rank(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(sys, "stdout", pipe)
         logs.guard_streams(wait_s=0.01)
         for number in range(3000):  # a pipe holds 64 KiB
-            logs.say(f"line {number:04d} {'-' * 50}")
+            logs.info(f"line {number:04d} {'-' * 50}")
         first = out.read(1 << 20)
         assert first.startswith(b"line 0000")
         assert b"line 2999" not in first
-        logs.say("read again")
+        logs.info("read again")
         assert out.read(1 << 20).endswith(b"read again\n")
 
 
 def test_a_closed_descriptor_is_no_later_files() -> None:
-    program = "import os\nfrom pirl import logs\nlogs.start()\nassert os.open('/', os.O_RDONLY) > 2\nos.write(1, b'x')"
+    program = (
+        "import os\nfrom pirl import logs\nlogs.configure()\nassert os.open('/', os.O_RDONLY) > 2\nos.write(1, b'x')"
+    )
     done = subprocess.run(["bash", "-c", f'exec {sys.executable} -c "$0" <&- >&- 2>&-', program], check=False)
     assert done.returncode == 0
 
@@ -117,7 +119,7 @@ def test_every_name_can_be_printed(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         for guard in (lambda: None, logs.guard_streams):
             monkeypatch.setattr(sys, "stdout", file)
             guard()
-            logs.say(name)
+            logs.info(name)
             monkeypatch.undo()
             monkeypatch.setenv("PIRL_LOG", form)
     lines = (tmp_path / "out").read_text(encoding).splitlines()
@@ -133,8 +135,8 @@ def test_the_library_prints_without_a_console_too(monkeypatch: pytest.MonkeyPatc
         stream.close()
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setattr(sys, "stderr", stream)
-    logs.say("a line")
-    logs.complain("a line")
+    logs.info("a line")
+    logs.error("a line")
     logs.output("a line")
 
 
@@ -147,7 +149,7 @@ def test_a_form_that_is_none_is_refused_in_words(pirl: Pirl, monkeypatch: pytest
 
 def test_nohup_stays_in_force(tmp_path: Path) -> None:
     program = (
-        "import os, signal\nfrom pirl import logs\nlogs.start()\nos.kill(os.getpid(), signal.SIGHUP)\nprint('alive')"
+        "import os, signal; from pirl import logs; logs.configure(); os.kill(os.getpid(), signal.SIGHUP); print('alive')"
     )
     done = shell(f"trap '' HUP; {sys.executable} -c \"{program}\"")
     assert done.stdout == "alive\n"

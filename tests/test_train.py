@@ -619,7 +619,7 @@ def test_on_s3(bucket: str, shards: str) -> None:  # noqa: F811
             raise Stop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pirl.training.meter.say", stop_at_7)
+        patch.setattr("pirl.training.meter.info", stop_at_7)
         with pytest.raises(Stop):
             train(recipe, stopping, World())
     done = train(recipe, options, World())

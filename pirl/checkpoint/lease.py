@@ -128,7 +128,7 @@ class Lease:
                     logs.warn(f"the lease of {self.run.uri} cannot be renewed, training continues: {problem}")
             else:
                 if failing_since is not None:
-                    logs.say(f"the lease is renewed again, after {time.monotonic() - failing_since:.0f} s")
+                    logs.info(f"the lease is renewed again, after {time.monotonic() - failing_since:.0f} s")
                 failing_since = None
 
 

@@ -30,7 +30,7 @@ __all__ += ["plan", "retrain", "schedule", "shard", "submit", "train"]
 def main() -> None:
     """Run the program: a `PirlError` is a message and an exit code, a bug is a traceback."""
     try:
-        logs.start()
+        logs.configure()
         app()
     except PirlError as error:
         _show(error)
@@ -39,7 +39,7 @@ def main() -> None:
 
 def _show(error: PirlError) -> None:
     if logs.is_json():
-        logs.complain(str(error))
+        logs.error(str(error))
         return
     console = plain_console(stderr=True)
     console.print(Text.assemble(("error:", "bold red"), f" {logs.redact(logs.with_options(error.what))}"))

@@ -114,6 +114,6 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
         nonlocal tenths
         if total and done * 10 // total > tenths:
             tenths = done * 10 // total
-            logs.say(f"{what}: {done}/{total}")
+            logs.info(f"{what}: {done}/{total}")
 
     yield advance

@@ -12,7 +12,7 @@ from ..text import count
 
 
 def main(arguments: list[str]) -> int:
-    logs.start()
+    logs.configure()
     if len(arguments) != 1:
         print("usage: python -m pirl.doctor ROOT", file=sys.stderr)
         return EXIT_USAGE

@@ -28,7 +28,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ..errors import EXIT_USAGE, PirlError, PreemptedError, StorageError, TrainingError, UsageError
-from ..logs import readable, say, write
+from ..logs import info, readable, write
 from ..programs import Program
 from ..text import duration
 from .cluster import Cluster, UnavailableError
@@ -81,13 +81,13 @@ class Launcher:
         Raise `TrainingError` with the diagnosis, `UsageError` if nothing was started, `PreemptedError` after SIGTERM.
         """
         if self.program.is_complete():
-            say("launcher: this run is complete: up to date")
+            info("launcher: this run is complete: up to date")
             self.program.update()
             return
         try:
             with _stop_signals():
                 for name in self._retry(self.cluster.expire):
-                    say(f"launcher: deleted job {name}, which ended longer than its ttl_s ago")
+                    info(f"launcher: deleted job {name}, which ended longer than its ttl_s ago")
                 self.uid = self._create_or_adopt()
                 self._follow()
         except Stopped:
@@ -109,7 +109,7 @@ class Launcher:
             if job is None:
                 created = self._retry(lambda: self.cluster.create(self.objects))
                 if created is not None:
-                    say(f"launcher: created job {self.full_name}")
+                    info(f"launcher: created job {self.full_name}")
                     self._check_queue(created)
                     return self._own(created)
                 news = "waiting for objects of an earlier job to be deleted"
@@ -120,10 +120,10 @@ class Launcher:
                 self._retry(partial(self.cluster.delete, self.name, job["metadata"]["uid"]))
             else:
                 self._check_same(job)
-                say(f"launcher: adopted job {self.full_name}, which exists already")
+                info(f"launcher: adopted job {self.full_name}, which exists already")
                 return self._own(job)
             if news != reported:
-                say(f"launcher: {news}")
+                info(f"launcher: {news}")
                 reported = news
             time.sleep(self.poll_s)
 
@@ -174,14 +174,14 @@ class Launcher:
                 reported_at = float("-inf")
             if state is State.SUCCEEDED:
                 self._require_completion()
-                say(f"launcher: job {self.name} has succeeded")
+                info(f"launcher: job {self.name} has succeeded")
                 return
             if state is State.ABSENT:
                 raise self._lost()
             if state is State.FAILED:
                 raise self._failed(verdict.message if verdict else "")
             if clocks.read_at - reported_at > REPORT_S:
-                say(f"launcher: {state.value}, {duration(clocks.in_state)}; {self.progress}")
+                info(f"launcher: {state.value}, {duration(clocks.in_state)}; {self.progress}")
                 reported_at = clocks.read_at
             self._check_settings()
             self._check_start(clocks, pods)
@@ -200,7 +200,7 @@ class Launcher:
             if (end.uid, end.number) not in self.ends:
                 self.ends[end.uid, end.number] = end
                 if end.exit_code:
-                    say(f"launcher: {end}")
+                    info(f"launcher: {end}")
         for line in self.log.lines(pods[0]) if pods and self.kind.index(pods[0]) == 0 else ():
             write(sys.stdout, f"{line}\n")
 
@@ -291,9 +291,9 @@ class Launcher:
                     return  # what the operator has ended stays for inspection
                 uid = job["metadata"]["uid"]
             self.cluster.delete(self.name, uid)
-            say(f"launcher: {why}: deleted job {self.name}")
+            info(f"launcher: {why}: deleted job {self.name}")
         except PirlError as error:
-            say(f"launcher: {why}, but job {self.name} could not be deleted ({error.what}): it keeps running")
+            info(f"launcher: {why}, but job {self.name} could not be deleted ({error.what}): it keeps running")
 
     def _retry(self, call: Callable[[], T]) -> T:
         """Return what `call` does; repeat it while API server or storage is unavailable, up to `outage_s`.
@@ -305,7 +305,7 @@ class Launcher:
             try:
                 answer = call()
                 if since is not None:
-                    say(f"launcher: answered again after {duration(time.monotonic() - since)}")
+                    info(f"launcher: answered again after {duration(time.monotonic() - since)}")
                 return answer
             except (UnavailableError, StorageError) as error:
                 if not error.transient:
@@ -313,7 +313,7 @@ class Launcher:
                 now = time.monotonic()
                 if since is None:
                     since = now
-                    say(f"launcher: {error.what}; the job keeps running, trying again")
+                    info(f"launcher: {error.what}; the job keeps running, trying again")
                 elif now - since > self.outage_s:
                     raise PirlError(
                         f"{error.what}, for {duration(now - since)}; job {self.name} is left as it is",

@@ -4,5 +4,5 @@ from .. import logs
 from .table import markdown
 
 if __name__ == "__main__":
-    logs.start()
+    logs.configure()
     logs.output(markdown())

@@ -67,7 +67,7 @@ class JsonLines(Sink):
         if problem and not before:
             logs.warn(f"the record of the run cannot be written, training continues: {problem}")
         elif before and not problem:
-            logs.say("the record of the run is written again, nothing is missing")
+            logs.info("the record of the run is written again, nothing is missing")
 
 
 def _rounded(value: float) -> float:

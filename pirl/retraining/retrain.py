@@ -22,7 +22,7 @@ from pirl.errors import EXIT_DONE, PreemptedError
 from pirl.evaluate import apply_protocol
 from pirl.evaluate.spec import EvaluationSpec
 from pirl.gate import METRIC, MIN_GAIN, RejectedError, check_question, decide, register_run
-from pirl.logs import say
+from pirl.logs import info
 from pirl.outputs import check_outside, check_registry
 from pirl.programs import Training
 from pirl.retraining.changes import Decision, Gating, data_uri, decide_retrain
@@ -68,9 +68,9 @@ def keep_up_to_date(retraining: Retraining, dry_run: bool = False) -> int:
     sources = {"train": open_source(retraining.train_source), "test": open_source(retraining.test_source)}
     for split, source in sources.items():
         for line in summary(source):
-            say(f"{split}: {line}")
+            info(f"{split}: {line}")
     for note in compare_classes(sources["train"], sources["test"]):
-        say(note)
+        info(note)
     check_outside(retraining.root, list(sources.values()))
     check_registry(retraining.registry, list(sources.values()))
     open_storage(retraining.root).require_writable()
@@ -78,18 +78,18 @@ def keep_up_to_date(retraining: Retraining, dry_run: bool = False) -> int:
     if not dry_run:
         write_shards(sources["train"], open_storage(data["train"]))
     elif not open_storage(data["train"]).exists(MANIFEST):
-        say(f"new: {count(len(sources['train']), 'image')} would be sharded to {data['train']} and compared")
-        say(f"what is new would be trained {retraining.backend.where}")
+        info(f"new: {count(len(sources['train']), 'image')} would be sharded to {data['train']} and compared")
+        info(f"what is new would be trained {retraining.backend.where}")
         return EXIT_DONE
     recipe = load_recipe(retraining.recipe, retraining.overrides)
     gating = Gating(retraining.registry, retraining.model, retraining.metric, retraining.min_gain, data["test"])
     decision = decide_retrain(retraining.root, gating, recipe, data["train"], retraining.warm_epochs)
     for reason in decision.reasons:
-        say(reason)
+        info(reason)
     if not decision.retrain:
-        say("up to date")
+        info("up to date")
         return EXIT_DONE
-    say(f"{'would train' if dry_run else 'training'} {decision.run} {retraining.backend.where}")
+    info(f"{'would train' if dry_run else 'training'} {decision.run} {retraining.backend.where}")
     if dry_run:
         return EXIT_DONE
     if code := _train(retraining, decision, data["train"]):
@@ -120,7 +120,7 @@ def _train(retraining: Retraining, decision: Decision, data: str) -> int:
     """Train to the end of the recipe, from the champion where the decision has a warm start. Return the exit code."""
     if decision.warm and not Run.at(decision.run).checkpoints().names():
         kept, fresh = warm_start(decision.warm, data, decision.run, decision.recipe)
-        say(f"from {decision.warm.run}: {count(kept, 'row')} of the bank kept, {fresh:,} new")
+        info(f"from {decision.warm.run}: {count(kept, 'row')} of the bank kept, {fresh:,} new")
     spec = TrainingSpec(recipe=decision.recipe, data=data, out=decision.run, **dict(retraining.options))
     return retraining.backend.run(Training(spec), retraining.labels)
 
@@ -128,16 +128,16 @@ def _train(retraining: Retraining, decision: Decision, data: str) -> int:
 def _register(retraining: Retraining, run: str, data: dict[str, str], test: Source) -> None:
     """Evaluate, and register what passes the gate. A rejection is not a failure."""
     write_shards(test, open_storage(data["test"]))
-    apply_protocol(EvaluationSpec.parse(run, data=data["train"], test=data["test"]), say)
+    apply_protocol(EvaluationSpec.parse(run, data=data["train"], test=data["test"]), info)
     decision = decide(run, retraining.registry, retraining.model, retraining.metric, retraining.min_gain)
     for reason in decision.reasons:
-        say(reason)
+        info(reason)
     if not decision.promote:
-        say("not registered")
+        info("not registered")
         return
     try:
         version = register_run(run, retraining.registry, retraining.model)
     except RejectedError as error:  # another version has become the champion meanwhile
-        say(f"not registered: {error.what}")
+        info(f"not registered: {error.what}")
         return
-    say(f"{version.model} {version.version}: {version.uri}")
+    info(f"{version.model} {version.version}: {version.uri}")

@@ -12,8 +12,8 @@ from multiprocessing import connection
 from pickle import PicklingError
 from typing import Any
 
+from pirl import logs
 from pirl.errors import DataError, UsageError
-from pirl.logs import start
 
 _held: Any = None  # in a worker process: what its methods are called on
 
@@ -81,7 +81,7 @@ class Workers:
 
 def _start(held: Any) -> None:
     global _held
-    start()
+    logs.configure()
     _held = held
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

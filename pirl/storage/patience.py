@@ -107,7 +107,7 @@ def _answered(root: str) -> None:
         remember(root)
         since = _outages.pop(root, None)
     if since is not None:
-        logs.say(f"{root or 'the file system'} answers again, after {time.monotonic() - since:.0f} s")
+        logs.info(f"{root or 'the file system'} answers again, after {time.monotonic() - since:.0f} s")
 
 
 def _report(root: str, error: PirlError, limit_s: float) -> None:

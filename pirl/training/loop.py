@@ -16,7 +16,7 @@ from ..checkpoint import Cursor, Lease
 from ..config import Recipe
 from ..data import Batch, Loader, Share
 from ..errors import PirlError, PreemptedError
-from ..logs import say
+from ..logs import info
 from ..loss import Contrast, StepLoss
 from ..memory import MemoryBank, RowsBank
 from ..metrics import Context, open_log
@@ -47,7 +47,7 @@ def train(recipe: Recipe, options: Options, world: World) -> Completion:
     check_same_run(run, recipe, manifest.digest)
     if completion := run.completion():
         if world.is_main:
-            say("this run is complete: up to date")
+            info("this run is complete: up to date")
             run.update_recipe(recipe)
         return completion
     # checks the shards before anything is written
@@ -91,10 +91,10 @@ class Trainer:
         self.recipe, self.options, self.world, self.run, self.lease = recipe, options, world, run, lease
         self.data_digest, self.loader, self.rows = data_digest, loader, loader.dataset.rows
         torch.manual_seed(recipe.train.seed)
-        logs.about(run=run.name, rank=world.rank)
+        logs.bind(run=run.name, rank=world.rank)
         cut, reason = cuts_bank(options.bank, recipe, self.rows, world)
         if world.is_main:
-            say(reason)
+            info(reason)
         self.state = build_state(recipe, self.rows, world, cut=cut)
         steps = recipe.train.epochs * recipe.steps_per_epoch(self.rows)
         self.log = open_log(Context(run.storage, world, steps, recipe.train.epochs, self.state.model, self.state.bank))

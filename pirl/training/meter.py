@@ -12,7 +12,7 @@ from ..checkpoint import Commit, Cursor
 from ..config import Recipe
 from ..data import Loader, Share
 from ..errors import TrainingError
-from ..logs import say
+from ..logs import info
 from ..loss import StepLoss
 from ..metrics import Log
 from ..metrics.clock import StepClock
@@ -118,7 +118,7 @@ class Meter:
         self.log.step(**line)
         step = int(line["step"])
         eta = duration((self.total_steps - step) * line["step_s"])
-        say(
+        info(
             f"epoch {line['epoch']:6.2f}/{self.recipe.train.epochs}  step {step}/{self.total_steps}  "
             f"loss {line['loss']:.4f}  lr {line['lr']:.4g}  {line['images_per_s']:.0f} images/s  "
             f"waited {(1 - self._compute_s / elapsed) * 100:.0f}%  ETA {eta}",

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checkpoint import Checkpoints, Commit, Cursor, Rows
 from ..config import Recipe
 from ..errors import CheckpointError, StorageNotFoundError, TrainingError, UsageError
-from ..logs import say
+from ..logs import info
 from ..loss import Contrast
 from ..memory import MemoryBank
 from ..model import PIRL
@@ -72,7 +72,7 @@ def resume(state: TrainState, checkpoints: Checkpoints, run: Run, data_digest: s
     check_same_data(run.uri, commit, data_digest)
     state.load_dict(saved)
     if world.is_main:
-        say(f"resuming from {commit.name}: epoch {commit.cursor.epoch}, {commit.cursor.samples} samples into it")
+        info(f"resuming from {commit.name}: epoch {commit.cursor.epoch}, {commit.cursor.samples} samples into it")
     return commit.cursor
 
 
