@@ -149,7 +149,8 @@ def test_a_form_that_is_none_is_refused_in_words(pirl: Pirl, monkeypatch: pytest
 
 def test_nohup_stays_in_force(tmp_path: Path) -> None:
     program = (
-        "import os, signal; from pirl import logs; logs.configure(); os.kill(os.getpid(), signal.SIGHUP); print('alive')"
+        "import os, signal; from pirl import logs; logs.configure(); "
+        "os.kill(os.getpid(), signal.SIGHUP); print('alive')"
     )
     done = shell(f"trap '' HUP; {sys.executable} -c \"{program}\"")
     assert done.stdout == "alive\n"
