@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import json
 import logging
@@ -11,9 +12,11 @@ import signal
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch.distributed import run as torchrun
@@ -64,6 +67,26 @@ def report_outcome(work: Callable[[], int]) -> int:
         if not folder or not lost_peer(error):
             raise
         return leave(f"rank {os.environ['RANK']} lost another rank: {error}", EXIT_FAILURE, follows=True)
+
+
+def exit_process(main: Callable[[], int]) -> NoReturn:
+    """Run `main` and end this process with its exit code; a rank ends without finalizing the interpreter.
+
+    A thread of gloo releases the tensors of the last collective some time after it has completed, and needs the GIL for
+    it. A thread that waits for the GIL of an interpreter under finalization aborts the process (signal 6).
+    """
+    if "RANK" not in os.environ:
+        sys.exit(main())
+    try:
+        exit_code = main()
+    except BaseException:
+        traceback.print_exc()
+        exit_code = EXIT_FAILURE
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(exit_code)
 
 
 def run_ranks(module: str, arguments: Sequence[str], processes: int | None) -> int:

@@ -6,11 +6,12 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
 from pirl.errors import PreemptedError, TrainingError, UsageError
-from pirl.launch import report_outcome
+from pirl.launch import exit_process, report_outcome
 from pirl.world import start_world
 
 
@@ -45,8 +46,19 @@ def main(case: str) -> int:
         if rank == 1:
             raise TrainingError("this rank cannot go on", "look at its data")
         world.sum(torch.ones(3))
+    if case == "exit":
+        global world_at_exit, late
+        world_at_exit, late = start_world(timeout_s=60), Late()
+        world_at_exit.sum(torch.ones(3))
     return 0
 
 
+class Late:
+    """An object whose release takes a while, so that the interpreter's finalization does."""
+
+    def __del__(self, sleep: Callable[[float], None] = time.sleep) -> None:
+        sleep(2)
+
+
 if __name__ == "__main__":
-    sys.exit(report_outcome(lambda: main(sys.argv[1])))
+    exit_process(lambda: report_outcome(lambda: main(sys.argv[1])))

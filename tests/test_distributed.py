@@ -171,6 +171,11 @@ def test_a_bug_shows_its_traceback(tmp_path: Path) -> None:
     assert "error: rank 1 ended with exit code 1" in text
 
 
+def test_ranks_end_well_while_a_collective_is_being_released(tmp_path: Path) -> None:
+    """A thread that waits for the GIL of an interpreter under finalization would abort the rank."""
+    assert outcome("exit", tmp_path)[0] == 0
+
+
 def test_a_killed_rank_is_named_with_its_signal(tmp_path: Path) -> None:
     code, text = outcome("kill", tmp_path)
     assert code == 1
