@@ -150,7 +150,7 @@ def _value(kind: str, text: str) -> Any:
             raise ValueError(text)
         return number
     value = json.loads(text)
-    wanted = {"BOOLEAN": bool, "LIST": list, "STRUCT": dict}[kind]
-    if not isinstance(value, wanted):
+    expected = {"BOOLEAN": bool, "LIST": list, "STRUCT": dict}[kind]
+    if not isinstance(value, expected):
         raise ValueError(text)
     return value

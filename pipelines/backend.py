@@ -77,13 +77,13 @@ class Backend:
     def newest(self, pipeline: str, name: str = "") -> Version | None:
         """Return the newest version of a pipeline, or the newest of those that are named `name`; None without one."""
         with self._call(f"find the pipeline {pipeline}"):
-            found = self._client.list_pipelines(
+            pipelines = self._client.list_pipelines(
                 filter=_named(pipeline), page_size=2, namespace=self.namespace or None
             ).pipelines
-            if not found:
+            if not pipelines:
                 return None
             versions = self._client.list_pipeline_versions(
-                found[0].pipeline_id, sort_by="created_at desc", page_size=1, filter=_named(name) if name else None
+                pipelines[0].pipeline_id, sort_by="created_at desc", page_size=1, filter=_named(name) if name else None
             ).pipeline_versions
         if not versions:
             return None
@@ -95,11 +95,11 @@ class Backend:
         with self._call(f"take the pipeline {pipeline.name}"), tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{pipeline.name}.yaml"
             path.write_text(pipeline.text)
-            found = self._client.list_pipelines(
+            pipelines = self._client.list_pipelines(
                 filter=_named(pipeline.name), page_size=2, namespace=self.namespace or None
             ).pipelines
-            if found:
-                pipeline_id = found[0].pipeline_id
+            if pipelines:
+                pipeline_id = pipelines[0].pipeline_id
             else:  # `upload_pipeline` would also make a version, of the pipeline's name instead of its own
                 made = self._client.pipelines.pipeline_service_create_pipeline(
                     V2beta1Pipeline(
@@ -132,7 +132,7 @@ class Backend:
         """Return the address of the run's page, at `KF_PIPELINES_UI_ENDPOINT` or, without it, at `endpoint`."""
         return f"{os.environ.get('KF_PIPELINES_UI_ENDPOINT') or self.endpoint}/#/runs/details/{run_id}"
 
-    def wait(self, run_id: str, told: Callable[[str], None], every_s: float = 5.0) -> None:
+    def wait(self, run_id: str, progress: Callable[[str], None], every_s: float = 5.0) -> None:
         """Wait until the run has ended, through restarts of the backend; raise `PirlError` unless it SUCCEEDED."""
         state, answered = None, time.monotonic()
         while True:
@@ -147,7 +147,7 @@ class Backend:
                 continue
             if run.state != state:
                 state = run.state
-                told(f"{state or 'not started'}")
+                progress(f"{state or 'not started'}")
             if state in FINAL:
                 break
             time.sleep(every_s)
@@ -166,7 +166,7 @@ class Backend:
 
     def schedules(self, name: str = "") -> list[Schedule]:
         """Return all schedules, or those of that name, the newest first; a name is not unique on a backend."""
-        found: list[Schedule] = []
+        schedules: list[Schedule] = []
         token = ""
         while True:
             with self._call("list schedules"):
@@ -177,10 +177,10 @@ class Backend:
                     namespace=self.namespace or None,
                     filter=_named(name) if name else None,
                 )
-            found += page.recurring_runs or []
+            schedules += page.recurring_runs or []
             token = page.next_page_token
             if not token:
-                return [_schedule(one) for one in found]
+                return [_schedule(one) for one in schedules]
 
     def schedule(
         self,
@@ -197,21 +197,21 @@ class Backend:
         between leaves one that works, and the same call again leaves only one. An old one with an active run is
         paused, because Kubernetes would delete the run with it; a later call deletes it.
         """
-        there = self.schedules(name)
+        existing = self.schedules(name)
         same = [
             one
-            for one in there
+            for one in existing
             if (one.cron, one.version_id, one.arguments) == (cron, version.version_id, arguments)
             and (one.max_concurrency, one.no_catchup) == (1, True)
             and service_account in ("", one.service_account)
         ]
         if same:
             kept = same[0].id
-            done = "unchanged" if same[0].enabled and len(there) == 1 else "updated"
+            done = "unchanged" if same[0].enabled and len(existing) == 1 else "updated"
             if not same[0].enabled:
                 self.resume(same[0])
         else:
-            done = "updated" if there else "created"
+            done = "updated" if existing else "created"
             with self._call(f"schedule {name}"):
                 made = self._client.create_recurring_run(
                     self._experiment(experiment),
@@ -226,7 +226,7 @@ class Backend:
                     service_account=service_account or None,
                 )
             kept = made.recurring_run_id
-        for one in there:
+        for one in existing:
             if one.id != kept and self.active_runs(one):
                 self.pause(one)
             elif one.id != kept:
@@ -235,11 +235,11 @@ class Backend:
 
     def find_schedules(self, name: str) -> list[Schedule]:
         """Return the schedules of that name, at least one; raise `UsageError` without one."""
-        found = self.schedules(name)
-        if not found:
+        schedules = self.schedules(name)
+        if not schedules:
             nearest = did_you_mean(name, [one.name for one in self.schedules()])
             raise UsageError(f"schedule {name!r} does not exist.{nearest}", "see `pirl schedule list`")
-        return found
+        return schedules
 
     def pause(self, schedule: Schedule) -> None:
         with self._call(f"pause {schedule.name}"):

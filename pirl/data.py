@@ -38,7 +38,7 @@ CACHED_SIDE = 64  # decoded images up to this size are kept: decoding them costs
 CACHED_BYTES = 256 << 20  # for each process
 BUFFER_BYTES = 12 << 20  # larger images are decoded into memory of their own
 PREFETCH = 2  # batches that each worker is asked for ahead of time
-LOOK_S = 5  # between two looks whether the workers live
+POLL_S = 5  # between two looks whether the workers live
 
 
 log = logging.getLogger(__name__)
@@ -237,7 +237,7 @@ class Loader:
             sampler=tasks(),
             num_workers=self.workers,
             prefetch_factor=PREFETCH,
-            timeout=LOOK_S,
+            timeout=POLL_S,
             multiprocessing_context="forkserver",
             worker_init_fn=start_worker,
         )

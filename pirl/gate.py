@@ -54,8 +54,8 @@ def decide(
         better, reason = _compare(folder, evaluation, champion, metric, dry_run, progress)
         promote = promote and better
         reasons.append(reason)
-    asked = question(evaluation, registry, model, metric, min_gain, champion)
-    decision = GateDecision(promote=promote, reasons=reasons, **asked.model_dump())
+    inputs = question(evaluation, registry, model, metric, min_gain, champion)
+    decision = GateDecision(promote=promote, reasons=reasons, **inputs.model_dump())
     if not dry_run:
         folder.save_gate(decision)
     return decision

@@ -193,19 +193,19 @@ class SummedTerms(torch.autograd.Function):
         own = counts[world.rank]
         units, rows = units.detach(), samples.rows
         negatives = Negatives.of_step(criterion.config, bank.images, samples.step_seed)
-        mine = Queries(rows[:own], units[:, :own], samples.seeds[:, :own].to(rows.device, non_blocking=True))
-        queries = bank.gather(world, mine, counts)
+        local = Queries(rows[:own], units[:, :own], samples.seeds[:, :own].to(rows.device, non_blocking=True))
+        queries = bank.gather(world, local, counts)
         criterion.estimate_z_by_rows(bank, negatives, queries, sum(counts))
         terms = criterion.terms(negatives, units.dtype)
         packed = bank.collect(world, packed_sums(bank, negatives, terms, queries), counts)
-        results = finish(packed, negatives, terms, mine.rows)
+        results = finish(packed, negatives, terms, local.rows)
         losses, gradient, cosines = (
             torch.cat([each, each.new_zeros(2, len(rows) - own, *each.shape[2:])], dim=1) for each in results
         )
         if bank.cut:
             everyone = queries.rows, queries.units[1]
         else:
-            everyone = gather_updates(world, mine.rows, mine.units[1], counts)
+            everyone = gather_updates(world, local.rows, local.units[1], counts)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(cosines, *everyone)
         return losses, cosines, *everyone
@@ -295,6 +295,6 @@ class Contrast(nn.Module):
         return Terms(self.config.temperature, torch.log(self.z.to(dtype) * (noise + EPSILON)))
 
     def _needs_z(self) -> bool:
-        known = self.z_is_set or self.config.kind != "nce"
+        is_set = self.z_is_set or self.config.kind != "nce"
         self.z_is_set = True
-        return not known and self.z.item() < 0
+        return not is_set and self.z.item() < 0

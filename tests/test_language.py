@@ -33,6 +33,23 @@ TURNS = {  # a turn -> the field's word
     r"\bnothing to do\b": "no-op, up to date",
     r"\A(What|Who|Where|Whether)\b(?!.*\?)": "a noun phrase or an imperative",
 }
+NAMES = set(re.findall(r"\w+", "found told known wanted ours theirs mine there here look looks asked about"))
+
+
+def names_of_module(source: str) -> Iterator[tuple[int, str]]:
+    """Yield (line, name) of every variable, field, parameter, function and class that a module defines."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()) | ast.arg(arg=name):
+                yield node.lineno, name
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                yield node.lineno, name
+
+
+def wrong_names(source: str) -> list[str]:
+    """Return `line: name` of every name with a word that says nothing of its value."""
+    names = set(names_of_module(source))
+    return [f"{line}: {name}" for line, name in sorted(names) if NAMES & set(name.lower().split("_"))]
 
 
 def texts_of_module(source: str) -> Iterator[tuple[int, str]]:
@@ -82,3 +99,22 @@ def test_the_words_are_the_glossarys(path: Path) -> None:
 )
 def test_turns_are_counted(text: str, count: int) -> None:
     assert sum(len(re.findall(pattern, part)) for _, part in texts_of_module(text) for pattern in TURNS) == count
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_names_are_nouns_of_the_field(path: Path) -> None:
+    assert wrong_names(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("found = 1", 1),
+        ("def look(rows_wanted): ...", 2),
+        ("class Ours:\n    theirs: int = 0", 2),
+        ("self.told = [x for known in y]", 2),
+        ("result = found(founder)", 0),
+    ],
+)
+def test_wrong_names_are_counted(source: str, count: int) -> None:
+    assert len(wrong_names(source)) == count

@@ -212,7 +212,7 @@ def test_doctor_reports_what_is_installed(
     assert f"{states['TrainJob']} {states['PyTorchJob']}" == expected[served]
     assert {"Trainer", "JobSet"} <= states.keys() or {"training operator"} <= states.keys()
     assert states["Kueue"] == ("bad" if queue else "ok")
-    assert "not installed" in checks["Kueue"].found
+    assert "not installed" in checks["Kueue"].finding
 
 
 def test_the_plan_has_the_runtime_before_the_job() -> None:

@@ -142,14 +142,14 @@ def _holders(folder: Storage) -> list[str]:
     return [name for name in folder.list() if re.fullmatch(r"\d{8}\.json", name)]
 
 
-def _wait_until_free(run: Storage, folder: Storage, name: str, mine: dict[str, Any], beat_s: float) -> None:
+def _wait_until_free(run: Storage, folder: Storage, name: str, lease: dict[str, Any], beat_s: float) -> None:
     """Return when the holder has gone, or does not beat any more; `UsageError` when it lives."""
     first = before = _read_patiently(folder, name)[0]
-    same_run = bool(mine["job"]) and mine["job"] == before.get("job")
+    same_run = bool(lease["job"]) and lease["job"] == before.get("job")
     silence_s = beat_s * (SAME_RUN_BEATS if same_run else STALE_BEATS)
     silent_since = time.monotonic()
     while True:
-        local = before.get("machine") == mine["machine"] != ""
+        local = before.get("machine") == lease["machine"] != ""
         if not before or before.get("released") or (local and not _is_alive(before)):
             return
         if local or before != first:

@@ -57,7 +57,7 @@ def _read_file(folder: Storage, rows: Mapping[str, range], part: Part) -> tuple[
 
 
 def _read_spans(folder: Storage, part: Part, rows: Mapping[str, range]) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Return the same from the ranges that hold wanted rows, or anything but rows."""
+    """Return the same from the ranges that hold selected rows, or anything but rows."""
     first = part.spans[0]
     spans = {first[:2]: _read_span(folder, part.file, first)}
     header, begin = read_header(spans[first[:2]])
@@ -65,15 +65,15 @@ def _read_spans(folder: Storage, part: Part, rows: Mapping[str, range]) -> tuple
     tensors: dict[str, Tensor] = {}
     for key, entry in header.items():
         start, stop = (begin + offset for offset in entry["data_offsets"])
-        wanted = rows_wanted(key, rows)
-        if start == stop or (wanted is not None and not wanted):
+        selected = selected_rows(key, rows)
+        if start == stop or (selected is not None and not selected):
             continue
         low, high, digest = next(span for span in part.spans if span[0] <= start and stop <= span[1])
         if (low, high) not in spans:
             spans[low, high] = _read_span(folder, part.file, (low, high, digest))
         value = spans[low, high][start - low : stop - low].view(DTYPES[entry["dtype"]]).view(entry["shape"])
-        tensors |= _cut(key, value, wanted)
-        if wanted is not None:
+        tensors |= _cut(key, value, selected)
+        if selected is not None:
             del spans[low, high]
     return metadata, tensors
 
@@ -90,18 +90,18 @@ def _damaged(where: str, problem: str) -> CheckpointError:
     return CheckpointError(f"{where} is damaged: {problem}", "delete this checkpoint to continue from an older one")
 
 
-def _cut(key: str, tensor: Tensor, wanted: range | None) -> dict[str, Tensor]:
-    """Return the piece, or its wanted rows, in memory of its own: torch.save refuses several types in one storage."""
-    if wanted is None:
+def _cut(key: str, tensor: Tensor, selected: range | None) -> dict[str, Tensor]:
+    """Return the piece, or its selected rows, in memory of its own: torch.save refuses several types in one storage."""
+    if selected is None:
         return {key: tensor.clone()}
     name, first, _ = parse_key(key)
-    return {f"{name}[{wanted.start}:{wanted.stop}]": tensor[wanted.start - first : wanted.stop - first].clone()}
+    return {f"{name}[{selected.start}:{selected.stop}]": tensor[selected.start - first : selected.stop - first].clone()}
 
 
-def read_part(data: Tensor, wanted: Mapping[str, range] | None = None) -> tuple[dict[str, str], dict[str, Tensor]]:
+def read_part(data: Tensor, rows: Mapping[str, range] | None = None) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Return the metadata and the tensors of a safetensors file in memory, (bytes,) uint8, each in memory of its own.
 
-    Pieces of cut tensors that have no row of `wanted` are left out, those that have some are cut to them. Raises some
+    Pieces of cut tensors that have no row of `rows` are left out, those that have some are cut to them. Raises some
     `ValueError`, `KeyError`, `TypeError` or `RuntimeError` for any other file.
     """
     header, begin = read_header(data)
@@ -112,9 +112,9 @@ def read_part(data: Tensor, wanted: Mapping[str, range] | None = None) -> tuple[
         start, stop = entry["data_offsets"]
         if not 0 <= start <= stop <= len(body):
             raise ValueError(f"{key} lies outside of the file")
-        rows = rows_wanted(key, wanted or {})
-        if rows is None or rows:
-            tensors |= _cut(key, body[start:stop].view(DTYPES[entry["dtype"]]).view(entry["shape"]), rows)
+        selected = selected_rows(key, rows or {})
+        if selected is None or selected:
+            tensors |= _cut(key, body[start:stop].view(DTYPES[entry["dtype"]]).view(entry["shape"]), selected)
     return metadata, tensors
 
 
@@ -132,38 +132,38 @@ def parse_key(key: str) -> tuple[str, int, int | None]:
     return (cut[1], int(cut[2]), int(cut[3])) if cut else (key, 0, None)
 
 
-def rows_wanted(key: str, wanted: Mapping[str, range]) -> range | None:
-    """Return the rows of a piece that are wanted; None where all of it is, as of every tensor not in `wanted`."""
+def selected_rows(key: str, rows: Mapping[str, range]) -> range | None:
+    """Return the selected rows of a piece; None selects all of it, as of every tensor not in `rows`."""
     name, start, stop = parse_key(key)
-    if stop is None or name not in wanted:
+    if stop is None or name not in rows:
         return None
-    return range(max(start, wanted[name].start), max(start, wanted[name].start, min(stop, wanted[name].stop)))
+    return range(max(start, rows[name].start), max(start, rows[name].start, min(stop, rows[name].stop)))
 
 
-def assemble(tree: Any, pieces: dict[str, Tensor], wanted: Mapping[str, range] | None = None) -> Any:
+def assemble(tree: Any, pieces: dict[str, Tensor], rows: Mapping[str, range] | None = None) -> Any:
     """Return the state that `describe` took apart, from the pieces of all parts.
 
-    Of a tensor in `wanted` only these rows. Raises `ValueError` where a tensor is not complete, or not of the shape
+    Of a tensor in `rows` only these rows. Raises `ValueError` where a tensor is not complete, or not of the shape
     and type of the tree.
     """
-    wanted = wanted or {}
-    rows: dict[str, list[tuple[int, int, Tensor]]] = {}
+    rows = rows or {}
+    cuts_of: dict[str, list[tuple[int, int, Tensor]]] = {}
     for key, tensor in pieces.items():
         name, start, stop = parse_key(key)
         if stop is not None:
-            rows.setdefault(name, []).append((start, stop, tensor))
+            cuts_of.setdefault(name, []).append((start, stop, tensor))
 
     def tensor_of(reference: dict[str, Any]) -> Tensor:
         name, shape = reference["$tensor"], list(reference["shape"])
-        span = wanted.get(name, range(shape[0] if shape else 0))
-        if name in wanted:
+        span = rows.get(name, range(shape[0] if shape else 0))
+        if name in rows:
             shape[0] = len(span)
         if name in pieces:
-            tensor = pieces[name][span.start : span.stop] if name in wanted else pieces[name]
-        elif name in wanted and not span:
+            tensor = pieces[name][span.start : span.stop] if name in rows else pieces[name]
+        elif name in rows and not span:
             tensor = torch.empty(shape, dtype=DTYPES[reference["dtype"]])
         else:
-            cuts = sorted(rows.get(name, []), key=lambda cut: cut[0])
+            cuts = sorted(cuts_of.get(name, []), key=lambda cut: cut[0])
             edges = [span.start, *(stop for _, stop, _ in cuts)]
             whole = all(start == edge and len(part) == stop - start for (start, stop, part), edge in zip(cuts, edges))
             if not cuts or not whole or edges[-1] != span.stop:

@@ -69,7 +69,7 @@ class Checkpoints:
         cursor: Cursor,
         recipe_digest: str,
         data_digest: str,
-        done: Callable[[Commit, float], None] = lambda commit, seconds: None,
+        done: Callable[[Commit, float], None] = lambda commit_of, seconds: None,
         *,
         loss: float | None = None,
         milestone: bool = False,
@@ -89,15 +89,15 @@ class Checkpoints:
         metadata = {"state": json.dumps(tree)} if self.world.is_main else {}
         data, ready = self._image.fill(tensors, pieces, metadata)
         name = f"step-{cursor.step:08d}"
-        commit = lambda parts: Commit(name, cursor, recipe_digest, data_digest, parts, loss, milestone)  # noqa: E731
+        commit_of = lambda parts: Commit(name, cursor, recipe_digest, data_digest, parts, loss, milestone)  # noqa: E731
 
         def work() -> None:
             started = time.perf_counter()
             try:
                 ready()
-                found = self._write(name, attempt, data, commit)
-                if found:
-                    done(found, time.perf_counter() - started)
+                commit = self._write(name, attempt, data, commit_of)
+                if commit:
+                    done(commit, time.perf_counter() - started)
             except BaseException as error:
                 self._error = error
 
@@ -137,7 +137,7 @@ class Checkpoints:
             self.wait()
 
     def _write(
-        self, name: str, attempt: str, data: memoryview, commit: Callable[[tuple[Part, ...]], Commit]
+        self, name: str, attempt: str, data: memoryview, commit_of: Callable[[tuple[Part, ...]], Commit]
     ) -> Commit | None:
         """Write this rank's part; on rank 0 also publish them all. None on the other ranks."""
         folder, rank = self._target / name, self.world.rank
@@ -165,8 +165,8 @@ class Checkpoints:
             for other in outcomes:
                 if "what" in other:
                     raise StorageError(other["what"], other["hint"], transient=other["transient"])
-            found = commit(tuple(parse_part(part) for part in outcomes))
-            self._publish(found)
+            commit = commit_of(tuple(parse_part(part) for part in outcomes))
+            self._publish(commit)
         except StorageError:
             # The next save looks again at what there is. A COMMIT.json whose answer was lost may yet appear, so what it
             # names is left until then; but on a full disk nothing that is of no use may stay.
@@ -175,7 +175,7 @@ class Checkpoints:
                 if any("what" in other for other in outcomes):
                     self._tidy()
             raise
-        return found
+        return commit
 
     def _gather(self, attempt: str, outcome: dict[str, Any]) -> list[dict[str, Any]]:
         """Return all ranks' outcomes on rank 0, [] on the others.
@@ -242,15 +242,15 @@ class Checkpoints:
             name, _, file = path.partition("/")
             files.setdefault(name, []).append(file)
         complete = {}
-        for name, found in sorted(files.items()):
+        for name, present in sorted(files.items()):
             named: set[str] = set()
-            if "COMMIT.json" in found:
+            if "COMMIT.json" in present:
                 try:
                     complete[name] = self._commit(self._target, name)
                 except CheckpointError:
                     continue  # not to be judged here
                 named = {"COMMIT.json", *(part.file for part in complete[name].parts)}
-            for file in found:
+            for file in present:
                 if file not in named and not (attempt and f"-{attempt}." in file):
                     (self._target / name).delete(file)
         return complete
@@ -259,8 +259,8 @@ class Checkpoints:
 
     def names(self) -> list[str]:
         """Return the names of the complete checkpoints, oldest first."""
-        found = (name.split("/") for name in self.storage.list("step-"))
-        return sorted(parts[0] for parts in found if len(parts) == 2 and parts[1] == "COMMIT.json")
+        paths = (name.split("/") for name in self.storage.list("step-"))
+        return sorted(parts[0] for parts in paths if len(parts) == 2 and parts[1] == "COMMIT.json")
 
     def newest(self) -> str | None:
         """Return the name of the newest complete checkpoint; without a listing if `LATEST.json` has it."""
@@ -293,13 +293,13 @@ class Checkpoints:
             skipped = [newest]
             for older in reversed([other for other in self.names() if other < newest]):
                 try:
-                    found = self._read(older, rows)
+                    checkpoint = self._read(older, rows)
                 except CheckpointError:
                     skipped.append(older)
                     continue
                 self.skipped += skipped
                 logs.warn(f"{error.what}; resuming from the older {older}")
-                return found
+                return checkpoint
             raise
 
     def commit(self, name: str) -> Commit:

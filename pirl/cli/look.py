@@ -139,7 +139,7 @@ def doctor(
         if as_json:
             continue
         style = {"ok": "green", "note": "yellow", "bad": "red"}[check.state]
-        console.print(Text.assemble((f"{check.state:4}", style), f" {check.name}: {check.found}"))
+        console.print(Text.assemble((f"{check.state:4}", style), f" {check.name}: {check.finding}"))
         if check.fix:
             console.print(f"       -> {check.fix}")
     if as_json:

@@ -11,5 +11,5 @@ class Check:
 
     name: str
     state: str
-    found: str
+    finding: str
     fix: str = ""

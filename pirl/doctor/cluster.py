@@ -97,8 +97,8 @@ class Survey(Cluster):
 
         api = client.AuthorizationV1Api(self.client)
         resource, _, subresource = right.resource.partition("/")
-        asked = {"namespace": self.namespace, "verb": right.verb, "group": right.group, "resource": resource}
-        spec: Object = {"resourceAttributes": {**asked, "subresource": subresource}}
+        attributes = {"namespace": self.namespace, "verb": right.verb, "group": right.group, "resource": resource}
+        spec: Object = {"resourceAttributes": {**attributes, "subresource": subresource}}
         try:
             if account:
                 spec["user"] = f"system:serviceaccount:{self.namespace}:{account}"

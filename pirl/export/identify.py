@@ -28,8 +28,8 @@ def identify(
     Recipes are compared by trunk, heads, learning rate and completed epochs. Settings in the file (K, T, the bank's
     momentum, the loss, the batch) are taken from it.
     """
-    if name is None and "recipe" in contents.ours:
-        recipe = parse_recipe(str(contents.ours["recipe"]), overrides, origin=f"the recipe inside {path}")
+    if name is None and contents.extras:
+        recipe = parse_recipe(contents.extras.recipe, overrides, origin=f"the recipe inside {path}")
         return recipe, [recipe.name], []
     names = [name] if name else [name for name in recipe_names() if load_recipe(name).published_top1]
     plain = {name: load_recipe(name, overrides) for name in names}
@@ -169,14 +169,14 @@ def _convert(contents: Contents, model: PIRL) -> list[str]:
     converted, counters = set(), 0
     for name, like in model.state_dict().items():
         if not name.startswith("trunk."):
-            place, key = contents.heads, name
+            tensors, key = contents.heads, name
         else:
-            place, key = contents.trunk, name.removeprefix("trunk.")
-        if key in place and place[key].dtype != like.dtype:
-            converted.add(f"{place[key].dtype} to {like.dtype}".replace("torch.", ""))
-            place[key] = place[key].to(like.dtype)
-        elif key not in place and name.startswith("trunk."):
-            place[key] = torch.zeros(like.shape, dtype=like.dtype)
+            tensors, key = contents.trunk, name.removeprefix("trunk.")
+        if key in tensors and tensors[key].dtype != like.dtype:
+            converted.add(f"{tensors[key].dtype} to {like.dtype}".replace("torch.", ""))
+            tensors[key] = tensors[key].to(like.dtype)
+        elif key not in tensors and name.startswith("trunk."):
+            tensors[key] = torch.zeros(like.shape, dtype=like.dtype)
             counters += 1
     if counters:
         notes.append(f"{counters} counters of batches (num_batches_tracked) were missing: 0, which nothing depends on")

@@ -127,7 +127,7 @@ def examine(path: Path, data: str | None = None, recipe: str | None = None, over
             "give the shards of the images that it was trained on: all of them, in the same order",
         )
     if contents.loss:
-        z = contents.ours.get("z", contents.params[2])  # ours is exact, VISSL's is rounded to float32
+        z = contents.extras.z if contents.extras else contents.params[2]  # VISSL's is rounded to float32
         state["bank"] = {"memory": contents.loss["memory"], "z": torch.tensor(z, dtype=torch.float64)}
     else:
         lacks.append("bank")
@@ -157,13 +157,13 @@ def _digest(contents: Contents, manifest: Manifest | None, lacks: list[str]) -> 
         return "trunk only" if "heads" in lacks else f"no {lacks[0]}"
     if manifest:
         return manifest.digest
-    return str(contents.ours.get("data_digest", UNKNOWN_DATA))
+    return contents.extras.data_digest if contents.extras else UNKNOWN_DATA
 
 
 def _cursor(contents: Contents, recipe: Recipe, rows: int) -> tuple[Cursor, list[str]]:
     """Return the cursor at which training resumes; an interrupted epoch starts again, in our own order."""
-    if "cursor" in contents.ours:
-        return contents.ours["cursor"], []
+    if contents.extras:
+        return contents.extras.cursor, []
     steps = contents.epochs * recipe.steps_per_epoch(rows)
     notes = []
     if contents.loss and contents.iteration > steps:

@@ -32,8 +32,19 @@ from pirl.export.safe_load import read_file
 HEADS = (("patch_head.project.", "0.0.clf."), ("patch_head.combine.", "0.2.clf.0."), ("image_head.", "1.0.clf."))
 WRAPPERS = ("module.", "trunk.", "base_model.", "_feature_blocks.")  # a trunk's names may begin with any of these
 EVALUATION_HEAD = re.compile(r"\d+\.(channel_bn|clf\.clf\.0|clf\.0)\.\w+$")
-OURS = "pirl"  # where our files keep what VISSL's layout has no place for; VISSL does not look there
+EXTRAS = "pirl"  # the key of `Extras`, which VISSL does not read
 AMP_SCALE = 65536.0
+
+
+@dataclass(frozen=True)
+class Extras:
+    """The part of this library's files that VISSL's layout has no key for."""
+
+    recipe: str
+    """As TOML."""
+    data_digest: str
+    cursor: Cursor
+    z: float
 
 
 @dataclass
@@ -53,7 +64,8 @@ class Contents:
     iteration: int = 0
     batch_size: int = 0
     """Global; 0: unknown."""
-    ours: dict[str, Any] = field(default_factory=dict)
+    extras: Extras | None = None
+    """None: VISSL wrote the file."""
     ignored: list[str] = field(default_factory=list)
 
     @property
@@ -142,7 +154,7 @@ def _from_checkpoint(content: dict[str, Any], path: Path) -> Contents:
         contents.epochs = int(classy["train_phase_idx"] if phase is None else phase) + 1
         contents.iteration = int(content.get("iteration", 0))
         contents.batch_size = _global_batch(classy.get("num_updates", 0), contents.iteration)
-        contents.ours = _ours(content.get(OURS, {}))
+        contents.extras = _extras(content.get(EXTRAS, {}))
         loss = content.get("loss") or classy.get("loss") or {}
         contents.loss = {name.removeprefix("nce_average."): value for name, value in loss.items()}
         optimizer = classy.get("optimizer", {}).get("optim", {})
@@ -159,15 +171,10 @@ def _from_checkpoint(content: dict[str, Any], path: Path) -> Contents:
     return contents
 
 
-def _ours(kept: dict[str, Any]) -> dict[str, Any]:
+def _extras(kept: dict[str, Any]) -> Extras | None:
     if not kept:
-        return {}
-    return {
-        "recipe": str(kept["recipe"]),
-        "data_digest": str(kept["data_digest"]),
-        "cursor": Cursor(**kept["cursor"]),
-        "z": float(kept["z"]),
-    }
+        return None
+    return Extras(str(kept["recipe"]), str(kept["data_digest"]), Cursor(**kept["cursor"]), float(kept["z"]))
 
 
 def _global_batch(images: float, iteration: int) -> int:
@@ -228,12 +235,7 @@ def to_vissl(saved: dict[str, Any], recipe: Recipe, commit: Commit) -> dict[str,
         "train_phase_idx": epochs - 1,
         "classy_state_dict": classy,
         "type": "consolidated",
-        OURS: {
-            "recipe": recipe.to_toml(),
-            "data_digest": commit.data_digest,
-            "cursor": asdict(cursor),
-            "z": saved["bank"]["z"].item(),
-        },
+        EXTRAS: asdict(Extras(recipe.to_toml(), commit.data_digest, cursor, saved["bank"]["z"].item())),
     }
 
 

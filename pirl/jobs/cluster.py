@@ -122,9 +122,9 @@ class Cluster:
         """Return the pods that have these labels."""
         return self._call(self.core.list_namespaced_pod, self.namespace, label_selector=selector)["items"]
 
-    def events(self, about: str) -> list[Object]:
+    def events(self, name: str) -> list[Object]:
         """Return events about the object of this name, oldest first."""
-        selector = f"involvedObject.name={about}"
+        selector = f"involvedObject.name={name}"
         events = self._call(self.core.list_namespaced_event, self.namespace, field_selector=selector)["items"]
         return sorted(events, key=time_of)
 

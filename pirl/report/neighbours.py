@@ -90,8 +90,8 @@ def find_neighbours(run: str, train: ShardReader, test: ShardReader) -> Neighbou
         index, similarity = next(neighbours(torch.cat(parts), query, min(SHOWN, searched)))
         nearest.append(
             [
-                [show(train, ids[i], s, like=asked.label) for i, s in zip(row, similarities)]
-                for row, similarities, asked in zip(index.tolist(), similarity.tolist(), shown)
+                [show(train, ids[i], s, like=example.label) for i, s in zip(row, similarities)]
+                for row, similarities, example in zip(index.tolist(), similarity.tolist(), shown)
             ]
         )
     return Neighbours(commit.name, searched, len(train), shown, *nearest)

@@ -117,9 +117,9 @@ def _unless_rejected(decision: Decision, gating: Gating, champion: Version | Non
     if evaluation is None or gate is None or gate.promote:  # or it broke off between the gate and the registry
         return decision
     evaluation = evaluation.model_copy(update={"test_data": _digest_of(gating.test_data) or evaluation.test_data})
-    asked = question(evaluation, gating.registry, gating.model, gating.metric, gating.min_gain, champion)
+    inputs = question(evaluation, gating.registry, gating.model, gating.metric, gating.min_gain, champion)
     rejection = f"{decision.run} was trained on the same and did not pass the gate: {'; '.join(gate.reasons)}"
-    if gate.answers(asked):
+    if gate.answers(inputs):
         return replace(decision, retrain=False, reasons=[*decision.reasons, rejection])
     again = f"{decision.run} is trained; the gate has not been asked this question yet and decides again"
     return replace(decision, reasons=[*decision.reasons, again])

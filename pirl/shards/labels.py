@@ -163,5 +163,5 @@ def match_classes(
             if alike
             else "leave the class out of the test images, or train with it",
         )
-    there = {test[number] for number in present}
-    return numbers, [name for name in train if name not in there]
+    names_present = {test[number] for number in present}
+    return numbers, [name for name in train if name not in names_present]

@@ -57,8 +57,8 @@ class ObjectSource(Source):
     def _forget(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
         self._queue: deque[list[int]] = deque()
-        self._asked: dict[int, Future[dict[int, bytes | None]]] = {}
-        self._asked_bytes = 0
+        self._pending: dict[int, Future[dict[int, bytes | None]]] = {}
+        self._pending_bytes = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
@@ -82,10 +82,10 @@ class ObjectSource(Source):
         name = self.names[i]
         if self.sizes[i] > MAX_IMAGE_BYTES:
             raise DataError(f"{name}: {self.sizes[i]:,} bytes, more than the limit of {MAX_IMAGE_BYTES:,}")
-        if future := self._asked.pop(i, None):
+        if future := self._pending.pop(i, None):
             data = future.result().pop(i)
-            self._asked_bytes -= int(self.sizes[i])
-            self._ask()
+            self._pending_bytes -= int(self.sizes[i])
+            self._submit()
         else:
             data = self._fetch([i])[i]
         if data is None:
@@ -93,11 +93,11 @@ class ObjectSource(Source):
         return data
 
     def expect(self, indices: Sequence[int]) -> None:
-        for future in self._asked.values():
+        for future in self._pending.values():
             future.cancel()
-        self._asked, self._asked_bytes = {}, 0
+        self._pending, self._pending_bytes = {}, 0
         self._queue = deque(self._requests([i for i in indices if self.sizes[i] <= MAX_IMAGE_BYTES]))
-        self._ask()
+        self._submit()
 
     def _requests(self, indices: Sequence[int]) -> list[list[int]]:
         """Group neighbours in one object into one request."""
@@ -113,14 +113,14 @@ class ObjectSource(Source):
             requests.append([i])
         return requests
 
-    def _ask(self) -> None:
+    def _submit(self) -> None:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(THREADS, "pirl-source")
-        while self._queue and (not self._asked or self._asked_bytes < AHEAD_BYTES):
+        while self._queue and (not self._pending or self._pending_bytes < AHEAD_BYTES):
             request = self._queue.popleft()
             future = self._pool.submit(self._fetch, request)
-            self._asked |= dict.fromkeys(request, future)
-            self._asked_bytes += int(self.sizes[request].sum())
+            self._pending |= dict.fromkeys(request, future)
+            self._pending_bytes += int(self.sizes[request].sum())
 
     def _fetch(self, request: list[int]) -> dict[int, bytes | None]:
         """Return the bytes of images that are adjacent in one object; None where it has changed since it was listed."""

@@ -47,9 +47,9 @@ def object_source(uri: str, parts: Parts = WHOLE) -> ObjectSource:
             kinds[kind_of(entry.name)].append(entry)
     images, tars, compressed = kinds[Kind.IMAGE], kinds[Kind.TAR], kinds[Kind.COMPRESSED_TAR]
     if not tars and not compressed:
-        found = _sniffed(storage, kinds[Kind.UNKNOWN])
-        images = images + found
-        kinds[Kind.UNKNOWN] = sorted(set(kinds[Kind.UNKNOWN]) - set(found))
+        sniffed = _sniffed(storage, kinds[Kind.UNKNOWN])
+        images = images + sniffed
+        kinds[Kind.UNKNOWN] = sorted(set(kinds[Kind.UNKNOWN]) - set(sniffed))
     for entry in kinds[Kind.UNKNOWN] + kinds[Kind.COMPANION]:
         left_out.add(not_an_image(entry.name), entry.name)
     if images and tars:
@@ -75,7 +75,7 @@ def object_source(uri: str, parts: Parts = WHOLE) -> ObjectSource:
 def _sniffed(storage: S3Storage, entries: list[Entry]) -> list[Entry]:
     """Return the entries whose first bytes are those of an image: a small request for each, several at a time."""
 
-    def look(entry: Entry) -> bool:
+    def sniff(entry: Entry) -> bool:
         if not entry.bytes:
             return False
         try:
@@ -84,7 +84,7 @@ def _sniffed(storage: S3Storage, entries: list[Entry]) -> list[Entry]:
             return False
 
     with ThreadPoolExecutor(THREADS) as pool:
-        return [entry for entry, image in zip(entries, pool.map(look, entries)) if image]
+        return [entry for entry, image in zip(entries, pool.map(sniff, entries)) if image]
 
 
 def _from_images(storage: S3Storage, entries: list[Entry], left_out: LeftOut) -> ObjectSource:

@@ -50,8 +50,8 @@ class RemoteShards:
         if fresh:
             for span in spans:
                 self.cache.drop(*span)
-        found: list[bytes | None] = [None if fresh else self.cache.get(*span) for span in spans]
-        missing = [number for number, data in enumerate(found) if data is None]
+        results: list[bytes | None] = [None if fresh else self.cache.get(*span) for span in spans]
+        missing = [number for number, data in enumerate(results) if data is None]
         requests = self._requests(spans, missing, self.cache.room()) if missing else []
 
         def answer(request: _Request) -> list[bytes]:
@@ -60,8 +60,8 @@ class RemoteShards:
         answers = map(answer, requests) if len(requests) < 2 else self.threads().map(answer, requests)
         for request, parts in zip(requests, answers):
             for number, data in zip(request.parts, parts):
-                found[number] = data
-        return [data for data in found if data is not None]
+                results[number] = data
+        return [data for data in results if data is not None]
 
     def _requests(self, spans: Sequence[Span], missing: list[int], room: int) -> list[_Request]:
         """Return requests that hold the missing spans: of whole blocks as long as there is `room` for these."""
@@ -88,9 +88,9 @@ class RemoteShards:
             return self._cut(self._get(request.span), request.span, parts)
         with self.cache.fetching(*request.span):
             if not fresh:  # another process may have been faster
-                found = [data for part in parts if (data := self.cache.get(*part)) is not None]
-                if len(found) == len(parts):
-                    return found
+                results = [data for part in parts if (data := self.cache.get(*part)) is not None]
+                if len(results) == len(parts):
+                    return results
             data = self._get(request.span)
             self.cache.put(request.span.shard, request.span.start, memoryview(data))
         return self._cut(data, request.span, parts)

@@ -65,10 +65,10 @@ def write_shards(
     require_outside(out, source)
     if len(source) == 0:
         raise DataError(f"{source.description} has no images", "give one with images")
-    wanted = np.arange(len(source))
+    selected = np.arange(len(source))
     if 0 < limit < len(source):
-        wanted = np.arange(limit) * len(source) // limit
-    run = _Run(source, out, wanted, shard_bytes, decoding, progress or (lambda done, total: None))
+        selected = np.arange(limit) * len(source) // limit
+    run = _Run(source, out, selected, shard_bytes, decoding, progress or (lambda done, total: None))
     if done := run.finished():
         run.clear()  # what a run that was killed right after publishing has left
         return done
@@ -85,15 +85,16 @@ class _Run:
         self,
         source: Source,
         out: Storage,
-        wanted: np.ndarray,
+        selected: np.ndarray,
         shard_bytes: int,
         decoding: Decoding,
         progress: Progress,
     ) -> None:
-        self.source, self.out, self.wanted, self.shard_bytes, self.decoding = source, out, wanted, shard_bytes, decoding
+        self.source, self.out, self.selected = source, out, selected
+        self.shard_bytes, self.decoding = shard_bytes, decoding
         self.progress, self.visited = progress, 0
-        settings = [FORMAT, source.fingerprint(), wanted.size, shard_bytes]
-        part = "" if wanted.size == len(source) else f", {wanted.size} of {len(source)} images"
+        settings = [FORMAT, source.fingerprint(), selected.size, shard_bytes]
+        part = "" if selected.size == len(source) else f", {selected.size} of {len(source)} images"
         origin = f"{source.description}{part}, shards of {shard_bytes} bytes"
         self.legacy_key = _key(settings)
         if source.in_memory or decoding == LEGACY:  # grey arrays have the same pixels with any settings
@@ -111,9 +112,9 @@ class _Run:
         is_legacy = manifest.pictures is None and manifest.source.endswith(self.legacy_key)
         if not manifest.source.endswith(self.key) and not (is_legacy and self.decoding == DEFAULT):
             raise self._occupied(manifest.source, "choose another output, or remove this one first")
-        there = set(self.out.list("shard-"))
+        existing = set(self.out.list("shard-"))
         for name in (name for shard in manifest.shards for name in (shard.name, shard.index_name)):
-            if name not in there:
+            if name not in existing:
                 raise DataError(
                     f"{self.out.uri}/{name} is missing, though the manifest lists it",
                     f"restore it, or remove {self.out.uri} and run this command again",
@@ -141,26 +142,26 @@ class _Run:
         """Return the content of quarantine.json, see `Quarantine`."""
         source = self.source
         report = [{"name": source.names[i], "reason": reason} for i, reason in sorted(bad.items())]
-        quarantine: dict[str, Any] = {"quarantined": len(report), "of": len(self.wanted), "images": report}
+        quarantine: dict[str, Any] = {"quarantined": len(report), "of": len(self.selected), "images": report}
         if source.left_out:
             quarantine["left_out"] = source.left_out.as_json()
         if source.classes and source.labels is not None:
-            kept = np.setdiff1d(self.wanted, np.array(list(bad), np.int64))
+            kept = np.setdiff1d(self.selected, np.array(list(bad), np.int64))
             held = np.bincount(source.labels[kept], minlength=len(source.classes))
             if empty := [name for name, images in zip(source.classes, held) if not images]:
                 quarantine["empty_classes"] = empty
         return quarantine
 
     def _check(self, workers: Workers, max_bad_share: float) -> tuple[list[str], np.ndarray, dict[int, str], Pictures]:
-        """Check every wanted image, pass 1.
+        """Check every selected image, pass 1.
 
         Return the extension ("" for an unreadable one) and size of each, and why some are unreadable.
         """
-        chunks = [self.wanted[start : start + CHUNK_IMAGES] for start in range(0, len(self.wanted), CHUNK_IMAGES)]
-        there = set(self.records.list("checked-"))
+        chunks = [self.selected[start : start + CHUNK_IMAGES] for start in range(0, len(self.selected), CHUNK_IMAGES)]
+        existing = set(self.records.list("checked-"))
         results: dict[int, dict[str, Any]] = {}
         for number in range(len(chunks)):
-            if _checked_name(number) in there and (result := self._record(_checked_name(number))):
+            if _checked_name(number) in existing and (result := self._record(_checked_name(number))):
                 if "pictures" not in result:  # of version 0.1
                     continue
                 results[number] = result
@@ -173,7 +174,7 @@ class _Run:
             results[number] = result
             self.records.write_bytes(_checked_name(number), ascii_json(result))
             bad |= {int(i): reason for i, reason in result["bad"].items()}
-            if len(bad) > max_bad_share * len(self.wanted):
+            if len(bad) > max_bad_share * len(self.selected):
                 break
             self._advance(len(chunks[number]))
         self._refuse_too_bad(bad, max_bad_share)
@@ -185,14 +186,14 @@ class _Run:
         return extensions, sizes, bad, pictures
 
     def _refuse_too_bad(self, bad: dict[int, str], max_bad_share: float) -> None:
-        if len(bad) <= max_bad_share * len(self.wanted) and len(bad) < len(self.wanted):
+        if len(bad) <= max_bad_share * len(self.selected) and len(bad) < len(self.selected):
             return
         examples = "\n    ".join(f"{self.source.names[i]}: {bad[i]}" for i in sorted(bad)[:5])
         first = examples.encode("utf-8", "backslashreplace").decode()
-        if len(bad) == len(self.wanted):
+        if len(bad) == len(self.selected):
             raise DataError(f"{self.source.description} has no readable image, for example:\n    {first}", "check them")
         raise DataError(
-            f"at least {len(bad)} of {len(self.wanted)} images of {self.source.description} are unreadable, "
+            f"at least {len(bad)} of {len(self.selected)} images of {self.source.description} are unreadable, "
             f"more than the allowed share of {max_bad_share:g}; nothing was published. For example:\n    {first}",
             "repair or remove them, or allow a larger share (`max_bad_share`)",
         )
@@ -208,7 +209,7 @@ class _Run:
             used = ends[start - 1] if start else 0
             stop = max(int(np.searchsorted(ends, used + self.shard_bytes - len(END), "right")), start + 1)
             part = good[start:stop]
-            plans.append(Plan(len(plans), start, self.wanted[part], [extensions[i] for i in part]))
+            plans.append(Plan(len(plans), start, self.selected[part], [extensions[i] for i in part]))
             start = stop
         return plans
 
@@ -233,10 +234,10 @@ class _Run:
 
     def _write(self, workers: Workers, plans: list[Plan]) -> list[Shard]:
         """Write every shard that has no record yet, pass 2."""
-        there = set(self.records.list("shard-"))
+        existing = set(self.records.list("shard-"))
         shards: dict[int, Shard] = {}
         for plan in plans:
-            if record_name(plan.number) in there and (shard := self._written(plan)):
+            if record_name(plan.number) in existing and (shard := self._written(plan)):
                 shards[plan.number] = shard
                 self._advance(shard.images)
         missing = [plan for plan in plans if plan.number not in shards]
@@ -264,11 +265,11 @@ class _Run:
 
     def _advance(self, images: int) -> None:
         self.visited += images
-        self.progress(min(self.visited, 2 * len(self.wanted)), 2 * len(self.wanted))
+        self.progress(min(self.visited, 2 * len(self.selected)), 2 * len(self.selected))
 
     def clear(self) -> None:
         """Remove all records, the claim last: until then no other input may be sharded here."""
-        self.progress(2 * len(self.wanted), 2 * len(self.wanted))
+        self.progress(2 * len(self.selected), 2 * len(self.selected))
         folder = local_path(self.out)
         for name in self.out.list(f"{WORK}/"):
             if name != CLAIM:

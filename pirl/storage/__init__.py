@@ -58,10 +58,10 @@ def open_storage(uri: str | Path) -> Storage:
     if scheme[1] == "s3" and rest.startswith("/"):
         bucket, _, prefix = rest[1:].partition("/")
         return S3Storage(bucket, prefix)
-    known = scheme[1] in ("s3", "file")  # then its slashes are wrong
+    is_scheme = scheme[1] in ("s3", "file")  # then its slashes are wrong
     raise UsageError(
         f"{without_login(text)!r} is not a storage location."
-        + ("" if known else did_you_mean(scheme[1], ("s3", "file"))),
+        + ("" if is_scheme else did_you_mean(scheme[1], ("s3", "file"))),
         "Use a path, file:///path or s3://bucket/prefix.",
     )
 

@@ -86,10 +86,10 @@ class S3Storage(Storage):
     def read_into(self, name: str, buffer: memoryview) -> None:
         def read(start: int) -> None:
             piece = buffer[start : start + _PART_BYTES]
-            found = self.read_range(name, start, len(piece))
-            if len(found) != len(piece):
+            data = self.read_range(name, start, len(piece))
+            if len(data) != len(piece):
                 raise too_short(name, self.uri)
-            piece[:] = found
+            piece[:] = data
 
         with ThreadPoolExecutor(_PARALLEL) as pool:
             for _ in pool.map(read, range(0, len(buffer), _PART_BYTES)):

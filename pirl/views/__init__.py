@@ -68,15 +68,15 @@ def random_box(draws: np.ndarray, sizes: np.ndarray, scale: Sequence[float], rat
     aspect = np.exp(low + (high - low) * draws[:, 1 : 2 * TRIES : 2])
     tried_w, tried_h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
     fits = (tried_w > 0) & (tried_w <= width) & (tried_h > 0) & (tried_h <= height)
-    found, first = fits.any(axis=1), fits.argmax(axis=1)[:, None]
+    any_fits, first = fits.any(axis=1), fits.argmax(axis=1)[:, None]
 
     height, width = height[:, 0], width[:, 0]
     centre_w = np.where(width / height > ratio[1], np.maximum(1, np.rint(height * ratio[1])), width)
     centre_h = np.where(width / height < ratio[0], np.maximum(1, np.rint(width / ratio[0])), height)
-    h = np.where(found, np.take_along_axis(tried_h, first, axis=1)[:, 0], centre_h)
-    w = np.where(found, np.take_along_axis(tried_w, first, axis=1)[:, 0], centre_w)
-    top = np.where(found, draws[:, 2 * TRIES] * (height - h + 1), (height - h) // 2)
-    left = np.where(found, draws[:, 2 * TRIES + 1] * (width - w + 1), (width - w) // 2)
+    h = np.where(any_fits, np.take_along_axis(tried_h, first, axis=1)[:, 0], centre_h)
+    w = np.where(any_fits, np.take_along_axis(tried_w, first, axis=1)[:, 0], centre_w)
+    top = np.where(any_fits, draws[:, 2 * TRIES] * (height - h + 1), (height - h) // 2)
+    left = np.where(any_fits, draws[:, 2 * TRIES + 1] * (width - w + 1), (width - w) // 2)
     return np.stack([top, left, h, w], axis=1).astype(np.int64)
 
 
