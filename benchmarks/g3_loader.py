@@ -24,7 +24,8 @@ from benchmarks.harness import Result, compare, finish
 from benchmarks.photographs import write_photographs
 from benchmarks.reference_views import ReferenceViews, collate, normalised, seed_worker, transformed
 from pirl.config import Recipe, load_recipe
-from pirl.data import CropDataset, Loader
+from pirl.data import CropDataset
+from pirl.loader import Loader
 from pirl.shards import ShardReader, decode_image, open_source, write_shards
 from pirl.storage import open_storage
 from pirl.views import apply_photometrics, draw_geometry, draw_photometrics

@@ -22,8 +22,9 @@ import torch
 from conftest import IMAGES, tiny_recipe
 
 from pirl.config import Recipe
-from pirl.data import Batch, CropDataset, Loader, Share, epoch_shares, negative_seeds
+from pirl.data import Batch, CropDataset, Share, epoch_shares, negative_seeds
 from pirl.errors import DataError
+from pirl.loader import Loader
 from pirl.order import epoch_order
 from pirl.shards import Manifest, ShardReader, decode_image
 from pirl.storage import encode_json, local_path, open_storage
@@ -254,7 +255,7 @@ PROGRAM = """
 import os, signal, sys, time
 import torch
 from pirl.config import load_recipe
-from pirl.data import Loader
+from pirl.loader import Loader
 from pirl.world import World
 
 if __name__ == "__main__":

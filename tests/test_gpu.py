@@ -12,7 +12,8 @@ from conftest import IMAGES, tiny_recipe
 
 from benchmarks import gpu, gpu_sides
 from pirl.config import LossConfig, MemoryConfig
-from pirl.data import Loader, negative_seeds
+from pirl.data import negative_seeds
+from pirl.loader import Loader
 from pirl.loss import Contrast, Samples
 from pirl.memory import MemoryBank
 from pirl.model import build_model, memory_format

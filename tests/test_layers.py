@@ -12,7 +12,7 @@ import pirl
 
 ROOT = Path(pirl.__file__).parent
 ORDER = (
-    "errors text logs settings sections config storage world launch | shards views order data | "
+    "errors text logs settings sections config storage world launch | shards views order data loader | "
     "model memory negatives rowsums terms loss optim | "
     "checkpoint results run outputs metrics training train plan | "
     "evaluate export report | registry gate | programs jobs backends | retraining reference doctor cli"

@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from pirl import world as pirl_world
 from pirl.cli.plan import parse_count
 from pirl.config import load_recipe
-from pirl.data import Loader
 from pirl.errors import UsageError
+from pirl.loader import Loader
 from pirl.loss import Contrast
 from pirl.memory import MemoryBank
 from pirl.model import build_model

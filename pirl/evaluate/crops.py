@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pirl.config import Recipe
-from pirl.data import ErrorsAsValues, start_worker
 from pirl.errors import PirlError
 from pirl.evaluate.probe import centre_crop
+from pirl.loader import ErrorsAsValues, start_worker
 from pirl.shards import ShardReader
 from pirl.views import CROP_DRAWS, random_box, uniforms
 

@@ -14,8 +14,9 @@ from torch import nn
 from .. import __version__, logs
 from ..checkpoint import Cursor, Lease
 from ..config import Recipe
-from ..data import Batch, Loader, Share
+from ..data import Batch, Share
 from ..errors import PirlError, PreemptedError
+from ..loader import Loader
 from ..logs import info
 from ..loss import Contrast, StepLoss
 from ..memory import MemoryBank, RowsBank

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..checkpoint import Commit, Cursor
 from ..config import Recipe
-from ..data import Loader, Share
+from ..data import Share
 from ..errors import TrainingError
+from ..loader import Loader
 from ..logs import info
 from ..loss import StepLoss
 from ..metrics import Log

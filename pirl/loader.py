@@ -1,0 +1,258 @@
+"""The loader of a rank: batches of crops in the order of the epochs, made by loading processes in shared memory."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from multiprocessing import forkserver, resource_tracker
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from . import logs
+from .config import Recipe
+from .data import Batch, CropDataset, Share, epoch_shares
+from .errors import DataError, PirlError
+from .launch import STOP_SIGNALS
+from .order import open_order
+from .world import World
+
+MOST_SORTED = 10_000_000  # rows whose order is sorted without a warning
+PREFETCH = 2  # batches requested from each worker ahead of time
+POLL_S = 5  # between two checks that the workers live
+
+log = logging.getLogger(__name__)
+
+
+class Slots(Dataset[None]):
+    """Crops by (epoch, rows, slot), written into shared memory that is made once: what a loading process does.
+
+    Handing over new tensors would cost three times as much: to allocate them, to map them, and to copy.
+    """
+
+    def __init__(self, crops: CropDataset, slots: int, most: int) -> None:
+        """`slots` batches of up to `most` images."""
+        cfg = crops.recipe.views
+        self.crops = crops
+        self.images = torch.empty((slots, most, *cfg.image_shape), dtype=torch.uint8).share_memory_()
+        self.patches = torch.empty((slots, most, *cfg.patch_shape), dtype=torch.uint8).share_memory_()
+
+    def __getitem__(self, index: tuple[int, np.ndarray, int]) -> None:
+        epoch, rows, slot = index
+        self.crops.fill(epoch, rows, *self._views(rows, slot))
+
+    def batch(self, rows: np.ndarray, slot: int) -> Batch:
+        return self.crops.batch(rows, *self._views(rows, slot))
+
+    def _views(self, rows: np.ndarray, slot: int) -> tuple[Tensor, Tensor]:
+        return self.images[slot, : len(rows)], self.patches[slot, : len(rows)]
+
+
+class ErrorsAsValues(Dataset[Any]):
+    """Hands a `PirlError` over as an item: raised in a worker, it would arrive wrapped in that worker's traceback."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return self.dataset[index]
+        except PirlError as error:
+            return error
+
+
+class Loader:
+    """Iterates over one rank's batches, across epochs, with `workers` processes (0: in this one)."""
+
+    def __init__(self, data: str, recipe: Recipe, world: World, workers: int) -> None:
+        self.dataset = CropDataset(data, recipe)
+        self.recipe = recipe
+        self.world = world
+        self.workers = workers
+        if world.is_main:
+            self.dataset.reader.check()  # once for all ranks, so that damage shows at once and not in mid-epoch
+        if world.is_main and recipe.train.order == "sorted" and self.dataset.rows > MOST_SORTED:
+            log.warning(
+                "every rank sorts %s keys at the start of an epoch -> train.order=permutation in a new run",
+                f"{self.dataset.rows:,}",
+            )
+
+    def batches(self, epoch: int, samples: int) -> Generator[tuple[int, int, Share, Batch], None, None]:
+        """Yield (epoch, samples of it seen before, share, batch) from the cursor to the end of the last epoch.
+
+        The pixels of a batch are valid until the next one is requested. Closing the generator ends the workers.
+        """
+        if not self.workers:
+            for at, seen, share in self._plan(epoch, samples):
+                yield at, seen, share, self.dataset[at, share.rows]
+            return
+        processes = LoadingProcesses(self.dataset, self.world, self.workers, self._plan(epoch, samples))
+        with closing(processes):
+            for number, (at, seen, share) in enumerate(self._plan(epoch, samples)):
+                yield at, seen, share, processes.batch(number, share.rows)
+                processes.release(number)
+
+    def batch_ids(self, epoch: int, start: int, stop: int) -> list[int]:
+        """Return the ids of the images that all ranks together see as the samples `start` to `stop` of an epoch."""
+        train = self.recipe.train
+        rows = open_order(train.order, train.seed, epoch, self.dataset.rows).part(start, stop)
+        return self.dataset.image_ids(rows).tolist()
+
+    def _plan(self, epoch: int, samples: int) -> Iterator[tuple[int, int, Share]]:
+        for at in range(epoch, self.recipe.train.epochs):
+            seen = samples if at == epoch else 0
+            for share in epoch_shares(self.recipe, self.dataset.rows, at, self.world, seen):
+                yield at, seen, share
+                seen += share.size
+
+
+class LoadingProcesses:
+    """The loading processes of one rank, and the shared memory that they write batches into."""
+
+    def __init__(
+        self, dataset: CropDataset, world: World, workers: int, plan: Iterator[tuple[int, int, Share]]
+    ) -> None:
+        self.world, self.plan = world, plan
+        self.slots = workers * PREFETCH + 1  # batches that are under way, and the one that is in use
+        most = -(-dataset.recipe.train.batch_size // world.size)
+        self.shared = Slots(dataset, self.slots, most)
+        self.pins = Pins([self.shared.images, self.shared.patches], self.slots) if world.device.type == "cuda" else None
+        _start_server()
+        self._loader = DataLoader(
+            ErrorsAsValues(self.shared),
+            batch_size=None,
+            sampler=self._tasks(),
+            num_workers=workers,
+            prefetch_factor=PREFETCH,
+            timeout=POLL_S,
+            multiprocessing_context="forkserver",
+            worker_init_fn=start_worker,
+        )
+        self._results: Any = None
+
+    def _tasks(self) -> Iterator[tuple[int, np.ndarray, int]]:
+        for number, (epoch, _, share) in enumerate(self.plan):
+            if self.pins:
+                self.pins.wait(number % self.slots)
+            yield epoch, share.rows, number % self.slots
+
+    def batch(self, number: int, rows: np.ndarray) -> Batch:
+        """Wait for the batch `number` of the plan, which has these rows."""
+        with self._explained():
+            if self._results is None:
+                self._results = iter(self._loader)
+            error = self._next()
+        if error is not None:
+            raise error
+        return self.shared.batch(rows, number % self.slots)
+
+    def release(self, number: int) -> None:
+        """Let the slot of the batch `number` be written again, once the device has done what was queued with it."""
+        if self.pins:
+            self.pins.used(number % self.slots)
+
+    def close(self) -> None:
+        """End the processes, however busy."""
+        if self._results is not None:
+            self._results._shutdown_workers()
+            for process in self._results._workers:
+                process.kill()  # because a stalled one does not see the request, and this process waits for it
+        if self.pins:
+            self.pins.release()
+
+    def _next(self) -> Any:
+        """Return the next item of the workers.
+
+        They have half of the time that other ranks wait for this one, so that the stalled rank is the first to report.
+        """
+        deadline = time.monotonic() + self.world.timeout_s / 2
+        while True:
+            try:
+                return next(self._results)
+            except RuntimeError as error:
+                if "DataLoader timed out" not in str(error) or time.monotonic() > deadline:
+                    raise
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Raise a `DataError` for a worker that stalls or dies."""
+        try:
+            yield
+        except (RuntimeError, EOFError, OSError) as error:
+            if "DataLoader timed out" in str(error):
+                raise DataError(
+                    f"the data loading processes of rank {self.world.rank} have made no batch for "
+                    f"{self.world.timeout_s / 2:g} s at {self.world.moment}",
+                    "look at them, at the disk and the storage of the shards; --timeout-s sets the time, twice of this",
+                ) from error
+            # a worker that dies in the middle of handing over a batch shows as a broken connection
+            if not isinstance(error, RuntimeError) or "DataLoader worker" in str(error):
+                raise DataError(
+                    f"a data loading process of rank {self.world.rank} died: {str(error) or type(error).__name__}",
+                    "it may have run out of memory or of shared memory (/dev/shm); use fewer workers or more memory",
+                ) from error
+            raise
+
+
+class Pins:
+    """Slots in page-locked memory, from which a GPU copies while this process continues.
+
+    A slot must not be written again before the GPU has done what was queued while the slot was in use.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], slots: int) -> None:
+        self.tensors = tensors
+        self.events = [torch.cuda.Event() for _ in range(slots)]
+        for tensor in tensors:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
+
+    def used(self, slot: int) -> None:
+        self.events[slot].record()
+
+    def wait(self, slot: int) -> None:
+        self.events[slot].synchronize()  # at once where nothing was recorded
+
+    def release(self) -> None:
+        torch.cuda.synchronize()
+        for tensor in self.tensors:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr()))
+
+
+def _start_server() -> None:
+    """Start the process that workers are forked from with the stop signals blocked, which they inherit.
+
+    A launcher signals the whole process group, and a rank that stops still needs a few batches.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    resource_tracker.ensure_running()  # it inherits the mask, but unblocks SIGTERM and SIGINT in this process
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start_worker(_: int) -> None:
+    """Have a loader's worker use one thread, and end when the process that it works for ends, however that ends.
+
+    Nobody else would see to it: the server that it was forked from lives as long as a worker does.
+    """
+    logs.guard_streams()
+    torch.set_num_threads(1)
+    employer = multiprocessing.parent_process()
+    assert employer is not None
+
+    def follow() -> None:
+        employer.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
