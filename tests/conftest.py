@@ -51,6 +51,7 @@ PROCESSES = [
     "outputs",
     "ways",
     "gpu",
+    "api",
     "monitoring",
 ]
 

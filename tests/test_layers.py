@@ -12,10 +12,10 @@ import pirl
 
 ROOT = Path(pirl.__file__).parent
 ORDER = (
-    "errors text logs settings sections config storage world launch | shards views order data loader | "
+    "errors extras text logs settings sections config storage world launch | shards views order data loader | "
     "model memory negatives rowsums terms loss optim | "
     "checkpoint results run outputs metrics training train plan | "
-    "evaluate export report | registry gate | programs jobs backends | retraining reference doctor cli"
+    "evaluate export report | registry embedding gate | programs jobs backends | retraining reference doctor api cli"
 )
 POSITION = {name: index for index, name in enumerate(ORDER.replace("|", "").split())}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem not in ("__init__", "__main__"))

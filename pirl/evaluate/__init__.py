@@ -9,7 +9,9 @@ Names are loaded when they are used: `spec` alone loads no torch.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,3 +73,16 @@ def __getattr__(name: str) -> Any:
             if hasattr(module, name):
                 return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class CallablePackage(ModuleType):
+    """This package, which can be called: `pirl.evaluate("runs/mine", "shards/train", "shards/test")`."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Evaluate a run, as `pirl.evaluate.apply.evaluate_options`."""
+        from pirl.evaluate.apply import evaluate_options
+
+        return evaluate_options(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = CallablePackage

@@ -26,9 +26,12 @@ SUFFIXES = {"torchvision": ".safetensors", "vissl": ".torch"}
 def trunk_bytes(trunk: Trunk, recipe: Recipe) -> bytes:
     """Return a safetensors file: `torchvision.models.resnet50().load_state_dict(..., strict=False)` misses only `fc`.
 
-    Its metadata names the architecture, which other layers, widths or stems than a standard ResNet need.
+    Its metadata names the architecture, which other layers, widths or stems than a standard ResNet need, and the
+    preprocessing: mean and std of RGB in 0..1, the shorter side in pixels, and the side of the centre crop.
     """
-    metadata = {"format": "pt", "recipe": recipe.name, **{k: str(v) for k, v in recipe.model.model_dump().items()}}
+    values = {**recipe.model.model_dump(), "mean": recipe.views.mean, "std": recipe.views.std}
+    values |= {**recipe.eval.model_dump(), "interpolation": "bilinear"}
+    metadata = {"format": "pt", "recipe": recipe.name, **{key: str(value) for key, value in values.items()}}
     tensors = {name: tensor.contiguous() for name, tensor in trunk.state_dict().items()}
     return _settled(save(tensors, metadata=metadata))
 
