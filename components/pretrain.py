@@ -22,7 +22,7 @@ def pretrain(
     `overrides` (of the recipe), `options` (`pirl train --help`) and `job` (settings of the job, on a cluster) are
     NAME=VALUE items separated by blanks. `kfp_run` is the id of the KFP run, a label of the job.
     """
-    from components.step import step
+    from components.step import labels_of, step
     from pirl.backends import prepare_training
 
     out = f"{root}/runs/{run}"
@@ -30,6 +30,6 @@ def pretrain(
         chosen, training = prepare_training(
             recipe, data=data, out=out, overrides=overrides, options=options, backend=backend, job=job
         )
-        if code := chosen.run(training, {"pirl.dev/kfp-run": kfp_run} if kfp_run else {}):
+        if code := chosen.run(training, labels_of(kfp_run)):
             raise SystemExit(code)
     return out

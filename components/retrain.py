@@ -26,7 +26,7 @@ def retrain(
 
     `overrides`, `options` and `job` as in the step `pretrain`. `kfp_run` is the id of the KFP run, a label of the job.
     """
-    from components.step import reporting_errors
+    from components.step import labels_of, reporting_errors
     from pirl.backends import open_backend
     from pirl.retraining.retrain import Retraining, keep_up_to_date
     from pirl.settings import split_items
@@ -48,7 +48,7 @@ def retrain(
                 warm_epochs=warm_epochs if warm_epochs >= 0 else None,
                 options=own,
                 backend=open_backend(backend, split_items(job), {"processes": own.processes}),
-                labels={"pirl.dev/kfp-run": kfp_run} if kfp_run else {},
+                labels=labels_of(kfp_run),
             )
         )
     if code:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from pirl import __version__, logs
 from pirl.errors import PirlError, StorageError, UsageError
@@ -31,6 +32,10 @@ def require_image(image: str = IMAGE) -> None:
         )
 
 
+SECRET_DIR = "/etc/pirl/storage"
+"""Folder of the Secret with the storage's credentials in a step's pod; each key is a file."""
+SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_REGION")
+"""Each may be absent there."""
 RUNNER = "PIRL_RUNNER"
 """Environment variable with the process that runs the pipeline on this machine."""
 
@@ -52,10 +57,24 @@ def end_with_runner() -> None:
     threading.Thread(target=watch, args=(int(runner),), name="runner", daemon=True).start()
 
 
+def load_credentials(folder: str = SECRET_DIR) -> None:
+    """Set the variables that the Secret has and this process does not."""
+    for key in SECRET_KEYS:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if text := (Path(folder) / key).read_text().strip():
+                os.environ.setdefault(key, text)
+
+
+def labels_of(kfp_run: str) -> dict[str, str]:
+    """Return the label of a job that a KFP run started; none where the backend left the placeholder as it is."""
+    return {"pirl.dev/kfp-run": kfp_run} if kfp_run and "{" not in kfp_run else {}
+
+
 @contextmanager
 def reporting_errors(name: str) -> Iterator[None]:
     """End the step `name` with its runner, and report a `PirlError` without a traceback."""
     end_with_runner()
+    load_credentials()
     try:
         logs.configure()
         yield

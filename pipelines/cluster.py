@@ -1,16 +1,146 @@
-"""Settings of the steps for a cluster, without effect on this machine."""
+"""Settings of the steps' pods on a cluster, written into a compiled pipeline; without effect on this machine.
 
-from kfp import dsl, kubernetes
+Only fields that the backends of Kubeflow 1.9 (KFP 2.3.0) accept are written, because their drivers refuse a step with
+any other. So one file runs on 2.3.0, 2.5.0 and 2.17.0. `restricted` is the exception.
+"""
 
-SECRET = "pirl-s3"
-"""The Secret, of the namespace that runs the steps, with the credentials of the storage."""
-SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_REGION")
-"""Each may be absent there."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+
+from components.step import IMAGE, SECRET_DIR, require_image
+from pirl.jobs.settings import (
+    CA_DIR,
+    Cores,
+    DnsName,
+    Environment,
+    Image,
+    LabelName,
+    LabelValue,
+    Memory,
+    OptionalName,
+    Toleration,
+    ca_environment,
+    to_bytes,
+)
+from pirl.settings import Settings, json_value, read_items, validated
+
+COMPUTING = ("exec-pretrain", "exec-linear-eval", "exec-retrain")
+"""Executors that use GPUs, if the training runs in the step itself."""
+USER = 65532  # of the images
 
 
-def on_cluster(*tasks: dsl.PipelineTask) -> None:
-    """Give the steps the storage's credentials, and disable the cache of their results."""
-    for task in tasks:
-        # optional: where the steps' service account has a workload identity there is no Secret
-        kubernetes.use_secret_as_env(task, SECRET, {key: key for key in SECRET_KEYS}, optional=True)
-        task.set_caching_options(False)  # because a step skips finished work itself, by content
+class StepSettings(Settings):
+    """Pods of a pipeline's steps; fixed when the pipeline is compiled.
+
+    `pirl submit --step NAME=VALUE` sets each of these, also `pirl compile` and `pirl schedule`.
+    """
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    image: Image = Field(default_factory=lambda: IMAGE, validate_default=True)
+    """Image of all steps."""
+    cpu: Cores = "1"
+    """Request and limit of each step."""
+    memory: Memory = "4Gi"
+    """Request and limit of each step."""
+    gpus: Annotated[int, Field(ge=0, le=64)] = 0
+    """GPUs of the steps that train and evaluate, for `backend=local`."""
+    retries: Annotated[int, Field(ge=0, le=100)] = 2
+    """Repetitions of a failed step; each step resumes finished work."""
+    retry_wait_s: Annotated[int, Field(ge=0, le=3600)] = 15
+    """Seconds before the first repetition; doubled before each further one."""
+    timeout_s: Annotated[int, Field(ge=60, lt=2**31)] = 14 * 86400
+    """Seconds that a step may take."""
+    secret: OptionalName = "pirl-s3"
+    """Secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_REGION.
+
+    The Secret and each of its keys may be absent. Empty: no Secret is mentioned, for a workload identity.
+    """
+    pull_secrets: list[DnsName] = Field(default_factory=list)
+    """Secrets with which images are pulled."""
+    node_selector: dict[LabelName, LabelValue] = Field(default_factory=dict)
+    tolerations: list[Toleration] = Field(default_factory=list)
+    """As Kubernetes writes them: {"key": "dedicated", "operator": "Exists"}."""
+    labels: dict[LabelName, LabelValue] = Field(default_factory=dict)
+    """Labels of the pods, for instance those that a PodDefault selects."""
+    env: Environment = Field(default_factory=dict)
+    """Environment, for instance HTTPS_PROXY; no secrets, which belong into the Secret."""
+    ca: OptionalName = ""
+    """ConfigMap with the certificate authorities of storage and registry as `ca.crt`."""
+    restricted: bool = False
+    """Run as a user that is not root, as the pod security level `restricted` asks for. Needs KFP 2.16 or newer."""
+
+
+def step_settings(items: Iterable[str] = ()) -> StepSettings:
+    """Return the settings of NAME=VALUE items, whose value is JSON or a bare word. Raise all problems at once."""
+    values, problems = read_items(items, json_value, "name=value")
+    if "image" not in values:
+        require_image()
+    return validated(StepSettings, values, "the steps' settings", problems, secret=("env",))
+
+
+def write_settings(spec: dict[str, Any], settings: StepSettings) -> dict[str, Any]:
+    """Write the settings into a pipeline's spec, and return those for Kubernetes, its second part."""
+    executors = spec["deploymentSpec"]["executors"]
+    names = [name for name, executor in executors.items() if "container" in executor]
+    for name in names:
+        container = executors[name]["container"]
+        container["image"] = settings.image
+        container["resources"] = _resources(settings, settings.gpus if name in COMPUTING else 0)
+        environment = {**ca_environment(settings.ca), **settings.env}
+        if environment:
+            container["env"] = [{"name": key, "value": value} for key, value in environment.items()]
+    for task in _tasks(spec):
+        executor = spec["components"][task["componentRef"]["name"]].get("executorLabel")
+        task["cachingOptions"] = {}  # because a step skips finished work itself, by content
+        if executor in names and settings.retries:
+            task["retryPolicy"] = {
+                "maxRetryCount": settings.retries,
+                "backoffDuration": f"{settings.retry_wait_s}s",
+                "backoffFactor": 2.0,
+                "backoffMaxDuration": "3600s",
+            }
+    pods = {name: _pod(settings) for name in names}
+    return {"platforms": {"kubernetes": {"deploymentSpec": {"executors": pods}}}}
+
+
+def _tasks(spec: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for dag in [spec["root"], *spec["components"].values()]:
+        yield from dag.get("dag", {}).get("tasks", {}).values()
+
+
+def _resources(settings: StepSettings, gpus: int) -> dict[str, Any]:
+    """Return requests and limits, in cores and 10^9 bytes: the fields that every KFP 2 has."""
+    cores = settings.cpu
+    cpu = int(cores[:-1]) / 1000 if cores.endswith("m") else float(cores)
+    memory = to_bytes(settings.memory) / 1e9
+    resources: dict[str, Any] = {"cpuLimit": cpu, "cpuRequest": cpu, "memoryLimit": memory, "memoryRequest": memory}
+    return resources | ({"accelerator": {"type": "nvidia.com/gpu", "count": str(gpus)}} if gpus else {})
+
+
+def _pod(settings: StepSettings) -> dict[str, Any]:
+    """Return a pod's settings in the form of KubernetesExecutorConfig."""
+    pod: dict[str, Any] = {"activeDeadlineSeconds": str(settings.timeout_s)}
+    if settings.secret:  # as files, because a variable cannot be optional on KFP 2.3.0 and 2.5.0
+        pod["secretAsVolume"] = [{"secretName": settings.secret, "mountPath": SECRET_DIR, "optional": True}]
+    if settings.ca:
+        pod["configMapAsVolume"] = [{"configMapName": settings.ca, "mountPath": CA_DIR, "optional": False}]
+    if settings.pull_secrets:
+        pod["imagePullSecret"] = [{"secretName": name} for name in settings.pull_secrets]
+    if settings.node_selector:
+        pod["nodeSelector"] = {"labels": settings.node_selector}
+    if settings.tolerations:
+        pod["tolerations"] = [_toleration(item) for item in settings.tolerations]
+    if settings.labels:
+        pod["podMetadata"] = {"labels": settings.labels}
+    if settings.restricted:
+        pod["securityContext"] = {"runAsUser": str(USER), "runAsGroup": str(USER), "runAsNonRoot": True}
+    return pod
+
+
+def _toleration(item: Toleration) -> dict[str, Any]:
+    return {name: str(value) for name, value in item.model_dump(exclude_none=True).items()}

@@ -12,6 +12,7 @@ import yaml
 from kfp import compiler
 
 from components.step import require_image
+from pipelines.cluster import StepSettings, write_settings
 from pipelines.pretrain import pirl_pretrain
 from pipelines.retrain import pirl_retrain
 from pirl import __version__
@@ -35,11 +36,41 @@ class Compiled:
     def spec(self) -> dict[str, Any]:
         return next(yaml.safe_load_all(self.text))
 
+    def objects(self, namespace: str) -> str:
+        """Return it as a Pipeline and a PipelineVersion, for `kubectl apply` and Argo CD.
 
-def compiled(name: str) -> Compiled:
-    """Return the pipeline of that name, with the image that PIRL_STEPS_IMAGE named when this process began."""
+        They need a KFP 2.14 or newer that keeps its pipelines in Kubernetes.
+        """
+        spec, platform = yaml.safe_load_all(self.text)
+        api, description = "pipelines.kubeflow.org/v2beta1", spec["pipelineInfo"].get("description", "")
+        version = {
+            "displayName": self.version,
+            "description": description,
+            "pipelineName": self.name,
+            "pipelineSpec": spec,
+            "platformSpec": platform,
+        }
+        documents = (
+            ("Pipeline", self.name, {"displayName": self.name, "description": description}),
+            ("PipelineVersion", f"{self.name}-{self.version}", version),
+        )
+        return yaml.safe_dump_all(
+            {"apiVersion": api, "kind": kind, "metadata": {"name": name, "namespace": namespace}, "spec": content}
+            for kind, name, content in documents
+        )
+
+
+def compiled(name: str, settings: StepSettings | None = None) -> Compiled:
+    """Return the pipeline of that name, its steps with these settings on a cluster.
+
+    The image is by default the one that PIRL_STEPS_IMAGE named when this process began.
+    """
     require_image()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pipeline.yaml"
         compiler.Compiler().compile(PIPELINES[name], str(path))
-        return Compiled(name, path.read_text())
+        text = path.read_text()
+    heading = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+    spec = next(yaml.safe_load_all(text))
+    platform = write_settings(spec, settings or StepSettings())
+    return Compiled(name, heading + yaml.safe_dump_all([spec, platform]))

@@ -16,7 +16,6 @@ from components.pretrain import pretrain
 from components.register import register
 from components.report import report
 from components.shard import shard
-from pipelines.cluster import on_cluster
 
 
 def train_to_register(train: Any, test: Any, training: dict[str, Any], gating: dict[str, Any]) -> None:
@@ -34,10 +33,9 @@ def train_to_register(train: Any, test: Any, training: dict[str, Any], gating: d
     # both branches, on a parameter that is the gate's only output: the local runner skips any other shape silently
     with dsl.If(checked.output == "promote", name="promote"):
         registered = register(run=trained.output, **{name: gating[name] for name in ("root", "model", "registry")})
-        shown = report(run=trained.output, verdict=registered.outputs["Output"], **data)
+        report(run=trained.output, verdict=registered.outputs["Output"], **data)
     with dsl.Else(name="reject"):
-        explained = report(run=trained.output, verdict=checked.output, **data)
-    on_cluster(trained, evaluated, checked, registered, shown, explained)
+        report(run=trained.output, verdict=checked.output, **data)
 
 
 @dsl.pipeline(
@@ -65,10 +63,8 @@ def pirl_pretrain(
     `overrides` (of the recipe), `options` (of the training) and `job` (settings of the job, where `backend` has jobs)
     are NAME=VALUE items separated by blanks.
     """
-    train = shard(source=train_source, root=root, run=run, split="train").set_display_name("shard-train")
+    train = shard(source=train_source, root=root, run=run, split="train")
     test = shard(source=test_source, root=root, run=run, split="test", train_data=train.output)
-    test.set_display_name("shard-test")
-    on_cluster(train, test)
     train_to_register(
         train,
         test,

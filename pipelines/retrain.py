@@ -6,7 +6,6 @@ It has one step, which is `pirl retrain`, because every step costs a pod, also w
 from kfp import dsl
 
 from components.retrain import retrain
-from pipelines.cluster import on_cluster
 
 
 @dsl.pipeline(name="pirl-retrain", description="A new champion when images, recipe or code have changed, else nothing")
@@ -30,7 +29,7 @@ def pirl_retrain(
     The arguments are those of `pirl-pretrain` without `run`, which is named after the training; `warm_epochs` as in
     `pirl retrain`.
     """
-    task = retrain(
+    retrain(
         train_source=train_source,
         test_source=test_source,
         root=root,
@@ -46,4 +45,3 @@ def pirl_retrain(
         job=job,
         kfp_run=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
     )
-    on_cluster(task)

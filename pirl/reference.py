@@ -39,6 +39,7 @@ ENVIRONMENT = {
     "PIRL_S3_ATTEMPTS": "tries of one request to S3, the first one included",
     "PIRL_S3_CONNECT_TIMEOUT_S": "seconds until a connection to S3 is given up",
     "PIRL_S3_READ_TIMEOUT_S": "seconds without a byte from S3",
+    "PIRL_STEP": "settings of a pipeline's steps, separated by blanks",
     "PIRL_STEPS_IMAGE": "image of a pipeline's steps, read when compiling",
     "PIRL_STORAGE_PATIENCE_S": "seconds for which transient failures of storage are retried",
     "PIRL_TEST_SOURCE": "`pirl retrain`: test images",
@@ -66,12 +67,23 @@ def markdown() -> str:
         "## Settings of a job",
         "For a backend on a cluster: `--job name=value`, in a pipeline's `job` `name=value`.",
         table(fields(JobSettings)),
+        "## Settings of a pipeline's steps",
+        "Pods of the steps on KFP, fixed when the pipeline is compiled: `--step name=value` of `pirl compile`, "
+        "`submit` and `schedule`, or all of them in `PIRL_STEP`.",
+        table(fields(step_settings())),
         "## Environment variables",
         "The usual variables of AWS tools hold for S3.",
         "| variable | meaning |\n|---|---|\n"
         + "\n".join(f"| `{name}` | {text} |" for name, text in ENVIRONMENT.items()),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def step_settings() -> type[BaseModel]:
+    """Return the model of the steps' settings; the package `pipelines` is not a part of the library."""
+    from pipelines.cluster import StepSettings
+
+    return StepSettings
 
 
 def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -19,7 +19,6 @@ from images import folder_of_classes
 from kfp import local
 
 from components.shard import shard
-from pipelines.cluster import SECRET_KEYS
 from pipelines.compiled import compiled
 from pipelines.local import require_steps, run_local
 from pipelines.retrain import pirl_retrain
@@ -169,20 +168,13 @@ def test_steps_without_an_image_are_not_compiled(tmp_path: Path) -> None:
         assert not (tmp_path / "a.yaml").exists()
 
 
-def test_credentials_come_from_a_secret_that_may_be_absent_and_stand_nowhere(tmp_path: Path) -> None:
+def test_credentials_stand_nowhere(tmp_path: Path) -> None:
     secrets = {"AWS_ACCESS_KEY_ID": "AKIAPIRLTEST", "AWS_SECRET_ACCESS_KEY": "verysecretpirl"}
     text = compile_in_another_process(tmp_path / "a.yaml", **secrets)
     assert not any(value in text for value in secrets.values())
-    pipeline, platform = yaml.safe_load_all(text)
+    pipeline, _ = yaml.safe_load_all(text)
     inputs = pipeline["root"]["inputDefinitions"]["parameters"]
     assert [name for name in inputs if SECRET_NAMES.search(name)] == []
-    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    assert set(executors) == set(pipeline["deploymentSpec"]["executors"])
-    for executor in executors.values():
-        (secret,) = executor["secretAsEnv"]
-        assert (secret["secretName"], secret["optional"]) == ("pirl-s3", True)
-        keys = {*secrets, "AWS_ENDPOINT_URL", "AWS_REGION"}
-        assert secret["keyToEnv"] == [{"envVar": key, "secretKey": key} for key in sorted(keys, key=SECRET_KEYS.index)]
 
 
 @pytest.mark.parametrize("step", ["pretrain", "retrain"])

@@ -16,6 +16,7 @@ from .submit import (
     Namespace,
     Pipeline,
     ServiceAccount,
+    StepItems,
     Upload,
     connect,
     print_plan,
@@ -60,6 +61,7 @@ def set_schedule(
     experiment: Experiment = "pirl",
     service_account: ServiceAccount = "",
     upload: Upload = True,
+    step: StepItems = None,
     dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP)] = False,
 ) -> None:
     """Let there be one schedule of that name (`set` may be left away), enabled, with this version and these arguments.
@@ -72,7 +74,7 @@ test_source=s3://bucket/test root=s3://bucket/pirl
     six = six_fields(cron)
     name = name or pipeline
     backend: Any = connect(endpoint, namespace) if endpoint or not dry_run else None
-    version, values = resolve(backend, pipeline, arguments or [], upload, dry_run)
+    version, values = resolve(backend, pipeline, arguments or [], step, upload, dry_run)
     if dry_run:
         print_plan(f"would schedule {name} at {six}:", pipeline, version, values)
         return

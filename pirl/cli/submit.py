@@ -11,6 +11,7 @@ import typer
 from .. import logs
 from ..errors import PirlError, UsageError, did_you_mean
 from .app import DRY_RUN_HELP, app, console
+from .options import items_from
 
 Pipeline = Annotated[str, typer.Argument(metavar="PIPELINE", help="Name of a pipeline: pirl-pretrain, pirl-retrain.")]
 Arguments = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Arguments of the pipeline.")]
@@ -23,6 +24,14 @@ EndpointOption = Annotated[
 Namespace = Annotated[str, typer.Option(help="Your profile's namespace, on a backend of several users.")]
 Experiment = Annotated[str, typer.Option(help="KFP's experiment, made if it is not there.")]
 ServiceAccount = Annotated[str, typer.Option(help="Service account of the steps; else the backend's default.")]
+StepItems = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--step",
+        metavar="NAME=VALUE",
+        help="Setting of the steps' pods (docs/configuration.md), or all of them in PIRL_STEP; may be repeated.",
+    ),
+]
 Upload = Annotated[
     bool, typer.Option("--upload/--no-upload", help="Upload this code's pipeline if the backend has another.")
 ]
@@ -37,6 +46,7 @@ def submit(
     experiment: Experiment = "pirl",
     service_account: ServiceAccount = "",
     upload: Upload = True,
+    step: StepItems = None,
     wait: Annotated[bool, typer.Option("--wait", help="Until the run has ended; a failed one is a failure.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the run as JSON.")] = False,
     dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP)] = False,
@@ -49,7 +59,7 @@ def submit(
 train_source=s3://bucket/train test_source=s3://bucket/test backend=pytorchjob job='nodes=4 gpus=8' --wait
     """
     backend: Any = connect(endpoint, namespace) if endpoint or not dry_run else None
-    version, values = resolve(backend, pipeline, arguments or [], upload, dry_run)
+    version, values = resolve(backend, pipeline, arguments or [], step, upload, dry_run)
     name = f"{pipeline} {values['run']}" if values.get("run") else pipeline
     if dry_run:
         print_plan("would run", pipeline, version, values)
@@ -74,12 +84,16 @@ def connect(endpoint: str, namespace: str) -> Any:
     return Backend(endpoint, namespace, os.environ.get("KFP_TOKEN", ""))
 
 
-def resolve(backend: Any, pipeline: str, items: list[str], upload: bool, dry_run: bool) -> tuple[Any, dict[str, Any]]:
+def resolve(
+    backend: Any, pipeline: str, items: list[str], step: list[str] | None, upload: bool, dry_run: bool
+) -> tuple[Any, dict[str, Any]]:
     """Return the `Version` to run and its checked arguments; upload nothing before that, nor in a dry run."""
     from pipelines.arguments import complete, inputs_of, require_all, typed_arguments
+    from pipelines.cluster import step_settings
     from pipelines.compiled import PIPELINES, compiled
 
-    package: Any = compiled(pipeline) if pipeline in PIPELINES and upload else None
+    settings = step_settings(step or items_from("PIRL_STEP")())
+    package: Any = compiled(pipeline, settings) if pipeline in PIPELINES and upload else None
     if backend is None and package is None:
         raise UsageError(
             f"pipeline {pipeline!r} does not exist in this code.{did_you_mean(pipeline, PIPELINES)}",

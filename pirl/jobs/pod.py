@@ -13,7 +13,7 @@ import yaml
 from .. import __version__
 from ..storage import open_storage
 from .kind import DEFAULT_CONTAINER, SPEC_HASH, TTL, JobKind, Object
-from .settings import JobSettings
+from .settings import CA_DIR, JobSettings, ca_environment
 
 if TYPE_CHECKING:
     from ..programs import Command
@@ -115,6 +115,8 @@ def _template(kind: JobKind, program: Command, settings: JobSettings, own: Mappi
         "containers": [_container(kind, program, settings)],
         "volumes": _volumes(settings, list(files)),
     }
+    if settings.pull_secrets:
+        pod["imagePullSecrets"] = [{"name": name} for name in settings.pull_secrets]
     if settings.priority_class:
         pod["priorityClassName"] = settings.priority_class
     if settings.node_selector:
@@ -145,7 +147,12 @@ def _container(kind: JobKind, program: Command, settings: JobSettings) -> Object
     if settings.gpus:
         resources["nvidia.com/gpu"] = str(settings.gpus)
     file = program.file()
-    environment = {"HOME": "/tmp", "PIRL_METRICS_PORT": str(METRICS_PORT), **settings.env}
+    environment = {
+        "HOME": "/tmp",
+        "PIRL_METRICS_PORT": str(METRICS_PORT),
+        **ca_environment(settings.ca),
+        **settings.env,
+    }
     container: Object = {
         "name": kind.container,
         "image": settings.image,
@@ -164,6 +171,7 @@ def _container(kind: JobKind, program: Command, settings: JobSettings) -> Object
             {"name": "settings", "mountPath": SETTINGS_DIR, "readOnly": True},
             {"name": "shared-memory", "mountPath": "/dev/shm"},
             {"name": "tmp", "mountPath": "/tmp"},
+            *([{"name": "ca", "mountPath": CA_DIR, "readOnly": True}] if settings.ca else []),
             *(
                 {"name": f"claim-{index}", "mountPath": path, "readOnly": True}
                 for index, path in enumerate(settings.claims.values())
@@ -185,6 +193,7 @@ def _volumes(settings: JobSettings, files: Sequence[str]) -> list[Object]:
         {"name": "settings", "downwardAPI": {"items": items}},
         {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": settings.shared_memory}},
         {"name": "tmp", "emptyDir": {}},
+        *([{"name": "ca", "configMap": {"name": settings.ca}}] if settings.ca else []),
         *(
             {"name": f"claim-{index}", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}}
             for index, claim in enumerate(settings.claims)

@@ -24,7 +24,16 @@ WORD = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"  # name or value of a la
 BYTES = {"": 1, **{unit: 1000 ** (n + 1) for n, unit in enumerate("kMGTP")}}
 BYTES |= {f"{unit}i": 1024 ** (n + 1) for n, unit in enumerate("KMGTP")}
 RESERVED = re.compile(r"PET_.*|(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|PIRL_METRICS_PORT")
-SYSTEM = ("/", "/dev", "/etc/pirl", "/proc", "/sys")  # where no volume may be mounted, nor below but at the root
+CA_DIR = "/etc/ssl/pirl"
+"""Folder of the ConfigMap of the setting `ca` in a pod."""
+SYSTEM = (
+    "/",
+    "/dev",
+    "/etc/pirl",
+    CA_DIR,
+    "/proc",
+    "/sys",
+)  # where no volume may be mounted, nor below but at the root
 ANNOTATION_BYTES = 128 << 10  # half of what an object may have: the program's specification is one, too
 
 
@@ -63,13 +72,25 @@ def _matching(pattern: str, expected: str, most: int) -> Any:
     return AfterValidator(check)
 
 
-def _variable(name: str) -> str:
+def variable(name: str) -> str:
     """Return the name of an environment variable if a user may set it."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise ValueError("a name of letters, digits and _ is expected")
     if RESERVED.fullmatch(name):
         raise ValueError("it is set for each pod, by the job")
     return name
+
+
+def refuse_secrets(env: dict[str, str]) -> dict[str, str]:
+    """Return the environment if no name is that of a secret."""
+    if secret := [name for name in env if SECRET_NAMES.search(name)]:
+        raise ValueError(f"put {', '.join(secret)} into the Secret: all who may see the pod could read it here")
+    return env
+
+
+def ca_environment(ca: str) -> dict[str, str]:
+    """Return the variables by which clients of S3 and HTTPS find the certificate authorities; none without `ca`."""
+    return dict.fromkeys(("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"), f"{CA_DIR}/ca.crt") if ca else {}
 
 
 def _mount_path(path: str) -> str:
@@ -99,7 +120,9 @@ Image = Annotated[
 Queue = Annotated[str, _matching(rf"({DNS}(\.{DNS})*)?", "a DNS name of at most 63 characters, or none", 63)]
 OptionalName = Annotated[str, _matching(rf"({DNS}(\.{DNS})*)?", "a DNS name, or none", 253)]
 Cores = Annotated[str, AfterValidator(_cores)]
+Memory = Annotated[str, _size("64Mi")]
 Text = Annotated[str, Field(pattern=r"^[^\x00]*$", max_length=ANNOTATION_BYTES)]
+Environment = Annotated[dict[Annotated[str, AfterValidator(variable)], Text], AfterValidator(refuse_secrets)]
 Seconds = Annotated[float, Field(gt=0, le=1e9)]
 
 
@@ -144,7 +167,7 @@ class JobSettings(Settings):
     """Ranks of each pod; 0: one for each GPU, or one without GPUs."""
 
     cpu: Cores = "1"
-    memory: Annotated[str, _size("64Mi")] = "4Gi"
+    memory: Memory = "4Gi"
     """Each pod's, the shared memory of its loading processes included."""
     shared_memory: Annotated[str, _size("1Mi")] = "1Gi"
     """Size of /dev/shm."""
@@ -161,7 +184,11 @@ class JobSettings(Settings):
     service_account: DnsName = "pirl-trainer"
     secret: OptionalName = "pirl-s3"
     """Secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL; may be absent (workload identity)."""
-    env: dict[Annotated[str, AfterValidator(_variable)], Text] = Field(default_factory=dict)
+    pull_secrets: list[DnsName] = Field(default_factory=list)
+    """Secrets with which the image is pulled."""
+    ca: OptionalName = ""
+    """ConfigMap with the certificate authorities of the storage as `ca.crt`."""
+    env: Environment = Field(default_factory=dict)
     """Environment of the pods; no secrets, which belong into the Secret."""
     claims: dict[DnsName, Annotated[str, AfterValidator(_mount_path)]] = Field(default_factory=dict)
     """PersistentVolumeClaims to mount read-only, and where: {"images": "/data"}."""
@@ -187,14 +214,6 @@ class JobSettings(Settings):
     """Longest for everything, without the time in a Kueue queue. None: as long as it takes."""
     leave: bool = False
     """Keep the job running when the launcher is stopped."""
-
-    @field_validator("env")
-    @classmethod
-    def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
-        secret = [name for name in env if SECRET_NAMES.search(name)]
-        if secret:
-            raise ValueError(f"put {', '.join(secret)} into the Secret: all who may see the job could read it here")
-        return env
 
     @field_validator("claims")
     @classmethod
