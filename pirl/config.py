@@ -101,9 +101,13 @@ class Recipe(Settings):
 
     def differences(self, other: Recipe) -> list[str]:
         """Return `key: own value -> other value` for every setting that decides what is learned and differs."""
-        own, others = (_flatten(recipe.model_dump(exclude=NOT_LEARNED)) for recipe in (self, other))
+        own, others = self.keys(), other.keys()
         keys = dict.fromkeys([*own, *others])
         return [f"{key}: {own.get(key)!r} -> {others.get(key)!r}" for key in keys if own.get(key) != others.get(key)]
+
+    def keys(self) -> dict[str, Any]:
+        """Return all settings that decide what is learned, by dotted key."""
+        return _flatten(self.model_dump(exclude=NOT_LEARNED))
 
     def rows(self, images: int) -> int:
         """Return the images that take part, and rows of the memory bank, of a data set of `images`."""

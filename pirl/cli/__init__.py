@@ -17,13 +17,14 @@ from . import plan  # isort: skip
 from . import train  # isort: skip
 from . import evaluate  # isort: skip
 from . import models  # isort: skip
+from . import embed  # isort: skip
 from . import retrain  # isort: skip
 from . import look  # isort: skip
 from . import compile  # isort: skip
 from . import submit  # isort: skip
 from . import schedule  # isort: skip
 
-__all__ = ["app", "compile", "dag", "evaluate", "look", "main", "models"]
+__all__ = ["app", "compile", "dag", "embed", "evaluate", "look", "main", "models"]
 __all__ += ["plan", "retrain", "schedule", "shard", "submit", "train"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ from rich.text import Text
 from .. import logs
 from ..backends import DEFAULT_CLUSTER, open_cluster
 from ..errors import EXIT_FAILURE, UsageError
+from ..text import duration
 from .app import DEFAULT_ROOT, BackendName, JobItems, Json, Overrides, RecipeName, app, console, show_rows
 from .shard import Background, Exif, MaxPixels
 
@@ -101,13 +103,43 @@ def preview(
 def runs(
     root: Annotated[str, typer.Argument(help="Folder or s3:// prefix.")] = DEFAULT_ROOT, as_json: Json = False
 ) -> None:
-    """List the runs below a folder.
+    """List the runs below a folder, the latest first.
 
     Example: pirl runs runs
     """
     from ..run import list_runs
 
-    show_rows([summary.model_dump() for summary in list_runs(root)], as_json)
+    rows = [summary.model_dump() for summary in list_runs(root)]
+    if not as_json:
+        rows = [{**row, "updated": ago(row["updated"])} for row in rows]
+    show_rows(
+        rows, as_json, hide=("uri", *(key for key in rows[0] if not any(row[key] for row in rows))) if rows else ()
+    )
+
+
+def ago(moment: float | None) -> str | None:
+    """Return a Unix time as the time since then."""
+    return None if moment is None else f"{duration(max(0.0, time.time() - moment))} ago"
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="URIs of two or more runs.")],
+    as_json: Json = False,
+) -> None:
+    """Print runs next to each other: recipe keys that differ, data, cost, scores.
+
+    Example: pirl compare runs/mine runs/other
+    """
+    from ..comparison import compare_runs
+
+    comparison = compare_runs(runs)
+    if as_json:
+        logs.output(f"{json.dumps(vars(comparison))}\n")
+        return
+    show_rows(comparison.rows, False)
+    for note in comparison.notes:
+        console.print(f"note: {note}")
 
 
 @app.command()

@@ -17,7 +17,7 @@ from pirl.storage import expand_home, open_storage
 
 Loader: TypeAlias = Callable[[], Image.Image]
 """Decodes one image to RGB; raises DataError where it is broken."""
-Given: TypeAlias = "str | Path | Image.Image | np.ndarray | Source | ShardReader | Iterable[Any]"
+Given: TypeAlias = "Images | str | Path | Image.Image | np.ndarray | Source | ShardReader | Iterable[Any]"
 """Images as a caller names them."""
 
 
