@@ -32,7 +32,7 @@ from .sections import (
 from .settings import Settings, all_at_once, describe, read_items
 
 NOT_LEARNED = {"format", "name", "description", "published_top1", "eval"}
-NEW_KEYS = [("train", "order"), ("loss", "shared_negatives")]
+NEW_KEYS = [("train", "order"), ("loss", "shared_negatives"), ("memory", "precision")]
 """Keys that version 0.1 did not have; their defaults are what it did."""
 
 
@@ -121,14 +121,14 @@ class Recipe(Settings):
     def check_data(self, images: int) -> None:
         """Refuse what cannot work on a data set of `images` images."""
         rows = self.rows(images)
-        others = rows - (self.loss.exclude_positive or self.loss.negatives == "all")
+        others = rows - (self.loss.exclude_positive or self.loss.takes_all_rows)
         problems, proposed = [], []
         if self.train.batch_size > rows:
             problems.append(f"train.batch_size is {self.train.batch_size}, there are {rows} images to train on")
             proposed.append(f"train.batch_size={max(1, rows // 4)}")
-        if self.loss.negatives == "all":
+        if not isinstance(self.loss.negatives, int):
             if others < 1:
-                problems.append(f'loss.negatives is "all", there are only {rows} rows')
+                problems.append(f'loss.negatives is "{self.loss.negatives}", there are only {rows} rows')
         elif self.loss.negatives > others:
             problems.append(
                 f"loss.negatives is {self.loss.negatives}, there are only {others} rows to draw from: they would repeat"

@@ -233,9 +233,9 @@ class Contrast(nn.Module):
         `patches` and `images` (B, D) are embeddings as the heads give them.
         """
         config = self.config
-        patches = F.normalize(patches.to(bank.memory.dtype))
-        images = F.normalize(images.to(bank.memory.dtype))
-        if bank.cut or not config.draws_per_image:
+        patches = F.normalize(patches.to(bank.dtype))
+        images = F.normalize(images.to(bank.dtype))
+        if bank.cut or not config.draws_per_image or bank.memory.dtype != bank.dtype:
             losses, similarities, rows, embeddings = SummedTerms.apply(
                 torch.stack([patches, images]), self, bank, samples
             )
@@ -243,7 +243,7 @@ class Contrast(nn.Module):
         else:
             drawn = samples.drawn or self._draw(bank, samples)
             self.estimate_z(bank, torch.cat([samples.rows[:, None], drawn[0]], dim=1), patches.detach())
-            z = self.z.to(bank.memory.dtype)
+            z = self.z.to(bank.dtype)
             patch_losses, _ = ContrastTerm.apply(patches, bank.memory, samples.rows, drawn[0], config, z)
             image_losses, similarity = ContrastTerm.apply(images, bank.memory, samples.rows, drawn[1], config, z)
             rows, embeddings = self._gather(samples, images.detach())

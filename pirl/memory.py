@@ -7,6 +7,7 @@ rows that it may not own goes through `gather` and `collect`, which do nothing o
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MemoryConfig
+from .negatives import Systematic
+from .twister import jump
 from .world import World
 
-BLOCK_ROWS = 1 << 14  # of random numbers at a time
+BLOCK_ROWS = 1 << 14  # that are drawn, or copied, at a time
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -32,37 +36,73 @@ class Queries:
 
 
 class MemoryBank(nn.Module):
-    """`memory` (N, D) float32 with unit rows: one for each image, by id.
+    """`memory` (N, D) float32 or bfloat16 with unit rows: one for each image, by id.
 
-    The whole bank on every rank: every rank applies the same updates.
+    The whole bank on every rank: every rank applies the same updates. A `blank` bank has rows of zeros, which are to be
+    loaded, or which no epoch has visited.
     """
 
     memory: Tensor
+    visited: Tensor | None
+    """(N,) bool, or None where all rows count; rows that are not visited are zero."""
     cut = False
 
     def __init__(
-        self, images: int, dim: int, config: MemoryConfig, seed: int = 0, ranks: int = 1, part: range | None = None
+        self,
+        images: int,
+        dim: int,
+        config: MemoryConfig,
+        seed: int = 0,
+        ranks: int = 1,
+        part: range | None = None,
+        *,
+        blank: bool = False,
     ) -> None:
         super().__init__()
         self.images, self.momentum = images, config.momentum
         part = range(images) if part is None else part
         self.first = part.start
         """Row of the bank that is the first of `memory`."""
+        dtype = PRECISIONS[config.precision]
         banks = 1 if config.init == "shared" else ranks
-        memory = _random_rows(part, dim, seed)
-        for rank in range(1, banks):
-            memory += _random_rows(part, dim, seed + rank)
-        self.register_buffer("memory", memory.div_(banks))
+        memory = torch.zeros(len(part), dim, dtype=dtype) if blank else _random_rows(part, dim, seed, banks, dtype)
+        self.register_buffer("memory", memory)
+        self.register_buffer("visited", None, persistent=False)
 
-    def part_of(self, memory: Tensor) -> Tensor:
-        """Return what this rank holds of a bank: of all its rows, or of this part already."""
-        if len(memory) == self.images:
-            return memory[self.first : self.first + len(self.memory)]
-        return memory
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type in which rows are scored and moved."""
+        return torch.promote_types(self.memory.dtype, torch.float32)
+
+    def load(self, memory: Tensor) -> None:
+        """Take the rows of a checkpoint: all those of the bank, or this rank's. The tensor is kept where it can be."""
+        if len(memory) == self.images != len(self.memory):
+            memory = memory[self.first : self.first + len(self.memory)].clone()
+        memory = memory.to(self.memory.device, self.memory.dtype)
+        self.load_state_dict({"memory": memory}, assign=True)
+        if self.visited is not None:
+            self.count_visits()
+
+    def count_visits(self) -> None:
+        """Keep from now on which rows are not zero, and score no others."""
+        self.visited = self.memory.any(1)
+
+    def blocks(self, sample: Systematic) -> Iterator[Tensor]:
+        """Yield the rows of the sample that are this rank's, in `dtype`: a view where it may be, else copied blocks."""
+        rows = sample.of(self.memory, self.first)
+        visited = None if self.visited is None or self.visited.all() else sample.of(self.visited, self.first)
+        if visited is None and rows.dtype == self.dtype:
+            yield rows
+            return
+        for start in range(0, len(rows), BLOCK_ROWS):
+            block = rows[start : start + BLOCK_ROWS]
+            if visited is not None:
+                block = block[visited[start : start + BLOCK_ROWS]]
+            yield block.to(self.dtype)
 
     def own(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows `ids` (B,) as (B, D), zeros for those of other ranks, and which of them are this rank's."""
-        return self.memory[ids], torch.ones_like(ids, dtype=torch.bool)
+        return self.memory[ids].to(self.dtype), torch.ones_like(ids, dtype=torch.bool)
 
     def gather(self, world: World, queries: Queries, counts: list[int]) -> Queries:
         """Return the queries that this rank scores."""
@@ -78,15 +118,18 @@ class MemoryBank(nn.Module):
 
         row := normalise(m * row + (1 - m) * embedding). An id that comes twice keeps its last update.
         """
-        rows = self.momentum * self.memory[ids] + (1 - self.momentum) * embeddings.to(self.memory.dtype)
-        self.memory[ids] = F.normalize(rows)
+        rows = self.momentum * self.memory[ids] + (1 - self.momentum) * embeddings.to(self.dtype)
+        self.memory[ids] = F.normalize(rows).to(self.memory.dtype)
+        if self.visited is not None:
+            self.visited[ids] = True
 
     def checksum(self) -> int:
         """Of the rows' bits: the same on every rank with the same rows, in whatever order they are summed.
 
         Integers are summed at the speed of memory, fifty times as fast as in float64. Waits for the device.
         """
-        words = torch.int64 if self.memory.shape[1] % 2 == 0 else torch.int32
+        size = self.memory.shape[1] * self.memory.element_size()
+        words = next(each for each in (torch.int64, torch.int32, torch.int16) if size % each.itemsize == 0)
         return int(self.memory.view(words).sum(dtype=torch.int64))
 
 
@@ -95,15 +138,18 @@ class RowsBank(MemoryBank):
 
     cut = True
 
-    def __init__(self, images: int, dim: int, config: MemoryConfig, seed: int, world: World) -> None:
-        super().__init__(images, dim, config, seed, world.size, rows_of(images, world.rank, world.size))
+    def __init__(
+        self, images: int, dim: int, config: MemoryConfig, seed: int, world: World, *, blank: bool = False
+    ) -> None:
+        part = rows_of(images, world.rank, world.size)
+        super().__init__(images, dim, config, seed, world.size, part, blank=blank)
 
     def own(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows `ids` (B,) as (B, D), zeros for those of other ranks, and which of them are this rank's."""
         present = self._present(ids)
         if not len(self.memory):
-            return self.memory.new_zeros(len(ids), self.memory.shape[1]), present
-        rows = self.memory[(ids - self.first).clamp(0, len(self.memory) - 1)]
+            return ids.new_zeros(len(ids), self.memory.shape[1], dtype=self.dtype), present
+        rows = self.memory[(ids - self.first).clamp(0, len(self.memory) - 1)].to(self.dtype)
         return rows * present[:, None], present
 
     def gather(self, world: World, queries: Queries, counts: list[int]) -> Queries:
@@ -127,9 +173,7 @@ class RowsBank(MemoryBank):
     def update(self, ids: Tensor, embeddings: Tensor) -> None:
         """Move those of the rows `ids` that are this rank's; `ids` and `embeddings` are all ranks'."""
         present = self._present(ids)
-        rows, dim = ids[present] - self.first, self.memory.shape[1]
-        moved = self.momentum * self.memory[rows] + (1 - self.momentum) * embeddings[present].to(self.memory.dtype)
-        self.memory[rows] = F.normalize(moved.view(-1, dim))
+        super().update(ids[present] - self.first, embeddings[present])
 
     def _present(self, ids: Tensor) -> Tensor:
         return (ids >= self.first) & (ids < self.first + len(self.memory))
@@ -156,17 +200,22 @@ def gather_updates(world: World, ids: Tensor, embeddings: Tensor, counts: list[i
     )
 
 
-def _random_rows(part: range, dim: int, seed: int) -> Tensor:
+def _random_rows(part: range, dim: int, seed: int, banks: int, dtype: torch.dtype) -> Tensor:
     """Return the rows `part` of a bank: uniform in [-a, a] with a = 1/sqrt(dim/3), then of unit length (Wu, 2018).
 
-    The rows before them are drawn and dropped, block by block: no rank holds more than its part.
+    Rows are the mean of `banks` such banks, from the seeds `seed`, `seed` + 1, ... A generator for each jumps over the
+    rows before the part, so that any part costs what its own rows cost, and has the bits that it has in a whole bank.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generators = [torch.Generator().manual_seed(seed + bank) for bank in range(banks)]
+    for generator in generators:
+        jump(generator, part.start * dim)
     bound = 1 / math.sqrt(dim / 3)
-    spare = torch.empty(min(BLOCK_ROWS, part.start), dim)
-    for first in range(0, part.start, BLOCK_ROWS):
-        spare[: part.start - first].uniform_(generator=generator)
-    rows = torch.empty(len(part), dim)
+    rows, spare = torch.empty(len(part), dim, dtype=dtype), torch.empty(min(BLOCK_ROWS, len(part)), dim)
     for block in rows.split(BLOCK_ROWS):
-        block.copy_(F.normalize(block.uniform_(generator=generator).mul_(2 * bound).sub_(bound)))
+        unit = spare[: len(block)]
+        draws = (F.normalize(unit.uniform_(generator=each).mul_(2 * bound).sub_(bound)) for each in generators)
+        total = next(draws)
+        for more in draws:
+            total += more
+        block.copy_(total.div_(banks))
     return rows

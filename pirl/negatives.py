@@ -58,7 +58,7 @@ class Systematic:
     @classmethod
     def of_step(cls, config: LossConfig, rows: int, seed: int) -> Systematic:
         """Return all rows, or the sample of about `config.negatives` that a step's seed decides."""
-        if config.negatives == "all":
+        if not isinstance(config.negatives, int):
             return cls(rows, 0, 1)
         stride = max(1, rows // config.negatives)
         word = int(splitmix64(torch.tensor([seed]), 1)) & 0xFFFFFFFF

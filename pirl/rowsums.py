@@ -34,6 +34,10 @@ class Sums(NamedTuple):
     similarity: Tensor
     """(Q,) sum of the cosines."""
 
+    def plus(self, other: Sums) -> Sums:
+        """Return the sums over the rows of both."""
+        return Sums(*(one + more for one, more in zip(self, other)))
+
     @classmethod
     def zeros(cls, queries: Tensor) -> Sums:
         return cls(queries.new_zeros(len(queries)), torch.zeros_like(queries), queries.new_zeros(len(queries)))
@@ -79,7 +83,7 @@ class Terms:
         """
         sums = Sums.zeros(queries)
         for query, chosen, value, pull, similarity in zip(queries, drawn, *sums):
-            rows = memory[chosen[(chosen >= first) & (chosen < first + len(memory))] - first]
+            rows = memory[chosen[(chosen >= first) & (chosen < first + len(memory))] - first].to(query.dtype)
             scores = torch.mv(rows, query)
             similarity.copy_(scores.sum())
             scores.div_(self.temperature)

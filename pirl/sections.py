@@ -118,6 +118,8 @@ class MemoryConfig(Settings):
     """Weight of the old row in an update (the paper's m, section 3.2)."""
     init: Literal["shared", "rank_mean"] = "shared"
     """shared: unit rows, the same on all ranks; rank_mean: the mean of one bank per rank, rows of norm ~1/sqrt(W)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Storage of the rows; scores and updates are computed in float32."""
 
 
 class LossConfig(Settings):
@@ -125,8 +127,9 @@ class LossConfig(Settings):
 
     kind: Literal["nce", "cross_entropy"] = "nce"
     temperature: float = Field(0.07, ge=0.01, le=100)
-    negatives: Annotated[int, Field(ge=1, lt=2**31)] | Literal["all"] = 32000
-    """How many rows an image is contrasted with, drawn for each image and view; "all": every other row of the bank."""
+    negatives: Annotated[int, Field(ge=1, lt=2**31)] | Literal["all", "visited"] = 32000
+    """How many rows an image is contrasted with, drawn for each image and view; "all": every other row of the bank;
+    "visited": every other row that an epoch has visited; the bank starts with rows of zeros."""
     shared_negatives: bool = False
     """One sample of the rows a step for all images, every (N/K)-th from a random start, instead of draws for each."""
     patch_weight: Probability = 0.5
@@ -136,8 +139,12 @@ class LossConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> LossConfig:
-        if self.negatives == "all" and self.shared_negatives:
-            raise ValueError('shared_negatives chooses a sample of the rows, and negatives is "all"')
+        if self.takes_all_rows and self.shared_negatives:
+            raise ValueError(f'shared_negatives chooses a sample of the rows, and negatives is "{self.negatives}"')
+        if self.negatives == "visited" and self.kind == "nce":
+            raise ValueError(
+                'negatives "visited" need the loss cross_entropy: the noise of nce has a fixed number of rows'
+            )
         if self.kind == "nce" and self.temperature * MOST_SCORE < 1:
             raise ValueError(
                 f"temperature must be at least {1 / MOST_SCORE:g} for the loss nce, not {self.temperature:g}"
@@ -146,18 +153,23 @@ class LossConfig(Settings):
 
     def count(self, rows: int) -> int:
         """Return K, the negatives of an image, with a bank of `rows` rows."""
-        return rows - 1 if self.negatives == "all" else self.negatives
+        return self.negatives if isinstance(self.negatives, int) else rows - 1
 
     def describe(self) -> str:
         """Return the negatives in words."""
-        if self.negatives == "all":
-            return "all other rows as negatives"
+        if not isinstance(self.negatives, int):
+            return f"all other{' visited' * (self.negatives == 'visited')} rows as negatives"
         return f"{self.negatives:,} negatives{', one sample a step' if self.shared_negatives else ''}"
 
     @property
     def draws_per_image(self) -> bool:
         """True where negatives are drawn for each image and view, as in the paper."""
-        return self.negatives != "all" and not self.shared_negatives
+        return not self.takes_all_rows and not self.shared_negatives
+
+    @property
+    def takes_all_rows(self) -> bool:
+        """True where every other row is a negative, at the latest after the first epoch."""
+        return not isinstance(self.negatives, int)
 
 
 class OptimConfig(Settings):

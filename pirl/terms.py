@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -36,20 +37,26 @@ class Negatives:
     def count(self) -> int:
         """Negatives of each query, K."""
         if self.sample:
-            return self.sample.count - (self.config.negatives == "all")
+            return self.sample.count - self.config.takes_all_rows
         return int(self.config.negatives)
 
-    def with_own(self, rows: Tensor) -> Tensor:
-        """Return which queries have their own row in the sample, where it must not count as a negative."""
-        if self.sample and (self.config.negatives == "all" or self.config.exclude_positive):
+    def with_own(self, rows: Tensor, own: Tensor) -> Tensor:
+        """Return which queries have their own row in the sample, where it must not count as a negative.
+
+        `own` (B, D) are these rows; one that no epoch has visited is zero.
+        """
+        if self.config.negatives == "visited":
+            return own.any(1)
+        if self.sample and (self.config.takes_all_rows or self.config.exclude_positive):
             return self.sample.has(rows)
         return torch.zeros_like(rows, dtype=torch.bool)
 
     def sums(self, bank: MemoryBank, terms: Terms, queries: Queries, views: slice = slice(None)) -> Sums:
         """Return the sums over this rank's rows, of the queries of the views one after the other."""
         if self.sample:
-            rows = self.sample.of(bank.memory, bank.first)
-            return terms.over(rows, queries.units[views].flatten(0, 1))
+            units = queries.units[views].flatten(0, 1)
+            parts = [terms.over(rows, units) for rows in bank.blocks(self.sample)]
+            return reduce(Sums.plus, parts) if parts else Sums.zeros(units)
         parts = [
             terms.over_drawn(bank.memory, bank.first, units, self._drawn(queries.rows, seeds))
             for units, seeds in zip(queries.units[views], queries.seeds[views])
@@ -97,7 +104,7 @@ def finish(packed: Tensor, negatives: Negatives, terms: Terms, rows: Tensor) -> 
     pull = pull.unflatten(1, (2, dim)).movedim(1, 0)
     scored = negatives.sample.count if negatives.sample else negatives.count
     cosines = torch.stack([positive, similarity / scored], dim=2)
-    with_own = negatives.with_own(rows)
+    with_own = negatives.with_own(rows, own)
     if terms.shift is None:
         losses, weight, own_slope = _cross_entropy(positive, value, with_own, terms)
         pull = pull * weight[..., None]

@@ -13,7 +13,7 @@ import pirl
 ROOT = Path(pirl.__file__).parent
 ORDER = (
     "errors extras text logs settings sections config storage world launch | shards views order data loader | "
-    "model memory negatives rowsums terms loss optim | "
+    "model negatives twister memory rowsums terms loss optim | "
     "checkpoint results run comparison outputs metrics training train plan | "
     "evaluate export report | registry embedding gate | programs jobs backends | retraining reference doctor api cli"
 )

@@ -273,7 +273,7 @@ def curves(run: RunFacts) -> list[Chart]:
 
     loss = run.recipe.loss
     levels = []
-    if loss.kind == "cross_entropy" and loss.negatives != "all":
+    if loss.kind == "cross_entropy" and isinstance(loss.negatives, int):
         chance = math.log(loss.negatives + 1)
         levels = [(chance, f"chance: ln(K+1) = {chance:.2f}")]
     return [

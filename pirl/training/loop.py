@@ -96,13 +96,14 @@ class Trainer:
         cut, reason = cuts_bank(options.bank, recipe, self.rows, world)
         if world.is_main:
             info(reason)
-        self.state = build_state(recipe, self.rows, world, cut=cut)
+        checkpoints = run.checkpoints(keep=options.keep, world=world, keep_best=options.keep_best, guard=self._guard)
+        newest = world.broadcast_object(checkpoints.newest() if world.is_main else None)
+        self.state = build_state(recipe, self.rows, world, cut=cut, blank=newest is not None)
         steps = recipe.train.epochs * recipe.steps_per_epoch(self.rows)
         self.log = open_log(Context(run.storage, world, steps, recipe.train.epochs, self.state.model, self.state.bank))
         self.meter = Meter(recipe, loader, world, options, self.log)
-        checkpoints = run.checkpoints(keep=options.keep, world=world, keep_best=options.keep_best, guard=self._guard)
         self.saver = Saver(checkpoints, self.state, recipe, data_digest, world, self.log, self.meter)
-        self.resumed = resume(self.state, checkpoints, run, data_digest, world)
+        self.resumed = resume(self.state, checkpoints, run, data_digest, world, newest)
         self.cursor = self.resumed or Cursor()
         self.loss: StepLoss | None = None
         """Of the last step on this rank."""
@@ -236,15 +237,22 @@ class Trainer:
         return self.loss.loss if self.loss else None
 
 
-def build_state(recipe: Recipe, rows: int, world: World, *, cut: bool = False) -> TrainState:
-    """Return the state before the first step, on the rank's device; `cut`: with this rank's rows of the bank."""
+def build_state(recipe: Recipe, rows: int, world: World, *, cut: bool = False, blank: bool = False) -> TrainState:
+    """Return the state before the first step, on the rank's device.
+
+    `cut`: with this rank's rows of the bank alone. `blank`: with rows of zeros, for a checkpoint to be loaded.
+    """
     model = build_model(recipe).to(world.device)
     model = model.to(memory_format=memory_format(model.trunk))
     dim, seed = recipe.model.embedding_dim, recipe.train.seed
+    only_visited = recipe.loss.negatives == "visited"
+    blank = blank or only_visited
     if cut:
-        bank: MemoryBank = RowsBank(rows, dim, recipe.memory, seed, world)
+        bank: MemoryBank = RowsBank(rows, dim, recipe.memory, seed, world, blank=blank)
     else:
-        bank = MemoryBank(rows, dim, recipe.memory, seed, world.size)
+        bank = MemoryBank(rows, dim, recipe.memory, seed, world.size, blank=blank)
+    if only_visited:
+        bank.count_visits()
     criterion = Contrast(recipe.loss, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.train.precision == "fp16")
     return TrainState(model, bank.to(world.device), criterion, build_optimizer(model, recipe), scaler)

@@ -49,7 +49,7 @@ class TrainState:
 
     def load_dict(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
-        self.bank.load_state_dict({"memory": self.bank.part_of(saved["bank"]["memory"])})
+        self.bank.load(saved["bank"]["memory"])
         self.criterion.load_state_dict({"z": saved["bank"]["z"]})
         self.optimizer.load_state_dict(saved["optimizer"])
         for parameter, values in self.optimizer.state.items():
@@ -59,15 +59,18 @@ class TrainState:
         self.scaler.load_state_dict(saved["scaler"])
 
 
-def resume(state: TrainState, checkpoints: Checkpoints, run: Run, data_digest: str, world: World) -> Cursor | None:
-    """Load the newest checkpoint of the run into `state` and return its cursor, or None without one."""
-    name = world.broadcast_object(checkpoints.newest() if world.is_main else None)
-    newest = checkpoints.load(rows=own_rows(state)) if name else None
+def resume(
+    state: TrainState, checkpoints: Checkpoints, run: Run, data_digest: str, world: World, name: str | None
+) -> Cursor | None:
+    """Load the newest whole checkpoint into `state` and return its cursor; None where `name`, the newest, is None."""
+    if name is None:
+        return None
+    newest = checkpoints.load(rows=own_rows(state))
     commits = world.gather_objects(newest[0].name if newest else None)
     if len(set(commits)) > 1:
         raise CheckpointError(f"ranks read different checkpoints: {commits}", "check the storage of every node")
     if not newest:
-        return None
+        raise CheckpointError(f"{run.uri} has lost its checkpoints", "run the same command again")
     commit, saved = newest
     check_same_data(run.uri, commit, data_digest)
     state.load_dict(saved)
