@@ -20,16 +20,19 @@ def retrain(
     options: str,
     backend: str,
     job: str,
+    source_options: str = "",
     kfp_run: str = "",
 ) -> None:
     """Train, evaluate and register as `pirl retrain`, only after a change; decide that within seconds.
 
-    `overrides`, `options` and `job` as in the step `pretrain`. `kfp_run` is the id of the KFP run, a label of the job.
+    `overrides`, `options` and `job` as in the step `pretrain`; `source_options` as `options` of the step `shard`.
+    `kfp_run` is the id of the KFP run, a label of the job.
     """
     from components.step import labels_of, reporting_errors
     from pirl.backends import open_backend
     from pirl.retraining.retrain import Retraining, keep_up_to_date
     from pirl.settings import split_items
+    from pirl.shards import sharding_options
     from pirl.training.spec import training_options
 
     with reporting_errors("retrain"):
@@ -47,6 +50,7 @@ def retrain(
                 min_gain=min_gain,
                 warm_epochs=warm_epochs if warm_epochs >= 0 else None,
                 options=own,
+                source_options=sharding_options(source_options),
                 backend=open_backend(backend, split_items(job), {"processes": own.processes}),
                 labels=labels_of(kfp_run),
             )

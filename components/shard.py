@@ -6,23 +6,37 @@ from components.step import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def shard(source: str, root: str, run: str, split: str, train_data: str = "", processes: int = 2) -> str:
+def shard(
+    source: str, root: str, run: str, split: str, train_data: str = "", processes: int = 2, options: str = ""
+) -> str:
     """Shard `source` (a folder, a list of files, or fashion-mnist:SPLIT) to ROOT/data/SPLIT; return that URI.
 
-    The classes of test images are compared with those of the shards `train_data` before anything is written.
+    `options` (`pirl shard --help`) are NAME=VALUE items separated by blanks. The classes of test images are compared
+    with those of the shards `train_data` before anything is written.
     """
     from components.step import step
     from pirl.logs import info
-    from pirl.shards import Manifest, compare_classes, decoding_notes, open_source, summary, write_shards
+    from pirl.shards import (
+        Manifest,
+        compare_classes,
+        decoding_notes,
+        open_source,
+        sharding_options,
+        summary,
+        write_shards,
+    )
     from pirl.storage import open_storage
 
     out = open_storage(root) / "data" / split
     with step(f"{root}/runs/{run}", f"shard-{split}"):
-        images = open_source(source)
+        own = sharding_options(options)
+        images = open_source(source, own)
         notes = compare_classes(Manifest.load(open_storage(train_data)), images) if train_data else []
         for line in [*summary(images), *notes]:
             info(line)
-        manifest = write_shards(images, out, processes=processes)
+        manifest = write_shards(
+            images, out, processes=processes, max_bad_share=own.max_bad_share, decoding=own.decoding
+        )
         for line in decoding_notes(manifest.decoding, manifest.pictures):
             info(line)
     return out.uri

@@ -14,6 +14,7 @@ from pirl.config import Recipe, load_recipe
 from pirl.errors import UsageError, did_you_mean
 from pirl.registry import check_name, open_registry
 from pirl.settings import Collector, all_at_once, join_items, split_items
+from pirl.shards import sharding_options
 from pirl.storage import local_path, open_storage
 from pirl.training.spec import training_options
 
@@ -84,7 +85,7 @@ def complete(values: dict[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any
     """
     checked = dict(values)
     given = {name: field.get("defaultValue", "") for name, field in inputs.items()} | values
-    texts = {name: str(given.get(name, "")) for name in ("overrides", "options", "job", "registry")}
+    texts = {name: str(given.get(name, "")) for name in ("overrides", "options", "source_options", "job", "registry")}
     problems = Collector("the arguments")
     for name in ("root", "train_source", "test_source"):
         if name in values:
@@ -96,6 +97,7 @@ def complete(values: dict[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any
     if "metric" in given:
         problems.run(lambda: check_metric(given["metric"]))
     options = problems.run(lambda: training_options(texts["options"]))
+    problems.run(lambda: sharding_options(texts["source_options"]))
     settings = {"processes": options.processes} if options else {}
     settings |= {name: values[name] for name in MOVED if name in values}  # of a pipeline of version 0.1
     problems.run(lambda: open_backend(given.get("backend", "local"), split_items(texts["job"]), settings))

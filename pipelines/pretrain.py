@@ -55,16 +55,17 @@ def pirl_pretrain(
     options: str = "",
     backend: str = "local",
     job: str = "",
+    source_options: str = "",
 ) -> None:
     """Train, evaluate and register a model below `root`, a folder or an s3:// prefix.
 
     Its folders are data/, runs/RUN/, and registry/MODEL/ unless `registry` names another registry.
 
-    `overrides` (of the recipe), `options` (of the training) and `job` (settings of the job, where `backend` has jobs)
-    are NAME=VALUE items separated by blanks.
+    `overrides` (of the recipe), `options` (of the training), `source_options` (of reading and sharding the images) and
+    `job` (settings of the job, where `backend` has jobs) are NAME=VALUE items separated by blanks.
     """
-    train = shard(source=train_source, root=root, run=run, split="train")
-    test = shard(source=test_source, root=root, run=run, split="test", train_data=train.output)
+    train = shard(source=train_source, root=root, run=run, split="train", options=source_options)
+    test = shard(source=test_source, root=root, run=run, split="test", train_data=train.output, options=source_options)
     train_to_register(
         train,
         test,

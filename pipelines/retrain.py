@@ -23,6 +23,7 @@ def pirl_retrain(
     options: str = "",
     backend: str = "local",
     job: str = "",
+    source_options: str = "",
 ) -> None:
     """Train, evaluate and register a model if its images, recipe or code have changed.
 
@@ -43,5 +44,6 @@ def pirl_retrain(
         options=options,
         backend=backend,
         job=job,
+        source_options=source_options,
         kfp_run=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
     )

@@ -14,6 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from .config import Recipe
 from .jobs import JobSettings
+from .shards.spec import ShardingOptions
 from .training.spec import Options
 
 ENVIRONMENT = {
@@ -64,6 +65,10 @@ def markdown() -> str:
         "How the ranks run; nothing of it changes what is learned. On a command `--name`, in a pipeline's `options` "
         "`name=value`, for `pirl retrain` also `PIRL_NAME`.",
         table((name, field) for name, field in options.items()),
+        "## Options of a source",
+        "How images are read and sharded. On `pirl shard`, `run` and `retrain` `--name`, in a pipeline's "
+        "`source_options` `name=value`, for `pirl retrain` also `PIRL_NAME`. `pirl preview` has those of reading.",
+        table(ShardingOptions.model_fields.items()),
         "## Settings of a job",
         "For a backend on a cluster: `--job name=value`, in a pipeline's `job` `name=value`.",
         table(fields(JobSettings)),

@@ -44,6 +44,10 @@ class Settings(BaseModel):
                 raise ValueError("a number is expected, not a text")
         return value
 
+    def items(self) -> list[str]:
+        """Return NAME=VALUE items of what is not at its default, which `options_from` takes."""
+        return [f"{name}={json.dumps(value)}" for name, value in self.model_dump(exclude_defaults=True).items()]
+
 
 def kinds_of(annotation: Any) -> set[Any]:
     """Return the plain types, and the types of literals, that a field's annotation is made of."""

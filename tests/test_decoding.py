@@ -16,8 +16,9 @@ from PIL import Image, ImageOps
 
 from pirl.errors import DataError, UsageError
 from pirl.shards import DEFAULT, LEGACY, Decoding, check_image, decode_image, decode_pixels, image_size
-from pirl.shards.decoding import Checked, decoding_settings
+from pirl.shards.decoding import Checked
 from pirl.shards.headers import HEAD_BYTES, exif_orientation, image_format
+from pirl.shards.spec import sharding_options
 
 EXTENSION = {"PNG": "png", "JPEG": "jpg", "TIFF": "tif", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "PPM": "ppm"}
 MODES = {
@@ -277,7 +278,7 @@ def test_orientation_of_odd_exif() -> None:
 def test_bombs_are_refused_before_they_are_decoded() -> None:
     start = time.monotonic()
     for width, height in ((20_000, 20_000), (11_000, 11_000), (65_000, 2_000)):
-        with pytest.raises(DataError, match=r"limit of 100,000,000 \(--max-pixels\)"):
+        with pytest.raises(DataError, match=r"limit of 100,000,000 \(`max_pixels`\)"):
             decode_image(bomb_png(width, height), "x")
     assert time.monotonic() - start < 2
 
@@ -298,7 +299,7 @@ def test_what_cannot_be_reduced_is_refused_with_the_option() -> None:
     large = {kind: encoded(picture(5), kind) for kind in EXTENSION if kind != "JPEG"}
     for data in (*large.values(), encoded(picture(5), progressive=True)):
         for function in (check_image, decode_image, decode_pixels, image_size):
-            with pytest.raises(DataError, match=r"^x: 64x48 pixels, more than the limit of 1,000 \(--max-pixels\)"):
+            with pytest.raises(DataError, match=r"^x: 64x48 pixels, more than the limit of 1,000 \(`max_pixels`\)"):
                 function(data, "x", Decoding(max_pixels=1000))
     assert image_size(encoded(picture(5), progressive=True), "x", Decoding(max_pixels=1600)) == (24, 32)
     with pytest.raises(DataError, match="limit"):
@@ -341,4 +342,4 @@ def test_a_phones_second_picture_is_not_counted() -> None:
 @pytest.mark.parametrize("background", ["#10203040", "transparent", "None", ""])
 def test_a_background_is_an_opaque_colour(background: str) -> None:
     with pytest.raises(UsageError, match="expected an opaque colour"):
-        decoding_settings(background)
+        sharding_options([f"background={background}"])

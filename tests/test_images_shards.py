@@ -29,6 +29,7 @@ from pirl.shards import (
     Manifest,
     Pictures,
     ShardReader,
+    SourceOptions,
     check_same_decoding,
     open_source,
     write_shards,
@@ -193,7 +194,7 @@ def test_a_data_sets_own_images_keep_their_meaning(tmp_path: Path) -> None:
     manifest = write_shards(DatasetSource([*items, large]), open_storage(tmp_path / "out"), **options)
     reasons = [entry["reason"] for entry in json.loads((tmp_path / "out/quarantine.json").read_text())["images"]]
     assert "'F' have no defined 8-bit RGB form" in reasons[0]
-    assert "limit of 3,072 (--max-pixels)" in reasons[1]
+    assert "limit of 3,072 (`max_pixels`)" in reasons[1]
     assert manifest.pictures == Pictures(transparent=2)
     reader = ShardReader(tmp_path / "out")
     one, premultiplied = (np.asarray(reader.image(id)).astype(int) for id in (0, 1))
@@ -215,27 +216,38 @@ def test_the_command_counts_and_names_its_options(special: Path, tmp_path: Path)
     assert "2 files hold transparency; it is composed on #000080" in output
     assert "2 files hold an EXIF orientation; it is applied" in output
     assert "2 files hold more than 20,000 pixels (--max-pixels); read at a reduced size" in output
-    assert (
-        "300x200 pixels, more than the limit of 20,000 (--max-pixels)" in (tmp_path / "out/quarantine.json").read_text()
-    )
+    reason = "300x200 pixels, more than the limit of 20,000 (`max_pixels`)"
+    assert reason in (tmp_path / "out/quarantine.json").read_text()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "option"), [(["--background", "whitish"], "--background"), (["--exif", "maybe"], "--exif")]
+    "verb",
+    [
+        ["shard", "{}", "{}/out"],
+        ["preview", "demo", "{}"],
+        ["run", "{}", "{}", "--root={}/r"],
+        ["retrain", "--train-source={}", "--test-source={}", "--root={}/r"],
+    ],
+    ids=lambda verb: verb[0],
 )
-def test_wrong_settings_are_refused_by_name(plain: Path, tmp_path: Path, arguments: list[str], option: str) -> None:
-    for verb in (["shard", str(plain), str(tmp_path / "out")], ["preview", "demo", str(plain)]):
-        result = CliRunner().invoke(app, [*verb, *arguments])
-        assert isinstance(result.exception, UsageError)
-        assert str(result.exception).startswith(f"{option} is ")
+def test_wrong_settings_are_refused_by_name_all_at_once(plain: Path, verb: list[str]) -> None:
+    words = [word.format(plain) for word in verb]
+    wrong = ["--background", "whitish", "--max-pixels", "0", "--image", "a b", "--label", "cls:key"]
+    result = CliRunner().invoke(app, [*words, *wrong])
+    assert isinstance(result.exception, UsageError)
+    for option in ("--background: ", "--max-pixels: ", "--image: ", "--label: "):
+        assert option in str(result.exception)
+    result = CliRunner().invoke(app, [*words, "--exif", "maybe"])
+    assert (result.exit_code, "--exif" in result.output) == (2, True)
 
 
 def test_the_preview_shows_what_the_settings_make(special: Path, tmp_path: Path) -> None:
     from pirl.report.sheet import write_preview
 
     sheets = []
-    for k, one in enumerate((Decoding(), BLACK, Decoding(exif="ignore"), Decoding())):
-        write_preview(tiny_recipe(), str(special), tmp_path / f"{k}.png", count=10, decoding=one)
+    black = SourceOptions(background="black")
+    for k, one in enumerate((SourceOptions(), black, SourceOptions(exif="ignore"), SourceOptions())):
+        write_preview(tiny_recipe(), str(special), tmp_path / f"{k}.png", count=10, options=one)
         sheets.append((tmp_path / f"{k}.png").read_bytes())
     assert len(set(sheets)) == 3
     assert sheets[0] == sheets[3]

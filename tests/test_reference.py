@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pirl.config import Recipe
 from pirl.reference import ENVIRONMENT, bounds_of, default_of, fields, kind_of, markdown
+from pirl.shards.spec import ShardingOptions
 from pirl.training.spec import TrainingOptions
 
 ROOT = Path(__file__).parent.parent
@@ -40,4 +41,5 @@ def test_a_setting_is_described_by_its_field() -> None:
     assert (kind_of(layers.annotation), default_of(layers)) == ("4 of integer", "`[3, 4, 6, 3]`")
     assert (kind_of(grid.annotation), default_of(grid), bounds_of(grid)) == ("integer", "`3`", ">= 1, <= 5")
     assert kind_of(settings["loss.kind"].annotation) == "`nce` or `cross_entropy`"
-    assert all(field.description for field in TrainingOptions.model_fields.values())
+    options = [*TrainingOptions.model_fields.values(), *ShardingOptions.model_fields.values()]
+    assert all(field.description for field in options)

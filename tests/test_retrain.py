@@ -34,7 +34,7 @@ from pirl.retraining import Gating, data_uri, decide_retrain
 from pirl.retraining.retrain import Retraining, keep_up_to_date
 from pirl.retraining.warm import WarmStart, only_added, same_images, warm_start
 from pirl.run import Run
-from pirl.shards import Manifest, ShardReader, open_source, write_shards
+from pirl.shards import Manifest, ShardReader, SourceOptions, open_source, write_shards
 from pirl.storage import open_storage
 from pirl.training.loop import train
 from pirl.world import World
@@ -199,7 +199,8 @@ class TestDecision:
     def test_another_state_of_a_source_has_another_place(self, tmp_path: Path) -> None:
         folder = photos(tmp_path / "photos")
         before = data_uri("r", "train", open_source(str(folder)))
-        assert before == data_uri("r", "train", open_source(str(folder)))
+        assert before == data_uri("r", "train", open_source(str(folder)), SourceOptions().decoding)
+        assert before != data_uri("r", "train", open_source(str(folder)), SourceOptions(exif="ignore").decoding)
         add_image(folder)
         assert before != data_uri("r", "train", open_source(str(folder)))
 

@@ -13,7 +13,7 @@ from PIL import Image
 from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401 (fixtures)
 
 from pirl.errors import PirlError, UsageError
-from pirl.shards import Quarantine, ShardReader, Source, decode_image, open_source, summary, write_shards
+from pirl.shards import Quarantine, ShardReader, Source, SourceOptions, decode_image, open_source, summary, write_shards
 from pirl.storage import open_storage
 
 Members = list[tuple[str, bytes]]
@@ -115,18 +115,18 @@ MASKED = tar(
     )
 )
 REFUSED: dict[str, tuple[dict[str, bytes], list[str]]] = {
-    "image and mask": ({"a_tar": MASKED}, ["0.jpg", "0.mask.png", "--image jpg", "--image mask.png"]),
+    "image and mask": ({"a_tar": MASKED}, ["0.jpg", "0.mask.png", "`image`=jpg", "`image`=mask.png"]),
     "two views without labels": (
         {"a_tar": tar(*((f"{k}.{part}.png", square(k, "PNG")) for k in range(2) for part in ("rgb", "depth")))},
-        ["0.rgb.png", "1.rgb.png", "--image each"],
+        ["0.rgb.png", "1.rgb.png", "`image`=each"],
     ),
     "two views over two tar files": (
         {f"{k}_tar": tar(*((f"{k}.{part}.png", square(k, "PNG")) for part in ("rgb", "depth"))) for k in range(2)},
-        ["0.rgb.png", "1.rgb.png", "--image rgb.png"],
+        ["0.rgb.png", "1.rgb.png", "`image`=rgb.png"],
     ),
     "two views with one label": (
         {"a_tar": tar(("0.left.jpg", square(0)), ("0.right.jpg", square(0)), ("0.cls", b"0"))},
-        ["0.left.jpg", "0.right.jpg", "--image left.jpg"],
+        ["0.left.jpg", "0.right.jpg", "`image`=left.jpg"],
     ),
     "one name twice, labels behind": (
         {"a_tar": tar(*2 * sorted(pairs(2), key=lambda member: member[0].endswith("cls")))},
@@ -187,7 +187,7 @@ CHOICES: dict[str, tuple[bytes, str, str, list[tuple[int, int]]]] = {
 @pytest.mark.parametrize("case", CHOICES)
 def test_options_choose_the_parts(tmp_path: Path, case: str) -> None:
     data, image, label, expected = CHOICES[case]
-    source = open_source(str(put(tmp_path / "in", a_tar=data)), image=image, label=label)
+    source = open_source(str(put(tmp_path / "in", a_tar=data)), SourceOptions(image=image, label=label))
     assert trained_on(source, tmp_path / "out") == expected
 
 
@@ -201,7 +201,7 @@ def test_options_choose_the_parts(tmp_path: Path, case: str) -> None:
 )
 def test_labels_that_are_none(tmp_path: Path, label: str, words: list[str]) -> None:
     with pytest.raises(PirlError) as caught:
-        open_source(str(put(tmp_path / "in", a_tar=JSON)), label=label)
+        open_source(str(put(tmp_path / "in", a_tar=JSON)), SourceOptions(label=label))
     for word in words:
         assert word in str(caught.value)
 
@@ -218,7 +218,7 @@ def test_labels_that_are_none(tmp_path: Path, label: str, words: list[str]) -> N
 def test_json_labels_that_cannot_be_read(tmp_path: Path, data: bytes, words: str) -> None:
     folder = put(tmp_path / "in", a_tar=tar(("0.jpg", square(0)), ("0.json", data)))
     with pytest.raises(UsageError, match=words):
-        open_source(str(folder), label="json")
+        open_source(str(folder), SourceOptions(label="json"))
 
 
 def test_folders_of_names_packed_from_elsewhere_are_classes(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_folders_of_names_packed_from_elsewhere_are_classes(tmp_path: Path) -> N
 
 def test_samples_without_the_chosen_part_are_counted(tmp_path: Path) -> None:
     data = tar(*pairs(1), ("1.png", square(1, "PNG")), ("1.cls", b"1"))
-    source = open_source(str(put(tmp_path / "in", a_tar=data)), image="jpg")
+    source = open_source(str(put(tmp_path / "in", a_tar=data)), SourceOptions(image="jpg"))
     assert trained_on(source, tmp_path / "out") == [(0, 0)]
     assert source.left_out.counts() == {
         "a label of a sample without the part jpg": 1,
@@ -241,7 +241,7 @@ def test_samples_without_the_chosen_part_are_counted(tmp_path: Path) -> None:
 def test_parts_of_a_folder_of_images_are_refused(tmp_path: Path) -> None:
     put(tmp_path / "in", a_jpg=square(0))
     with pytest.raises(PirlError, match="no tar files"):
-        open_source(str(tmp_path / "in"), image="jpg")
+        open_source(str(tmp_path / "in"), SourceOptions(image="jpg"))
 
 
 def test_what_is_left_out_of_tar_files_is_counted_and_named(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_what_is_left_out_of_tar_files_is_counted_and_named(tmp_path: Path) -> N
     left_out = {part.reason: part.names for part in Quarantine.load(open_storage(tmp_path / "out")).left_out}
     assert left_out == {
         "hidden, or of a system": ["a.tar/__MACOSX/", "a.tar/ant/._0.jpg", "a.tar/ant/@eaDir/"],
-        ".json next to images, whose labels --label json:KEY reads": [f"a.tar/ant/{k}.json" for k in range(3)],
+        ".json next to images, whose labels `label`=json:KEY reads": [f"a.tar/ant/{k}.json" for k in range(3)],
         "a link, or no regular file, in a tar file": ["a.tar/ant/link.jpg"],
         "a label without an image (.cls)": ["a.tar/ant/9.cls"],
         "not an image (no usual suffix)": ["a.tar/ant/notes"],

@@ -12,6 +12,7 @@ from ..config import Recipe, load_recipe
 from ..errors import PirlError
 from ..run import REPORT, Run, Workspace
 from ..settings import join_items
+from ..shards.spec import ShardingOptions
 from ..storage import local_path, open_storage
 from ..text import count, score
 from ..training.spec import TrainingOptions
@@ -39,16 +40,18 @@ def demo(
         recipe=recipe,
         overrides=overrides,
         options=TrainingOptions(),
+        source_options=ShardingOptions(),
         dry_run=dry_run,
     )
 
 
 @app.command()
-@options_of(TrainingOptions)
+@options_of(TrainingOptions, source_options=ShardingOptions)
 def run(
     train_source: Annotated[str, typer.Argument(help="Folder with one subfolder a class, or a list of files.")],
     test_source: Annotated[str, typer.Argument(help="The same for the test images.")],
     options: TrainingOptions,
+    source_options: ShardingOptions,
     recipe: Annotated[str, typer.Option(help="Recipe.")] = "demo",
     root: Annotated[str, typer.Option(help="Folder or s3:// prefix of data, runs and registry.")] = DEFAULT_ROOT,
     registry: Annotated[str, typer.Option(help="Registry; else ROOT/registry.")] = "",
@@ -79,6 +82,7 @@ def run(
         registry=registry,
         model=model,
         options=options,
+        source_options=source_options,
         backend=backend,
         job=join_items(job or ()),
         dry_run=dry_run,
@@ -86,7 +90,13 @@ def run(
 
 
 def run_dag(
-    recipe: str, root: str, overrides: list[str] | None, options: TrainingOptions, dry_run: bool, **arguments: Any
+    recipe: str,
+    root: str,
+    overrides: list[str] | None,
+    options: TrainingOptions,
+    source_options: ShardingOptions,
+    dry_run: bool,
+    **arguments: Any,
 ) -> None:
     """Run the pipeline's steps here, one after the other, and show its result."""
     from ..outputs import check_registry, check_run_output
@@ -94,7 +104,7 @@ def run_dag(
 
     root = str(local_path(open_storage(root)) or root)
     resolved = load_recipe(recipe, overrides or [])
-    train, test = (open_source(arguments[name]) for name in ("train_source", "test_source"))
+    train, test = (open_source(arguments[name], source_options) for name in ("train_source", "test_source"))
     notes = compare_classes(train, test)
     resolved.check_data(len(train))
     console.print(f"{count(len(train), 'training image')} and {count(len(test), 'test image')}")
@@ -113,7 +123,8 @@ def run_dag(
         return
     from pipelines.local import run_local
 
-    texts = {"overrides": join_items(overrides or []), "options": join_items(options.items())}
+    items = {"overrides": overrides or [], "options": options.items(), "source_options": source_options.items()}
+    texts = {name: join_items(each) for name, each in items.items()}
     done = run_local(root=root, run=name, recipe=recipe, **texts, **arguments)
     show_result(Run(done))
 

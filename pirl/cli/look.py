@@ -12,9 +12,10 @@ from rich.text import Text
 from .. import logs
 from ..backends import DEFAULT_CLUSTER, open_cluster
 from ..errors import EXIT_FAILURE, UsageError
+from ..shards.spec import SourceOptions
 from ..text import duration
 from .app import DEFAULT_ROOT, BackendName, JobItems, Json, Overrides, RecipeName, app, console, show_rows
-from .shard import Background, Exif, MaxPixels
+from .options import options_of
 
 IMAGENET = 1_281_167  # training images of ImageNet-1k
 IMAGES_PER_RANK = 32  # in all of the reference's settings: its batch grows with the GPUs, and the rate with the batch
@@ -79,24 +80,21 @@ def show(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @app.command()
+@options_of(SourceOptions)
 def preview(
     recipe: RecipeName,
     images: Annotated[str, typer.Argument(help="Folder of images, or any source that `pirl shard` takes.")],
+    options: SourceOptions,
     out: Annotated[str, typer.Option(help="File to write: a path or an s3:// URI.")] = "preview.html",
     count: Annotated[int, typer.Option(help="Images.", min=1)] = 8,
-    background: Background = "white",
-    exif: Exif = "apply",
-    max_pixels: MaxPixels = None,
 ) -> None:
     """Write a sheet of the views that a recipe makes of images.
 
     Example: pirl preview demo photos/train --out preview.html
     """
     from ..report import write_preview
-    from ..shards import decoding_settings
 
-    decoding = decoding_settings(background, exif, max_pixels)
-    console.print(write_preview(recipe, images, out, count=count, decoding=decoding))
+    console.print(write_preview(recipe, images, out, count=count, options=options))
 
 
 @app.command()

@@ -5,36 +5,44 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic.fields import FieldInfo
 
-from ..settings import Settings, split_items, validated
+from ..settings import Collector, Settings, split_items, validated
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def options_of(model: type[Settings], env: str = "") -> Callable[[F], F]:
+def options_of(model: type[Settings], env: str = "", **others: type[Settings]) -> Callable[[F], F]:
     """Give a command one option for each field of `model`; the command gets them as one model, `options`.
 
     Names, types, defaults and help are the fields'. `env` is the prefix of the options' environment variables.
+    `others` are models of further parameters of the command. The problems of all models are raised at once.
     """
+    models = {"options": model, **others}
 
     def decorate(command: F) -> F:
         signature = inspect.signature(command, eval_str=True)
         parameters: list[inspect.Parameter] = []
         for parameter in signature.parameters.values():
-            if parameter.name == "options":
-                parameters += [_parameter(name, field, env) for name, field in model.model_fields.items()]
+            if parameter.name in models:
+                fields = models[parameter.name].model_fields
+                parameters += [_parameter(name, field, env) for name, field in fields.items()]
             else:
                 parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
 
         @wraps(command)
         def wrapper(**values: Any) -> Any:
-            own = {name: values.pop(name) for name in model.model_fields}
-            return command(**values, options=validated(model, own, "options", option=True))
+            problems = Collector("options")
+            made: dict[str, Any] = {}
+            for parameter, each in models.items():
+                own = {name: values.pop(name) for name in each.model_fields}
+                made[parameter] = problems.run(partial(validated, each, own, "options", option=True))
+            problems.finish()
+            return command(**values, **made)
 
         keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
         wrapper.__signature__ = signature.replace(parameters=keyword)  # type: ignore[attr-defined]

@@ -8,17 +8,19 @@ import typer
 
 from ..backends import BACKENDS, open_backend
 from ..errors import RegistryError
+from ..shards.spec import ShardingOptions
 from ..training.spec import TrainingOptions
 from .app import DEFAULT_ROOT, DRY_RUN_HELP, Overrides, app, console
 from .options import items_from, options_of
 
 
 @app.command()
-@options_of(TrainingOptions, env="PIRL_")
+@options_of(TrainingOptions, env="PIRL_", source_options=ShardingOptions)
 def retrain(
     train_source: Annotated[str, typer.Option(envvar="PIRL_TRAIN_SOURCE", help="Images, as for `pirl shard`.")],
     test_source: Annotated[str, typer.Option(envvar="PIRL_TEST_SOURCE", help="The same for the test images.")],
     options: TrainingOptions,
+    source_options: ShardingOptions,
     job: Annotated[
         list[str],
         typer.Option(
@@ -79,6 +81,7 @@ def retrain(
         min_gain=min_gain,
         warm_epochs=warm_epochs if warm_epochs >= 0 else None,
         options=options,
+        source_options=source_options,
         backend=open_backend(backend, job, given),
     )
     if code := keep_up_to_date(retraining, dry_run):

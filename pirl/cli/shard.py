@@ -7,17 +7,14 @@ from typing import Annotated
 
 import typer
 
+from ..shards.spec import ShardingOptions
 from ..text import count
 from .app import DRY_RUN_HELP, app, console, progress
-
-Background = Annotated[str, typer.Option(help="Colour below transparent pixels: a name, #rrggbb, or none: drop alpha.")]
-Exif = Annotated[str, typer.Option(help="EXIF orientation: apply (as viewers do), or ignore.")]
-MaxPixels = Annotated[
-    int | None, typer.Option(help="Of one image (100 million); larger JPEGs are read at a reduced size.", min=1)
-]
+from .options import options_of
 
 
 @app.command()
+@options_of(ShardingOptions)
 def shard(
     source: Annotated[
         str,
@@ -26,28 +23,18 @@ def shard(
         ),
     ],
     out: Annotated[str, typer.Argument(help="Folder or s3:// prefix.")],
-    processes: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
-    max_bad_share: Annotated[float, typer.Option(help="Stop if a larger share of images is unreadable.")] = 0.01,
-    background: Background = "white",
-    exif: Exif = "apply",
-    max_pixels: MaxPixels = None,
-    image: Annotated[
-        str, typer.Option(metavar="PART", help="Of samples in tar files, the part that is the image (jpg); each: all.")
-    ] = "",
-    label: Annotated[
-        str, typer.Option(metavar="PART", help="Of samples in tar files, the part with the label: cls, json:KEY.")
-    ] = "",
+    options: ShardingOptions,
+    processes: Annotated[int, typer.Option(help="Processes.", min=1)] = os.cpu_count() or 1,
     dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP)] = False,
 ) -> None:
     """Pack images into WebDataset shards with a manifest.
 
     Example: pirl shard photos/train shards/train
     """
-    from ..shards import Quarantine, decoding_notes, decoding_settings, listed, open_source, summary, write_shards
+    from ..shards import Quarantine, decoding_notes, listed, open_source, summary, write_shards
     from ..storage import open_storage
 
-    decoding = decoding_settings(background, exif, max_pixels)
-    images = open_source(source, image, label)
+    images = open_source(source, options)
     for line in summary(images):
         console.print(line)
     if dry_run:
@@ -59,8 +46,8 @@ def shard(
             images,
             place,
             processes=processes,
-            max_bad_share=max_bad_share,
-            decoding=decoding,
+            max_bad_share=options.max_bad_share,
+            decoding=options.decoding,
             progress=advance,
         )
     for note in decoding_notes(manifest.decoding, manifest.pictures):

@@ -16,7 +16,7 @@ from pirl.errors import DataError, UsageError
 from pirl.outputs import check_file_output
 from pirl.report.page import render, writable
 from pirl.report.pictures import Picture, picture
-from pirl.shards import DEFAULT, Decoding, decode_image, open_source
+from pirl.shards import SourceOptions, decode_image, open_source
 from pirl.storage import split_file_uri, write_file
 from pirl.views import apply_photometrics, crop_batch, denormalise, draw_geometry, draw_photometrics
 
@@ -191,7 +191,11 @@ def _shorten(text: str, most: int) -> str:
 
 
 def write_preview(
-    recipe: Recipe | str, folder: str, out: str | Path, count: int = 8, decoding: Decoding = DEFAULT
+    recipe: Recipe | str,
+    folder: str,
+    out: str | Path,
+    count: int = 8,
+    options: SourceOptions = SourceOptions(),  # noqa: B008 (frozen)
 ) -> str:
     """Write the views of `count` images of a folder, evenly spaced, to a `.html` or `.png` file. Return where it is.
 
@@ -204,14 +208,14 @@ def write_preview(
     if count < 1:
         raise UsageError(f"{count} images make no sheet", "ask for 1 or more")
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    source = open_source(folder)
+    source = open_source(folder, options)
     check_file_output(out, [source])
     chosen: dict[int, Image.Image] = {}
     problem: DataError | None = None
     count = min(count, len(source))
     for index in (step * len(source) // count for step in range(count)):
         try:
-            chosen[index] = decode_image(source.load(index), source.names[index], decoding)
+            chosen[index] = decode_image(source.load(index), source.names[index], options.decoding)
         except DataError as error:
             problem = error
     if not chosen:

@@ -17,7 +17,7 @@ from pirl.gate import METRIC, MIN_GAIN, find_champion, question
 from pirl.registry import Version, open_registry
 from pirl.results import Lineage
 from pirl.run import Run, Workspace
-from pirl.shards import Manifest, ShardReader, Source
+from pirl.shards import DEFAULT, Decoding, Manifest, ShardReader, Source
 from pirl.storage import open_storage
 
 if TYPE_CHECKING:  # importing it loads torch, which a look into a registry does not need
@@ -35,9 +35,12 @@ class Decision:
     warm: WarmStart | None = None
 
 
-def data_uri(root: str, split: str, source: Source) -> str:
-    """Return where the shards of this state of a source belong: another state of it, another location."""
-    return Workspace(root).shards(split, source.fingerprint()[:12])
+def data_uri(root: str, split: str, source: Source, decoding: Decoding = DEFAULT) -> str:
+    """Return where the shards of this state of a source belong: another state or decoding of it, another location."""
+    key = source.fingerprint()
+    if decoding != DEFAULT and not source.in_memory:
+        key = hashlib.sha256(f"{key} {decoding}".encode()).hexdigest()
+    return Workspace(root).shards(split, key[:12])
 
 
 @dataclass(frozen=True)

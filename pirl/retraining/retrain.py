@@ -28,7 +28,7 @@ from pirl.programs import Training
 from pirl.retraining.changes import Decision, Gating, data_uri, decide_retrain
 from pirl.retraining.warm import warm_start
 from pirl.run import Run
-from pirl.shards import MANIFEST, Source, compare_classes, open_source, summary, write_shards
+from pirl.shards import MANIFEST, ShardingOptions, Source, compare_classes, open_source, summary, write_shards
 from pirl.storage import open_storage
 from pirl.text import count
 from pirl.training.spec import TrainingOptions, TrainingSpec
@@ -53,6 +53,8 @@ class Retraining:
     """Epochs of a warm start where images were only added; 0: the recipe's, None: never one."""
     options: TrainingOptions = field(default_factory=TrainingOptions)
     """How the ranks run."""
+    source_options: ShardingOptions = field(default_factory=ShardingOptions)
+    """How the images are read, of both sources."""
     backend: Backend = field(default_factory=LocalBackend)
     """Backend of the training."""
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -65,7 +67,9 @@ def keep_up_to_date(retraining: Retraining, dry_run: bool = False) -> int:
     `dry_run` prints what would be done, as far as possible without making shards.
     """
     check_question(retraining.metric, retraining.min_gain)
-    sources = {"train": open_source(retraining.train_source), "test": open_source(retraining.test_source)}
+    own = retraining.source_options
+    named = {"train": retraining.train_source, "test": retraining.test_source}
+    sources = {split: open_source(name, own) for split, name in named.items()}
     for split, source in sources.items():
         for line in summary(source):
             info(f"{split}: {line}")
@@ -74,9 +78,9 @@ def keep_up_to_date(retraining: Retraining, dry_run: bool = False) -> int:
     check_outside(retraining.root, list(sources.values()))
     check_registry(retraining.registry, list(sources.values()))
     open_storage(retraining.root).require_writable()
-    data = {split: data_uri(retraining.root, split, source) for split, source in sources.items()}
+    data = {split: data_uri(retraining.root, split, source, own.decoding) for split, source in sources.items()}
     if not dry_run:
-        write_shards(sources["train"], open_storage(data["train"]))
+        _shard(sources["train"], data["train"], own)
     elif not open_storage(data["train"]).exists(MANIFEST):
         info(f"new: {count(len(sources['train']), 'image')} would be sharded to {data['train']} and compared")
         info(f"what is new would be trained {retraining.backend.where}")
@@ -116,6 +120,10 @@ def ending_on_sigterm(saved: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _shard(source: Source, data: str, options: ShardingOptions) -> None:
+    write_shards(source, open_storage(data), max_bad_share=options.max_bad_share, decoding=options.decoding)
+
+
 def _train(retraining: Retraining, decision: Decision, data: str) -> int:
     """Train to the end of the recipe, from the champion where the decision has a warm start. Return the exit code."""
     if decision.warm and not Run.at(decision.run).checkpoints().names():
@@ -127,7 +135,7 @@ def _train(retraining: Retraining, decision: Decision, data: str) -> int:
 
 def _register(retraining: Retraining, run: str, data: dict[str, str], test: Source) -> None:
     """Evaluate, and register what passes the gate. A rejection is not a failure."""
-    write_shards(test, open_storage(data["test"]))
+    _shard(test, data["test"], retraining.source_options)
     apply_protocol(EvaluationSpec.parse(run, data=data["train"], test=data["test"]), info)
     decision = decide(run, retraining.registry, retraining.model, retraining.metric, retraining.min_gain)
     for reason in decision.reasons:

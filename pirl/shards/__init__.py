@@ -9,6 +9,7 @@ out/manifest.json       published last; see `Manifest`
 from __future__ import annotations
 
 from pirl.errors import UsageError, did_you_mean
+from pirl.logs import with_options
 from pirl.shards.decoding import (
     DEFAULT,
     LEGACY,
@@ -16,7 +17,6 @@ from pirl.shards.decoding import (
     Decoding,
     Pictures,
     decoding_notes,
-    decoding_settings,
 )
 from pirl.shards.fashion import cache_root, fashion_mnist, find_fashion_mnist
 from pirl.shards.folders import folder_source, tar_file_source
@@ -29,6 +29,7 @@ from pirl.shards.prefix import object_source
 from pirl.shards.read import ShardReader
 from pirl.shards.samples import Parts
 from pirl.shards.sources import ArraySource, DatasetSource, FileSource, Source
+from pirl.shards.spec import ShardingOptions, SourceOptions, sharding_options
 from pirl.shards.write import SHARD_BYTES, write_shards
 from pirl.storage import expand_home
 
@@ -49,7 +50,9 @@ __all__ = [
     "Quarantine",
     "Shard",
     "ShardReader",
+    "ShardingOptions",
     "Source",
+    "SourceOptions",
     "cache_root",
     "check_image",
     "check_same_decoding",
@@ -57,31 +60,30 @@ __all__ = [
     "decode_image",
     "decode_pixels",
     "decoding_notes",
-    "decoding_settings",
     "fashion_mnist",
     "find_fashion_mnist",
     "image_size",
     "listed",
     "match_classes",
     "open_source",
+    "sharding_options",
     "summary",
     "write_shards",
 ]
 
 
-def open_source(spec: str, image: str = "", label: str = "") -> Source:
+def open_source(spec: str, options: SourceOptions = SourceOptions()) -> Source:  # noqa: B008 (frozen)
     """Return the source that the user named.
 
     It is a folder of images or tar files, a `.txt` list of files, a tar file, `fashion-mnist:train` / `:test`, or a
     place on S3 with images or tar files.
 
-    `image` and `label` choose the parts of a sample in tar files: "jpg", or "each" for every image; "cls", "json:KEY".
+    `options` choose the parts of a sample in tar files; the pixels are decoded by `options.decoding`.
     """
-    source = _open(spec, Parts(image, label))
-    if (image or label) and not isinstance(source, ObjectSource):
-        raise UsageError(
-            f"{spec} has no tar files, whose parts {image or label!r} could be", "leave out --image and --label"
-        )
+    chosen = options.image or options.label
+    source = _open(spec, Parts(options.image, options.label))
+    if chosen and not isinstance(source, ObjectSource):
+        raise UsageError(f"{spec} has no tar files, whose parts {chosen!r} could be", "omit `image` and `label`")
     return source
 
 
@@ -89,7 +91,7 @@ def summary(source: Source) -> list[str]:
     """Return lines for the user: images and classes, images a class, what is left out, and what else to know."""
     lines = [*class_summary(source.labels, source.classes, len(source)), *source.notes]
     if source.left_out:
-        lines.append(f"left out, each named in {QUARANTINE}: {source.left_out}")
+        lines.append(with_options(f"left out, each named in {QUARANTINE}: {source.left_out}"))
     return lines
 
 

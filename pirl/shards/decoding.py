@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NamedTuple
 
-from PIL import ImageColor
 from pydantic import BaseModel, ConfigDict, Field
 
-from pirl.errors import UsageError
+from pirl.logs import with_options
 
 MAX_PIXELS = 100_000_000  # 300 MB of RGB
 Count = Annotated[int, Field(ge=0)]
@@ -79,31 +78,6 @@ class Pictures(BaseModel):
             setattr(self, name, getattr(self, name) + int(getattr(other, name)))
 
 
-def decoding_settings(background: str = "white", exif: str = "apply", max_pixels: int | None = None) -> Decoding:
-    """Return the settings for command-line values: `background` is a colour's name, #rrggbb, or "none".
-
-    Raises UsageError naming the option.
-    """
-    most = MAX_PIXELS if max_pixels is None else max_pixels
-    colour: str | None = None
-    if background != "none":
-        try:
-            red, green, blue, *alpha = ImageColor.getrgb(background)
-            if alpha:
-                raise ValueError("transparent itself")
-            colour = f"#{red:02x}{green:02x}{blue:02x}"
-        except ValueError:
-            raise UsageError(
-                f"--background is {background!r}, expected an opaque colour",
-                "give #rrggbb, a name as white or black, or none",
-            ) from None
-    if exif not in ("apply", "ignore"):
-        raise UsageError(f"--exif is {exif!r}, expected apply or ignore", "give --exif apply or --exif ignore")
-    if most < 1:
-        raise UsageError(f"--max-pixels is {most}, expected a positive number", "give the pixels of one image")
-    return Decoding(background=colour, exif="apply" if exif == "apply" else "ignore", max_pixels=most)
-
-
 def decoding_difference(
     one: tuple[Decoding, Pictures | None], other: tuple[Decoding, Pictures | None]
 ) -> dict[str, tuple[Any, Any]]:
@@ -123,7 +97,7 @@ def decoding_notes(decoding: Decoding, pictures: Pictures | None) -> list[str]:
         return ["sharded by version 0.1: transparency is dropped, EXIF orientation is ignored"]
     dropped = "it is dropped" if decoding.background is None else f"it is composed on {decoding.background}"
     turned = "it is applied" if decoding.exif == "apply" else "it is ignored"
-    limit = f"{decoding.max_pixels:,} pixels (--max-pixels)"
+    limit = f"{decoding.max_pixels:,} pixels (`max_pixels`)"
     kinds = (
         (pictures.several, "hold{s} more than one picture; the first is used"),
         (pictures.transparent, f"hold{{s}} transparency; {dropped}"),
@@ -131,7 +105,7 @@ def decoding_notes(decoding: Decoding, pictures: Pictures | None) -> list[str]:
         (pictures.reduced, f"hold{{s}} more than {limit}; read at a reduced size"),
     )
     return [
-        f"{count:,} {'file' if count == 1 else 'files'} {text.format(s='s' if count == 1 else '')}"
+        with_options(f"{count:,} {'file' if count == 1 else 'files'} {text.format(s='s' if count == 1 else '')}")
         for count, text in kinds
         if count
     ]

@@ -123,7 +123,7 @@ def _factor(image: Image.Image, kind: str, name: str, max_pixels: int, buffered:
 def check_limit(size: tuple[int, int], name: str, max_pixels: int) -> None:
     """Raise DataError if an image has too many pixels."""
     if size[0] * size[1] > max_pixels:
-        raise DataError(f"{name}: {size[0]}x{size[1]} pixels, more than the limit of {max_pixels:,} (--max-pixels)")
+        raise DataError(f"{name}: {size[0]}x{size[1]} pixels, more than the limit of {max_pixels:,} (`max_pixels`)")
 
 
 def check_image(data: bytes, name: str, decoding: Decoding = DEFAULT) -> Checked:

@@ -179,10 +179,10 @@ def _check_words(images: list[Member], words: dict[str, tuple[str, str]]) -> Non
 
 
 def _ambiguous(where: str, first: str, second: str, several: list[str]) -> UsageError:
-    choices = ", ".join(f"--image {part}" for part in dict.fromkeys(several[:3]))
+    choices = ", ".join(f"`image`={part}" for part in dict.fromkeys(several[:3]))
     return UsageError(
         f"{where}: several images, {first} and {second}, expected one image a sample",
-        f"choose the part that is the image by `pirl shard {choices}`, or take every one by --image {EACH}",
+        f"choose the part that is the image by {choices}, or take every one by `image`={EACH}",
     )
 
 
@@ -242,9 +242,9 @@ def _companion(member: Member, lone_label: bool, parts: Parts) -> str:
         return f"a label without an image (.{member.part})"
     suffix = member.part.rpartition(".")[2]
     if suffix == "json" and parts.label_part != "json":
-        return ".json next to images, whose labels --label json:KEY reads"
+        return ".json next to images, whose labels `label`=json:KEY reads"
     if suffix == DEFAULT_LABEL:
-        return f"a label that --label {member.part} reads"
+        return f"a label that `label`={member.part} reads"
     return not_an_image(member.name)
 
 
@@ -259,13 +259,13 @@ def _json_label(text: str, key: str, name: str) -> str:
     try:
         value = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"the label {name} is not JSON: {error}", "repair it, or choose another --label") from None
+        raise UsageError(f"the label {name} is not JSON: {error}", "repair it, or choose another `label`") from None
     if not isinstance(value, dict) or key not in value:
         held = f"it has {', '.join(map(str, value))[:200]}" if isinstance(value, dict) else "it is not an object"
-        raise UsageError(f"the label {name} has no key {key!r}: {held}", "choose the key by --label json:KEY")
+        raise UsageError(f"the label {name} has no key {key!r}: {held}", "choose the key by `label`=json:KEY")
     label = value[key]
     if isinstance(label, bool) or not isinstance(label, int | str):
         raise UsageError(
-            f"the label {name} is {label!r}, expected a whole number or a text", "choose the key by --label json:KEY"
+            f"the label {name} is {label!r}, expected a whole number or a text", "choose the key by `label`=json:KEY"
         )
     return str(label)

@@ -82,7 +82,7 @@ def tar_source(
     if not samples:
         note = f"; left out: {left_out}" if left_out else ""
         raise DataError(
-            f"no image in the tar files of {description}{note}", "check the files, and --image if you gave it"
+            f"no image in the tar files of {description}{note}", "check the files, and `image` if you gave it"
         )
     names = [sample.name for sample in samples]
     labels: np.ndarray | None
@@ -94,7 +94,7 @@ def tar_source(
                 others = "others have" if texts else "expected one"
                 raise UsageError(
                     f"{sample.name} in {tars[number].name} has no .{parts.label_part} next to it, {others}",
-                    "give every image a label, or none; --label PART chooses another part",
+                    "give every image a label, or none; `label`=PART chooses another part",
                 )
         labels, classes = numbered(texts, description)
     else:
@@ -189,7 +189,9 @@ def _member(tar: tarfile.TarFile, info: tarfile.TarInfo, name: str, label_part: 
     image = kind is Kind.IMAGE
     if name.lower().endswith(f".{label_part}"):
         if info.size > MAX_LABEL_BYTES:
-            raise DataError(f"{name} in {where} is not a label: {info.size:,} bytes", "choose another --label PART")
+            raise DataError(
+                f"{name} in {where} is not a label: {info.size:,} bytes", "choose another part by `label`=PART"
+            )
         content = tar.extractfile(info)
         text = _text(content.read() if content else b"", name, where)
     elif kind is Kind.UNKNOWN:
@@ -205,7 +207,7 @@ def _text(data: bytes, name: str, where: str) -> str:
     except UnicodeDecodeError as error:
         raise UsageError(
             f"the label {name} in {where} is not UTF-8 text: {error.reason} at byte {error.start}",
-            "write it as UTF-8, or choose another --label PART",
+            "write it as UTF-8, or choose another part by `label`=PART",
         ) from None
 
 

@@ -7,7 +7,6 @@ pods have it by that.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -41,10 +40,6 @@ class TrainingOptions(Settings):
     """Memory bank of each rank: whole, or its part of the rows; auto: rows where all would take much of its memory."""
     timeout_s: float = Field(600.0, ge=1, le=10**6)
     """Seconds after which a rank that does not answer ends the training; loading processes have half of that."""
-
-    def items(self) -> list[str]:
-        """Return NAME=VALUE items of what is not at its default, which `training_options` takes."""
-        return [f"{name}={json.dumps(value)}" for name, value in self.model_dump(exclude_defaults=True).items()]
 
 
 def check_location(uri: str) -> str:
