@@ -136,6 +136,8 @@ class Evaluation(Versioned):
     train_images: int = 0
     test_images: int = 0
     classes: list[str] = []
+    untested: list[str] = []
+    """Classes without a test image."""
     protocol: ProbeSettings = ProbeSettings()
     pretrained: dict[str, Scores] = {}
     random: dict[str, Scores] = {}

@@ -415,6 +415,7 @@ def test_a_test_set_without_some_classes_is_matched_by_name(
     assert without.test_data != with_folder.test_data
     assert (without.pretrained, without.random) == (with_folder.pretrained, with_folder.random)
     assert without.classes == ["class0", "class1", "class2"]
+    assert (without.untested, with_folder.untested) == (["class1"], ["class1"])
 
 
 def test_a_run_is_evaluated_once(

@@ -258,7 +258,7 @@ def test_classes_are_compared_before_the_training(tmp_path: Path, capsys: pytest
     train = sharded("train")
     assert "6 images, 3 classes: class0, class1, class2" in capsys.readouterr().out
     sharded("test", train)
-    assert "classes without a test image: class2" in capsys.readouterr().out
+    assert "1 class without a test image: class2" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         sharded("other", train)
     assert "class3" in capsys.readouterr().err

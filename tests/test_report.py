@@ -20,6 +20,7 @@ from images import picture, truncated_jpeg
 from PIL import Image
 
 from pirl.checkpoint import Checkpoints
+from pirl.cli.evaluate import show_scores
 from pirl.config import Recipe
 from pirl.errors import ConfigError, DataError, StorageNotFoundError, UsageError
 from pirl.evaluate import Protocol, centre_crop, evaluate, extract, load_trunk, neighbours
@@ -31,6 +32,7 @@ from pirl.report import render_report, views_sheet, write_preview, write_report
 from pirl.report.charts import MOST_POINTS, Line, line_chart, number, short, thinned, ticks
 from pirl.report.neighbours import choose_queries, find_neighbours
 from pirl.report.sheet import draw_views
+from pirl.results import Evaluation
 from pirl.run import Run
 from pirl.shards import ShardReader, decode_image
 from pirl.storage import open_storage
@@ -471,6 +473,16 @@ def test_top5_of_few_classes_is_left_out(evaluated: Path, data: tuple[str, str],
     page = Page(render_report(str(changed(evaluated, tmp_path / "run", eval=result)), data[0]))
     assert "top-1" in page.text("results")
     assert "top-5" not in page.text("results")
+
+
+def test_classes_without_a_test_image_are_shown(
+    evaluated: Path, data: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = json.loads((evaluated / "eval.json").read_text()) | {"untested": ["no <b>test</b>"]}
+    page = Page(render_report(str(changed(evaluated, tmp_path / "run", eval=result)), data[0]))
+    assert "classes without a test image no <b>test</b>" in " ".join(page.text().split())
+    show_scores(Evaluation.model_validate(result))
+    assert "1 class without a test image: no <b>test</b>" in capsys.readouterr().out
 
 
 def test_nce_has_no_chance_level(trained: Path, data: tuple[str, str], tmp_path: Path) -> None:

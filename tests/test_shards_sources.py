@@ -288,7 +288,7 @@ def test_classes_are_compared_before_anything_is_sharded(
     code, out, err = run(fewer)
     assert code == 0, err
     assert "training: 12 images, 3 classes: ant, bee, cow; images a class: least 4, median 4, most 4" in out
-    assert "classes without a test image: bee" in out
+    assert "1 class without a test image: bee" in out
     code, _, err = run(more)
     assert code == 1
     assert "1 class that training does not have: dog [lr=0.1]" in err

@@ -12,6 +12,7 @@ from ..config import Recipe, load_recipe
 from ..errors import PirlError
 from ..run import REPORT, Run, Workspace
 from ..settings import join_items
+from ..shards import untested_notes
 from ..shards.spec import ShardingOptions
 from ..storage import local_path, open_storage
 from ..text import count, score
@@ -153,6 +154,8 @@ def show_result(run: Run) -> None:
     show_table(table)
     for name in result.collapsed:
         console.print(f"the features of the {name} trunk have collapsed: they are the same for all training images")
+    for note in untested_notes(result.untested):
+        console.print(note)
     console.print("seconds: " + ", ".join(f"{step.step} {step.seconds:.0f}" for step in run.steps()))
     if gate.promote and registered:
         console.print(f"registered as {registered.model} {registered.version}: {registered.uri}")

@@ -11,6 +11,7 @@ from rich.table import Table
 from .. import logs
 from ..evaluate.spec import EvaluationOptions, EvaluationSpec
 from ..results import Evaluation
+from ..shards import untested_notes
 from ..text import count, percent
 from .app import Json, app, console, show_table
 from .options import options_of
@@ -50,6 +51,8 @@ def show_scores(result: Evaluation) -> None:
             console.print(f"{trunk}: {', '.join(rates)}")
         if trunk in result.collapsed:
             console.print(f"{trunk}: the features have collapsed: they are the same for all training images")
+    for note in untested_notes(result.untested):
+        console.print(note)
     if bank := result.bank:
         console.print(f"memory bank: knn {percent(bank.top1.mean)} % among its {count(bank.rows, 'row')}")
 
@@ -72,6 +75,8 @@ def show_layers(result: dict[str, Any]) -> None:
             f"{100 * best['top1'][name]:.2f} (epoch {best['epoch']})",
         )
     show_table(table)
+    for note in untested_notes(result.get("untested", [])):
+        console.print(note)
     for difference in result["differences"]:
         console.print(f"not as in the zoo: {difference}")
 

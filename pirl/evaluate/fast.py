@@ -140,6 +140,7 @@ def result_header(
     commit: Commit | None = None,
 ) -> Evaluation:
     """Return an evaluation without scores: checkpoint, weights, data and protocol."""
+    classes = check_labels(train, test)
     return Evaluation(
         checkpoint=commit.name if commit else "",
         weights=weights_digest(trunk.state_dict()),
@@ -150,7 +151,8 @@ def result_header(
         test_uri=test.storage.uri,
         train_images=len(train),
         test_images=len(test),
-        classes=check_labels(train, test),
+        classes=classes,
+        untested=test.match_classes(classes),
         protocol=applied(protocol, recipe),
     )
 

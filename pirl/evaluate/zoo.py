@@ -320,6 +320,10 @@ def evaluate_layers(
     train, test = (LabelledCrops(reader, recipe, protocol.seed) for reader in readers)
     epochs = train_heads(heads, layers, train, test, protocol, workers, progress)
     result |= {name: epochs[-1][name] for name in ("top1", "top5")}
-    result |= {"epochs": epochs, "seconds": round(time.monotonic() - started, 1)}
+    result |= {
+        "untested": readers[1].match_classes(classes),
+        "epochs": epochs,
+        "seconds": round(time.monotonic() - started, 1),
+    }
     folder.save_layers(result)
     return result

@@ -21,7 +21,7 @@ from pirl.shards.decoding import (
 from pirl.shards.fashion import cache_root, fashion_mnist, find_fashion_mnist
 from pirl.shards.folders import folder_source, tar_file_source
 from pirl.shards.images import check_image, decode_image, decode_pixels, image_size
-from pirl.shards.labels import class_summary, listed, match_classes
+from pirl.shards.labels import class_summary, listed, match_classes, untested_notes
 from pirl.shards.lists import list_source
 from pirl.shards.manifest import MANIFEST, QUARANTINE, Manifest, Quarantine, Shard, check_same_decoding
 from pirl.shards.objects import ObjectSource
@@ -68,6 +68,7 @@ __all__ = [
     "open_source",
     "sharding_options",
     "summary",
+    "untested_notes",
     "write_shards",
 ]
 
@@ -111,7 +112,7 @@ def compare_classes(train: Source | Manifest, test: Source) -> list[str]:
     assert test.labels is not None
     held = set(test.labels[test.labels >= 0].tolist())
     _, absent = match_classes(train.classes, test.classes, held, test.description)
-    return [f"classes without a test image: {listed(absent)}"] if absent else []
+    return untested_notes(absent)
 
 
 def _open(spec: str, parts: Parts) -> Source:

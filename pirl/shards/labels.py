@@ -142,6 +142,11 @@ def _alike(names: Sequence[str]) -> list[str]:
     return [ascii(name) for group in groups.values() if len(group) > 1 for name in group]
 
 
+def untested_notes(classes: Sequence[str]) -> list[str]:
+    """Return a note on the classes without a test image, none where every class has one."""
+    return [f"{count(len(classes), 'class', 'classes')} without a test image: {listed(classes)}"] if classes else []
+
+
 def match_classes(
     train: Sequence[str], test: Sequence[str], held: Iterable[int], where: str
 ) -> tuple[list[int], list[str]]:
