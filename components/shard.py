@@ -16,6 +16,7 @@ def shard(
     """
     from components.step import step
     from pirl.logs import info
+    from pirl.outputs import check_shards_output
     from pirl.shards import (
         Manifest,
         compare_classes,
@@ -27,10 +28,10 @@ def shard(
     )
     from pirl.storage import open_storage
 
-    out = open_storage(root) / "data" / split
     with step(f"{root}/runs/{run}", f"shard-{split}"):
         own = sharding_options(options)
         images = open_source(source, own)
+        out = check_shards_output(f"{root}/data/{split}", images)
         notes = compare_classes(Manifest.load(open_storage(train_data)), images) if train_data else []
         for line in [*summary(images), *notes]:
             info(line)

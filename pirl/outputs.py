@@ -1,7 +1,7 @@
 """The places of results: one rule for every command, checked before the computing starts.
 
 - Nothing goes onto or inside the images, nor a folder of shards: the next sharding would take it for images.
-- A run goes to an empty place or to a run, also one of version 0.1; a registry to an empty place or to a registry.
+- A run, shards or a registry go to an empty place, or to one of their kind: a run also to one of version 0.1.
 - `checkpoints/`, `steps/` and `lease/` of a run hold no other run.
 - The place can be written. The check leaves nothing behind.
 """
@@ -17,6 +17,7 @@ from .errors import PirlError, UsageError
 from .run import CHECKPOINTS, DONE, EVENTS, RECIPE, STEPS
 from .shards import MANIFEST, Manifest, Source
 from .shards.place import is_inside, require_outside
+from .shards.work import WORK
 from .storage import LocalStorage, Storage, local_path, open_storage, split_file_uri
 
 RESERVED = (CHECKPOINTS, STEPS, "lease")  # folders of a run
@@ -36,6 +37,15 @@ def check_run_output(uri: str, sources: Sequence[Source] = (), data: str | None 
             raise UsageError(f"the output {uri} lies inside the run {above.uri}", "name the run itself, or a new place")
     check_outside(uri, sources, data)
     _require_kind(storage, "run", bool(RUN_MARKS & set(storage.children())))
+    storage.require_writable()
+    return storage
+
+
+def check_shards_output(uri: str, source: Source) -> Storage:
+    """Return the storage of shards to be written; raise `UsageError` where the place is not for shards."""
+    storage = open_storage(uri)
+    require_outside(storage, source)
+    _require_kind(storage, "shards", storage.exists(MANIFEST) or bool((storage / WORK).children()))
     storage.require_writable()
     return storage
 

@@ -13,7 +13,7 @@ from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401 (fixture
 from test_cli import Pirl, files, pirl
 
 from pirl.errors import StorageError, UsageError
-from pirl.outputs import check_file_output, check_registry, check_run_output
+from pirl.outputs import check_file_output, check_registry, check_run_output, check_shards_output
 from pirl.shards import open_source, write_shards
 from pirl.storage import open_storage
 
@@ -68,6 +68,20 @@ def test_a_run_is_a_place_for_a_run(root: str, begun: str) -> None:
     assert open_storage(root).list() == before
 
 
+def test_shards_go_to_an_empty_place_or_to_shards(root: str) -> None:
+    fill(root)
+    for name in ("begun/_work/claim.json", "begun/shard-000000.tar", "web/_work.txt"):
+        open_storage(root).write_bytes(name, b"{}")
+    before = open_storage(root).list()
+    photos = open_source(f"{root}/photos")
+    for place in ("shards", "begun", "new", "new/of/several/levels"):
+        check_shards_output(f"{root}/{place}", photos)
+    for place, text in (("notes", "no shards: today.txt"), ("run", "no shards"), ("photos/cow", "inside the images")):
+        with pytest.raises(UsageError, match=text):
+            check_shards_output(f"{root}/{place}", photos)
+    assert open_storage(root).list() == before
+
+
 def test_a_registry_is_a_place_for_a_registry(root: str) -> None:
     fill(root)
     for place in ("registry", "new"):
@@ -102,6 +116,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
 
 TINY = ("loss.negatives=1", "train.batch_size=2")
 COMMANDS: dict[str, tuple[Callable[[Path], list[object]], str]] = {
+    "shard into a run": (lambda at: ["shard", at / "photos", at / "run"], "holds no shards"),
     "train into images": (
         lambda at: ["train", "demo", "--data", at / "shards", "--out", at / "photos/x", *TINY],
         "inside the images",

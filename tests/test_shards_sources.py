@@ -191,11 +191,13 @@ def test_keys_that_are_no_names_are_counted(bucket: str, tmp_path: Path) -> None
     assert left_out(source) == {"its key has an empty or dot part": ["ant/../3.jpg", "ant//2.jpg"]}
 
 
-def test_compressed_tars_beside_images_are_named(tmp_path: Path, bucket: str) -> None:  # noqa: F811
-    root = put(tmp_path / "in", "ant/1.jpg")
-    put(root, "ant/labels.tar.gz", data=b"\x1f\x8b")
+@pytest.mark.parametrize("image", ["ant/1.jpg", "ant/1"])
+def test_tars_beside_images_are_named(tmp_path: Path, bucket: str, image: str) -> None:  # noqa: F811
+    root = put(tmp_path / "in", image)
+    put(root, "ant/labels.tar.gz", "ant/masks.tar", data=b"\x1f\x8b")
+    tars = ["ant/labels.tar.gz", "ant/masks.tar"]
     for source in (root, upload(root, f"{bucket}/in")):
-        assert left_out(open_source(str(source))) == {"a tar file next to images": ["ant/labels.tar.gz"]}
+        assert left_out(open_source(str(source))) == {"a tar file next to images": tars}
 
 
 def test_nothing_but_other_files_is_refused_with_what_there_is(tmp_path: Path) -> None:

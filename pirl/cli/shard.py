@@ -31,16 +31,16 @@ def shard(
 
     Example: pirl shard photos/train shards/train
     """
+    from ..outputs import check_shards_output
     from ..shards import Quarantine, decoding_notes, listed, open_source, summary, write_shards
-    from ..storage import open_storage
 
     images = open_source(source, options)
     for line in summary(images):
         console.print(line)
+    place = check_shards_output(out, images)
     if dry_run:
         console.print(f"{count(len(images), 'image')} would go to {out}")
         return
-    place = open_storage(out)
     with progress("sharding") as advance:
         manifest = write_shards(
             images,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from pirl.errors import DataError, StorageNotFoundError, UsageError
+from pirl.errors import DataError, StorageNotFoundError
 from pirl.shards.filter import (
     BAD_KEY,
     HIDDEN,
@@ -46,19 +46,13 @@ def object_source(uri: str, parts: Parts = WHOLE) -> ObjectSource:
         else:
             kinds[kind_of(entry.name)].append(entry)
     images, tars, compressed = kinds[Kind.IMAGE], kinds[Kind.TAR], kinds[Kind.COMPRESSED_TAR]
-    if not tars and not compressed:
-        sniffed = _sniffed(storage, kinds[Kind.UNKNOWN])
-        images = images + sniffed
-        kinds[Kind.UNKNOWN] = sorted(set(kinds[Kind.UNKNOWN]) - set(sniffed))
+    sniffed = set(_sniffed(storage, kinds[Kind.UNKNOWN]))
+    images = images + sorted(sniffed)
     for entry in kinds[Kind.UNKNOWN] + kinds[Kind.COMPANION]:
-        left_out.add(not_an_image(entry.name), entry.name)
-    if images and tars:
-        raise UsageError(
-            f"{uri} mixes images ({images[0].name!r}, ...) with tar files ({tars[0].name!r}, ...)",
-            "give a prefix with one kind only",
-        )
+        if entry not in sniffed:
+            left_out.add(not_an_image(entry.name), entry.name)
     if images:
-        for entry in compressed:
+        for entry in tars + compressed:
             left_out.add(TAR_BESIDE_IMAGES, entry.name)
         return _from_images(storage, images, left_out)
     if compressed:
