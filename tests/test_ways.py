@@ -268,7 +268,7 @@ def test_options_of_a_source_arrive(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ways = Ways(random.Random(1), tmp_path, capsys)
-    for place in ("pirl.shards", "pirl.report.sheet", "pirl.retraining.retrain"):
+    for place in ("pirl.report.sheet", "pirl.retraining.retrain", "pirl.shards"):  # imports before it replaces
         monkeypatch.setattr(f"{place}.open_source", ways.open)
     monkeypatch.setattr("components.step.step", lambda *_: nullcontext())
     monkeypatch.setattr("components.step.reporting_errors", lambda *_: nullcontext())

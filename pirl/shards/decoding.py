@@ -24,6 +24,11 @@ class Decoding(BaseModel):
     max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
     """Of a decoded image. A larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size; another large file is refused."""
 
+    @property
+    def is_legacy(self) -> bool:
+        """True where the pixels are those of `PIL.Image.open(...).convert("RGB")`, as in version 0.1."""
+        return self.background is None and self.exif == "ignore"
+
     def decisive(self, pictures: Pictures) -> dict[str, Any]:
         """Return the settings because of which a data set has other pixels than with `LEGACY`; mostly none.
 

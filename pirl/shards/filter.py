@@ -15,7 +15,9 @@ from typing import Any
 from pirl.shards.headers import image_format
 from pirl.shards.images import EXTENSIONS
 
-IMAGE_SUFFIXES = frozenset((*EXTENSIONS, ".gif", ".jpe", ".jfif", ".pjpeg", ".pbm", ".pnm"))
+IMAGE_SUFFIXES = frozenset(
+    (*EXTENSIONS, ".gif", ".jpe", ".jfif", ".pjpeg", ".pbm", ".pnm", ".heic", ".heif", ".hif", ".avif")
+)
 TAR_SUFFIX = ".tar"
 COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|zstd|lz4|lzma|z)|tgz|tbz2?|txz|tzst)$")
 SYSTEM_NAMES = frozenset(

@@ -21,6 +21,9 @@ _MAGIC = (
     ("BMP", re.compile(rb"BM.{12}[\x0c\x10\x28\x34\x38\x40\x6c\x7c]\0\0\0", re.DOTALL)),
     ("PPM", re.compile(rb"P[1-6](?:\s+[0-9#]|#)")),
     ("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]")),
+    # the brand of the file, or, where that names the container only, one of the first compatible brands
+    ("AVIF", re.compile(rb".{4}ftyp(?:avi[fs]|m[is]f1.{4}(?:.{4}){0,3}avi[fs])", re.DOTALL)),
+    ("HEIF", re.compile(rb".{4}ftyp(?:he[iv][cxms]|m[is]f1)", re.DOTALL)),
 )
 
 

@@ -22,12 +22,15 @@ from PIL.WebPImagePlugin import WebPImageFile
 from pirl.errors import DataError
 from pirl.shards.decoding import DEFAULT, MAX_PIXELS, Checked, Decoding
 from pirl.shards.headers import exif_orientation, image_format, jpeg_header, png_header
-from pirl.shards.pixels import TRANSPOSES, array_turned, flattened, transparency
+from pirl.shards.pixels import SIXTEEN_BITS, TRANSPOSES, GreyScale, array_turned, flattened, transparency
 
 # torchvision's ImageFolder takes the same file names.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # An allow-list: Pillow knows formats that start other programs (EPS) or that nobody trains on.
-FORMATS = {"JPEG": "jpg", "PNG": "png", "PPM": "ppm", "BMP": "bmp", "TIFF": "tif", "WEBP": "webp", "GIF": "gif"}
+FORMATS = {
+    **{"JPEG": "jpg", "PNG": "png", "PPM": "ppm", "BMP": "bmp", "TIFF": "tif", "WEBP": "webp", "GIF": "gif"},
+    **{"AVIF": "avif", "HEIF": "heic"},
+}
 # Named one by one: Image.open would refuse a large JPEG by its full size, and reads a phone's second picture (MPO).
 _OPENERS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
     "JPEG": JpegImageFile,
@@ -40,6 +43,9 @@ _OPENERS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
 }
 MAX_IMAGE_BYTES = 512 * 2**20  # of one encoded file, which is held in memory whole
 JPEG_MODES = ("L", "RGB", "CMYK")
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
+MIN_IS_WHITE = 0
+UNSIGNED = {1, 4}  # 4: unspecified
 
 # Pillow only warns between one and two times its limit. Both are made refusals, for the whole process.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
@@ -55,9 +61,10 @@ class _Opened:
     kind: str
     name: str
     orientation: int = 1
-    """EXIF's. Always 1 for TIFF, which Pillow turns itself."""
+    """EXIF's. Always 1 for TIFF and HEIC, whose decoders turn the image themselves."""
     several: bool = False
     depth: int = 8
+    grey: GreyScale = SIXTEEN_BITS
     factor: int = 1
     """By which the sides are divided while decoding."""
 
@@ -68,7 +75,7 @@ class _Opened:
         """Return the RGB pixels as they are stored, not turned."""
         if self.factor > 1:
             self.image.draft(None, (self.image.width // self.factor, self.image.height // self.factor))
-        return flattened(self.image, self.name, background, self.depth)
+        return flattened(self.image, self.name, background, self.depth, self.grey)
 
 
 @contextmanager
@@ -81,7 +88,7 @@ def _opened(data: bytes, name: str, decoding: Decoding) -> Iterator[_Opened]:
     if decoding.max_pixels > (Image.MAX_IMAGE_PIXELS or 0):  # else Pillow refuses what the setting allows
         Image.MAX_IMAGE_PIXELS = decoding.max_pixels
     try:
-        with _open(data, kind, name, decoding.max_pixels) as file:
+        with _open(data, kind, name, decoding) as file:
             yield file
     except DataError:
         raise
@@ -91,19 +98,53 @@ def _opened(data: bytes, name: str, decoding: Decoding) -> Iterator[_Opened]:
 
 
 @contextmanager
-def _open(data: bytes, kind: str, name: str, max_pixels: int) -> Iterator[_Opened]:
+def _open(data: bytes, kind: str, name: str, decoding: Decoding) -> Iterator[_Opened]:
     png = png_header(data) if kind == "PNG" else None
-    with _OPENERS[kind](io.BytesIO(png.data if png else data)) as image:
+    with _opener(kind, name)(io.BytesIO(png.data if png else data)) as image:
         file = _Opened(image, kind, name)
         if png:
             file.orientation, file.several, file.depth = png.orientation, png.several, png.depth
-        elif kind == "WEBP":
+        elif kind == "TIFF" and not decoding.is_legacy:
+            file.grey = _grey_scale(image, name)
+        elif kind in ("WEBP", "AVIF"):
             file.orientation = exif_orientation(image.info.get("exif", b""))
         buffered = False
         if kind == "JPEG":
             file.orientation, buffered = jpeg_header(data)
-        file.factor = _factor(image, kind, name, max_pixels, buffered)
+        file.factor = _factor(image, kind, name, decoding.max_pixels, buffered)
         yield file
+
+
+def _opener(kind: str, name: str) -> Callable[[io.BytesIO], Image.Image]:
+    """Return the class that reads a format. DataError naming what to install where it is missing."""
+    if kind == "HEIF":
+        try:
+            import pillow_heif
+            from pillow_heif.as_plugin import HeifImageFile
+        except ImportError:
+            raise DataError(f"{name}: HEIC is read by an extra: pip install 'pirl-pipeline[heif]'") from None
+        pillow_heif.options.DECODE_THREADS = 1  # each process decodes one image at a time
+        return HeifImageFile
+    if kind == "AVIF":
+        try:
+            from PIL.AvifImagePlugin import SUPPORTED, AvifImageFile
+        except ImportError:
+            SUPPORTED = False
+        if not SUPPORTED:
+            raise DataError(f"{name}: AVIF is read by Pillow 11.3 or newer: pip install 'pirl-pipeline[heif]'")
+        return AvifImageFile
+    return _OPENERS[kind]
+
+
+def _grey_scale(image: Image.Image, name: str) -> GreyScale:
+    """Return what the samples of a TIFF mean. DataError where they have no defined 8-bit form."""
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    bits, kinds = int(tags.get(BITS_PER_SAMPLE, (1,))[0]), set(tags.get(SAMPLE_FORMAT, ()))
+    if kinds - UNSIGNED or bits > 16:
+        kind = "signed or float" if kinds - UNSIGNED else "unsigned"
+        raise DataError(f"{name}: {bits}-bit {kind} samples; only unsigned ones of up to 16 bits have a meaning")
+    deep = image.mode.startswith("I")
+    return GreyScale(2**bits - 1, tags.get(PHOTOMETRIC) == MIN_IS_WHITE) if deep else SIXTEEN_BITS
 
 
 def _factor(image: Image.Image, kind: str, name: str, max_pixels: int, buffered: bool) -> int:

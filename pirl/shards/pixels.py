@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -32,13 +32,26 @@ def array_turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels.swapaxes(0, 1) if orientation > 4 else pixels
 
 
-def flattened(image: Image.Image, name: str, background: str | None, depth: int = 8) -> Image.Image:
+class GreyScale(NamedTuple):
+    """Meaning of the samples of a deep grey image."""
+
+    white: int = 65535
+    """The value that is white, or black where `inverted`."""
+    inverted: bool = False
+
+
+SIXTEEN_BITS = GreyScale()
+
+
+def flattened(
+    image: Image.Image, name: str, background: str | None, depth: int = 8, grey: GreyScale = SIXTEEN_BITS
+) -> Image.Image:
     """Return the RGB form of an image, transparent pixels composed on `background` (None: alpha is dropped).
 
     `depth` is the bits of a sample in a PNG. Raises DataError where the pixels have no defined 8-bit form.
     """
     alpha = None if background is None else transparency(image, depth)
-    rgb = _rgb(image, name, alpha is not None)
+    rgb = _rgb(image, name, alpha is not None, grey)
     if alpha is None or background is None:
         return rgb
     below = Image.new("RGB", rgb.size, background)
@@ -75,7 +88,7 @@ def _keyed(image: Image.Image, key: Any, depth: int) -> Image.Image:
     return Image.fromarray(np.where((pixels == scaled).all(axis=2), 0, 255).astype(np.uint8))
 
 
-def _rgb(image: Image.Image, name: str, has_alpha: bool) -> Image.Image:
+def _rgb(image: Image.Image, name: str, has_alpha: bool, grey: GreyScale) -> Image.Image:
     if image.mode == "RGB":
         image.load()  # the pixels stay when the file is closed
         return image
@@ -85,10 +98,11 @@ def _rgb(image: Image.Image, name: str, has_alpha: bool) -> Image.Image:
         image.info.pop("transparency", None)  # changes no pixel, but Pillow warns when it drops one itself
         return image.convert("RGB")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.int64)
-        if grey.min() < 0 or grey.max() > 65535:
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
             raise DataError(
-                f"{name}: 32-bit values from {grey.min()} to {grey.max()}; only 8 and 16 bits have a meaning"
+                f"{name}: 32-bit values from {values.min()} to {values.max()}; only 8 and 16 bits have a meaning"
             )
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+        scaled = (values.clip(max=grey.white) * 255 + grey.white // 2) // grey.white
+        return Image.fromarray((255 - scaled if grey.inverted else scaled).astype(np.uint8)).convert("RGB")
     raise DataError(f"{name}: pixels of kind {image.mode!r} have no defined 8-bit RGB form")
