@@ -13,7 +13,7 @@ from .embedding import Embeddings, Encoder, load
 from .errors import EXIT_DONE, EXIT_PREEMPTED, PreemptedError, TrainingError, UsageError
 from .run import Run
 from .settings import validated
-from .shards import DatasetSource, Manifest, Source, decoding_settings, open_source, write_shards
+from .shards import DatasetSource, Manifest, ShardingOptions, Source, open_source, write_shards
 from .storage import open_storage
 from .training.spec import TrainingOptions
 
@@ -27,31 +27,28 @@ def shard(
     out: str | Path,
     *,
     processes: int | None = None,
-    max_bad_share: float = 0.01,
-    background: str = "white",
-    exif: str = "apply",
-    max_pixels: int | None = None,
-    image: str = "",
-    label: str = "",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    **options: Any,
 ) -> Manifest:
     """Pack images into shards at `out`, as `pirl shard` does; return their manifest.
 
-    source: a place that `pirl shard` takes, or a torchvision data set of (PIL image, label). The other options are
-    those of the command. A broken image goes into quarantine.json; `max_bad_share` is the most of them.
+    source: a place that `pirl shard` takes, or a torchvision data set of (PIL image, label). options: those of the
+    command, with underscores: background, max_pixels. A broken image goes into quarantine.json; `max_bad_share` is the
+    most of them.
 
         manifest = pirl.shard("photos/train", "shards/train")
     """
+    own = validated(ShardingOptions, options, "options", entry="option")
     if isinstance(source, str | Path):
-        opened: Source = open_source(str(source), image, label)
+        opened: Source = open_source(str(source), own)
     else:
         opened = source if isinstance(source, Source) else DatasetSource(source)
     return write_shards(
         opened,
         open_storage(out),
         processes=processes or os.cpu_count() or 1,
-        max_bad_share=max_bad_share,
-        decoding=decoding_settings(background, exif, max_pixels),
+        max_bad_share=own.max_bad_share,
+        decoding=own.decoding,
         progress=progress,
     )
 

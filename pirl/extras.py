@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from .errors import UsageError
 
 EXTRAS = {
+    "heif": ("pillow_heif",),
     "tensorboard": ("tensorboard",),
     "mlflow": ("mlflow",),
     "wandb": ("wandb",),
