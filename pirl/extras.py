@@ -18,6 +18,9 @@ EXTRAS = {
 }
 """Extra of pyproject.toml -> the modules that it installs."""
 
+SINKS = ("tensorboard", "mlflow", "wandb")
+"""Extras that are also sinks of metrics."""
+
 
 def missing(extra: str) -> list[str]:
     """Return the modules of an extra that are not installed."""

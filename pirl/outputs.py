@@ -2,7 +2,7 @@
 
 - Nothing goes onto or inside the images, nor a folder of shards: the next sharding would take it for images.
 - A run, shards or a registry go to an empty place, or to one of their kind: a run also to one of version 0.1.
-- `checkpoints/`, `steps/` and `lease/` of a run hold no other run.
+- `checkpoints/`, `steps/`, `sinks/` and `lease/` of a run hold no other run.
 - The place can be written. The check leaves nothing behind.
 """
 
@@ -14,13 +14,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from .errors import PirlError, UsageError
-from .run import CHECKPOINTS, DONE, EVENTS, RECIPE, STEPS
+from .run import CHECKPOINTS, DONE, EVENTS, RECIPE, SINKS, STEPS
 from .shards import MANIFEST, Manifest, Source
 from .shards.place import is_inside, require_outside
 from .shards.work import WORK
 from .storage import LocalStorage, Storage, local_path, open_storage, split_file_uri
 
-RESERVED = (CHECKPOINTS, STEPS, "lease")  # folders of a run
+RESERVED = (CHECKPOINTS, STEPS, SINKS, "lease")  # folders of a run
 RUN_MARKS = {RECIPE, DONE, EVENTS, *(f"{name}/" for name in RESERVED)}
 SYSTEM_NAMES = ("lost+found/",)  # of a fresh disk
 OUTSIDE = "choose a place outside"

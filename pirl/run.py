@@ -6,6 +6,7 @@
     checkpoints/     complete or absent              registered.json  the version it became
     DONE.json        written last by rank 0          steps/           time and memory of each step
     warm.json        what a warm start began with    report.html      all of this on one page
+    sinks/           files of TensorBoard, MLflow, Weights & Biases
 
 No other module has these names. Contents are typed (`pirl.results`). Nothing is read until it is asked for.
 """
@@ -41,7 +42,7 @@ METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 EVALUATION, LAYERS, CHAMPION = "eval.json", "eval_zoo.json", "eval_champion.json"
 GATE, REGISTERED = "gate.json", "registered.json"
 WARM, REPORT = "warm.json", "report.html"
-CHECKPOINTS, STEPS = "checkpoints", "steps"
+CHECKPOINTS, STEPS, SINKS = "checkpoints", "steps", "sinks"
 
 NO_CHECKPOINT_HINT = "give the --out of a `pirl train` that has started"
 
@@ -270,7 +271,6 @@ class RunSummary(Content):
     linear_top1: float | None = None
     knn_top1: float | None = None
     registered: str | None = None
-    """Model and version."""
     updated: float | None = None
     """Unix time of the last event."""
     uri: str

@@ -96,8 +96,8 @@ def test_a_file_names_its_weights(encoder: pirl.Encoder, tmp_path: Path) -> None
     folder = flat_folder(tmp_path / "images", images=2)
     result = embed_to(encoder, folder, tmp_path / "features.npz")
     file = np.load(result.out)
-    about = json.loads(str(file["about"]))
-    assert (about["weights"], about["crop"], about["version"]) == (encoder.weights, 16, pirl.__version__)
+    provenance = json.loads(str(file["provenance"]))
+    assert (provenance["weights"], provenance["crop"], provenance["version"]) == (encoder.weights, 16, pirl.__version__)
     assert (file["labels"].tolist(), file["classes"].tolist()) == ([-1, -1], [])
 
 

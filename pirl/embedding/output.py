@@ -1,6 +1,6 @@
 """Features of any number of images in one file: npz, parquet or csv, written with bounded memory.
 
-npz: `names`, `features` (n, D) float32, `labels` (-1: none), `classes`, and `about`, a JSON text. parquet: columns
+npz: `names`, `features` (n, D) float32, `labels` (-1: none), `classes`, and `provenance`, a JSON text. parquet: columns
 `name`, `label`, `class`, `embedding`. csv: `name`, `label`, `class`, and a column for each feature. The file appears
 when it is complete.
 """
@@ -64,7 +64,7 @@ def embed_to(
     skipped: list[tuple[str, str]] = []
     done = 0
     with tempfile.TemporaryDirectory(prefix=".pirl-embed-", dir=target) as temporary:
-        writer = kind(Path(temporary), encoder.features, opened.classes or [], about(encoder, opened))
+        writer = kind(Path(temporary), encoder.features, opened.classes or [], provenance(encoder, opened))
         for batch in encoder.batches(opened, batch_size=batch_size, workers=workers, errors="skip"):
             writer.write(batch)
             skipped += batch.skipped
@@ -81,7 +81,7 @@ def embed_to(
     return Embedded(str(target / name) if target else f"{folder.uri}/{name}", done, encoder.features, skipped)
 
 
-def about(encoder: Encoder, images: Images) -> dict[str, Any]:
+def provenance(encoder: Encoder, images: Images) -> dict[str, Any]:
     """Return the origin of features: weights, preprocessing, version."""
     recipe = encoder.recipe
     return {
@@ -98,8 +98,8 @@ def about(encoder: Encoder, images: Images) -> dict[str, Any]:
 class Writer(ABC):
     """A file of features in `folder`, written batch by batch."""
 
-    def __init__(self, folder: Path, features: int, classes: list[str], about: dict[str, Any]) -> None:
-        self.folder, self.features, self.classes, self.about = folder, features, classes, about
+    def __init__(self, folder: Path, features: int, classes: list[str], provenance: dict[str, Any]) -> None:
+        self.folder, self.features, self.classes, self.provenance = folder, features, classes, provenance
         self.path = folder / "features"
 
     @abstractmethod
@@ -118,8 +118,8 @@ class Writer(ABC):
 class NpzWriter(Writer):
     """An npz of arrays whose length is unknown until the end: columns are collected in files, then copied."""
 
-    def __init__(self, folder: Path, features: int, classes: list[str], about: dict[str, Any]) -> None:
-        super().__init__(folder, features, classes, about)
+    def __init__(self, folder: Path, features: int, classes: list[str], provenance: dict[str, Any]) -> None:
+        super().__init__(folder, features, classes, provenance)
         self._columns = {name: (folder / name).open("wb") for name in ("rows", "labels", "names")}
         self._count, self._longest = 0, 1
 
@@ -147,7 +147,10 @@ class NpzWriter(Writer):
             ):
                 for line in lines:
                     member.write(np.array([json.loads(line)], kind).data)
-            for name, value in (("classes", np.array(self.classes, "U")), ("about", np.array(json.dumps(self.about)))):
+            for name, value in (
+                ("classes", np.array(self.classes, "U")),
+                ("provenance", np.array(json.dumps(self.provenance))),
+            ):
                 with archive.open(f"{name}.npy", "w") as member:
                     np.lib.format.write_array(member, value, allow_pickle=False)
         return self.path
@@ -169,8 +172,8 @@ def _copy(path: Path, member: IO[bytes]) -> None:
 class CsvWriter(Writer):
     """A csv with a header; floats have the digits that make them the same float32 again."""
 
-    def __init__(self, folder: Path, features: int, classes: list[str], about: dict[str, Any]) -> None:
-        super().__init__(folder, features, classes, about)
+    def __init__(self, folder: Path, features: int, classes: list[str], provenance: dict[str, Any]) -> None:
+        super().__init__(folder, features, classes, provenance)
         self._file = self.path.open("w", newline="", encoding="utf-8", errors="surrogateescape")
         self._csv = csv.writer(self._file)
         self._csv.writerow(["name", "label", "class", *(f"f{i}" for i in range(features))])
@@ -187,10 +190,10 @@ class CsvWriter(Writer):
 
 
 class ParquetWriter(Writer):
-    """A parquet with one row group a batch; `about` is in the metadata of its schema."""
+    """A parquet with one row group a batch; `provenance` is in the metadata of its schema."""
 
-    def __init__(self, folder: Path, features: int, classes: list[str], about: dict[str, Any]) -> None:
-        super().__init__(folder, features, classes, about)
+    def __init__(self, folder: Path, features: int, classes: list[str], provenance: dict[str, Any]) -> None:
+        super().__init__(folder, features, classes, provenance)
         require("parquet", "a .parquet file")
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -198,7 +201,7 @@ class ParquetWriter(Writer):
         self._pa = pa
         columns = {"name": pa.string(), "label": pa.int64(), "class": pa.string()}
         self._schema = pa.schema(
-            {**columns, "embedding": pa.list_(pa.float32(), features)}, {"pirl": json.dumps(about)}
+            {**columns, "embedding": pa.list_(pa.float32(), features)}, {"pirl": json.dumps(provenance)}
         )
         self._parquet = pq.ParquetWriter(self.path, self._schema)
 

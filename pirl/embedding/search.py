@@ -45,25 +45,27 @@ def find_neighbours(
     """
     if queries is not None:
         parts = [encoder.embed(each, batch_size=batch_size, workers=workers, errors="skip") for each in queries]
-        asked = Embeddings([name for part in parts for name in part.names], np.concatenate([p.features for p in parts]))
-        return nearest(asked, encoder.batches(images, batch_size=batch_size, workers=workers, errors="skip"), count)
+        targets = Embeddings(
+            [name for part in parts for name in part.names], np.concatenate([p.features for p in parts])
+        )
+        return nearest(targets, encoder.batches(images, batch_size=batch_size, workers=workers, errors="skip"), count)
     every = encoder.embed(images, batch_size=batch_size, workers=workers, errors="skip")
     return nearest(every, _parts(every), count, others=True)
 
 
 def nearest(queries: Embeddings, batches: Iterable[Batch], count: int, others: bool = False) -> list[Neighbours]:
     """Return the nearest images of all batches for each query; with `others` image i is not query i's neighbour."""
-    asked = F.normalize(torch.from_numpy(queries.features))
-    best = torch.full((len(asked), 0), -torch.inf)
-    index = torch.zeros((len(asked), 0), dtype=torch.int64)
+    targets = F.normalize(torch.from_numpy(queries.features))
+    best = torch.full((len(targets), 0), -torch.inf)
+    index = torch.zeros((len(targets), 0), dtype=torch.int64)
     names: list[str] = []
     skipped: list[tuple[str, str]] = []
     for batch in batches:
         skipped += batch.skipped
-        similarity = asked @ F.normalize(torch.from_numpy(batch.features)).T
-        places = torch.arange(len(names), len(names) + len(batch.names)).expand(len(asked), -1)
+        similarity = targets @ F.normalize(torch.from_numpy(batch.features)).T
+        places = torch.arange(len(names), len(names) + len(batch.names)).expand(len(targets), -1)
         if others:
-            similarity[places == torch.arange(len(asked))[:, None]] = -torch.inf
+            similarity[places == torch.arange(len(targets))[:, None]] = -torch.inf
         best, index = torch.cat([best, similarity], 1), torch.cat([index, places], 1)
         best, order = best.topk(min(count, best.shape[1]))
         index = index.gather(1, order)

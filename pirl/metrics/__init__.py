@@ -5,6 +5,8 @@
 `trainer_status`: progress in the status of a TrainJob. `table`: every `pirl_*` metric. `telemetry`: their values in
 this process, served or written to a file.
 
+`background`: a sink with a library of its own and a thread: `tensorboard`, `mlflow`, `wandb`, chosen by `--sinks`.
+
 A new kind is one file with a `Sink`, and one line of `SINKS`.
 """
 
@@ -15,17 +17,23 @@ from collections.abc import Iterable
 from ..errors import PirlError
 from ..run import read_lines
 from .jsonlines import JsonLines
+from .mlflow import MLflow
 from .process import peak_memory_bytes
 from .prometheus import Prometheus
 from .sink import Console, Context, Log, Sink, report_failure
 from .telemetry import Telemetry, check_port, task
+from .tensorboard import TensorBoard
 from .trainer_status import TrainerStatus
+from .wandb import WandB
 
 SINKS: dict[str, type[Sink]] = {
     "jsonl": JsonLines,
     "console": Console,
     "prometheus": Prometheus,
     "trainer": TrainerStatus,
+    "tensorboard": TensorBoard,
+    "mlflow": MLflow,
+    "wandb": WandB,
 }
 ALWAYS = ("jsonl", "console", "prometheus", "trainer")
 
@@ -46,6 +54,7 @@ def open_log(context: Context, names: Iterable[str] = ALWAYS) -> Log:
 
 
 __all__ = [
+    "ALWAYS",
     "SINKS",
     "Context",
     "JsonLines",

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from .. import logs
+from ..config import Recipe
 from ..memory import MemoryBank
 from ..run import Record, Run
 from ..storage import Storage
@@ -30,6 +31,7 @@ class Context:
     """Epochs of the whole training."""
     model: nn.Module | None = None
     bank: MemoryBank | None = None
+    recipe: Recipe | None = None
 
 
 class Sink:

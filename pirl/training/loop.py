@@ -20,7 +20,7 @@ from ..loader import Loader
 from ..logs import info
 from ..loss import Contrast, StepLoss
 from ..memory import MemoryBank, RowsBank
-from ..metrics import Context, open_log
+from ..metrics import ALWAYS, Context, open_log
 from ..model import build_model, memory_format
 from ..optim import build_optimizer, learning_rate, set_learning_rate
 from ..results import Completion
@@ -100,7 +100,8 @@ class Trainer:
         newest = world.broadcast_object(checkpoints.newest() if world.is_main else None)
         self.state = build_state(recipe, self.rows, world, cut=cut, blank=newest is not None)
         steps = recipe.train.epochs * recipe.steps_per_epoch(self.rows)
-        self.log = open_log(Context(run.storage, world, steps, recipe.train.epochs, self.state.model, self.state.bank))
+        context = Context(run.storage, world, steps, recipe.train.epochs, self.state.model, self.state.bank, recipe)
+        self.log = open_log(context, [*ALWAYS, *options.sink_names])
         self.meter = Meter(recipe, loader, world, options, self.log)
         self.saver = Saver(checkpoints, self.state, recipe, data_digest, world, self.log, self.meter)
         self.resumed = resume(self.state, checkpoints, run, data_digest, world, newest)

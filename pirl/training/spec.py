@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator
 
 from ..config import Recipe, load_recipe
-from ..errors import UsageError
+from ..errors import UsageError, did_you_mean
+from ..extras import SINKS
 from ..settings import Collector, Settings, Specification, items_of, options_from, validated
 from ..storage import open_storage
 from .placement import BankPlacement
@@ -40,6 +41,23 @@ class TrainingOptions(Settings):
     """Memory bank of each rank: whole, or its part of the rows; auto: rows where all would take much of its memory."""
     timeout_s: float = Field(600.0, ge=1, le=10**6)
     """Seconds after which a rank that does not answer ends the training; loading processes have half of that."""
+
+    sinks: str = ""
+    """Also send metrics to these, separated by commas: tensorboard, mlflow, wandb."""
+
+    @field_validator("sinks")
+    @classmethod
+    def _are_sinks(cls, text: str) -> str:
+        names = [name for part in text.split(",") if (name := part.strip())]
+        for name in names:
+            if name not in SINKS:
+                raise ValueError(f"unknown sink {name!r}.{did_you_mean(name, SINKS)} Choose of {', '.join(SINKS)}")
+        return ",".join(dict.fromkeys(names))
+
+    @property
+    def sink_names(self) -> list[str]:
+        """Names of the sinks that were chosen."""
+        return self.sinks.split(",") if self.sinks else []
 
 
 def check_location(uri: str) -> str:

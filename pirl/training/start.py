@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from ..errors import UsageError
+from ..extras import require
 from ..launch import default_processes, run_ranks
 from ..metrics import check_port
 from ..outputs import check_run_output
@@ -23,6 +24,8 @@ from .workers import with_workers
 def plan(spec: TrainingSpec) -> list[str]:
     """Check environment, recipe, data and run, and return in a few lines what a training would do."""
     check_port()
+    for name in spec.sink_names:
+        require(name, f"--sinks {name}")
     recipe = spec.recipe
     manifest = Manifest.load(open_storage(spec.data))
     recipe.check_data(manifest.images)
