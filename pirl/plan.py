@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -168,20 +168,25 @@ def plan_training(recipe: Recipe, nodes: int, gpus: int, images: int, machine: M
     return predict(recipe, measure(recipe), nodes, gpus, images, machine)
 
 
-def predict(recipe: Recipe, sizes: Sizes, nodes: int, gpus: int, images: int, machine: Machine) -> Plan:
-    """Return the plan of a network that has been measured."""
-    ranks, batch, dim = nodes * gpus, recipe.train.batch_size, recipe.model.embedding_dim
-    rows = recipe.rows(images)
-    if batch < ranks:
-        larger = f"e.g. train.batch_size={min(32 * ranks, rows)}" if rows >= ranks else f"use at most {rows} GPUs"
-        raise UsageError(f"a batch of {batch} images cannot be dealt to {ranks} GPUs", larger)
-    share = -(-batch // ranks)
+class Step(NamedTuple):
+    """Predicted times and traffic of a training step."""
 
+    stepping_s: float
+    """The GPU's own time, with what the network adds."""
+    step_s: float
+    limited_by: str
+    sent: float
+    """Bytes that a node sends."""
+    network_s: float
+
+
+def predict_step(recipe: Recipe, sizes: Sizes, nodes: int, ranks: int, machine: Machine) -> Step:
+    """Return the times of a step; the slowest of GPU, decoding and reading sets the pace."""
+    batch = recipe.train.batch_size
     traffic = sizes.convolution_values * PASSES * value_bytes(recipe)
     gpu_rate = machine.images_per_s or machine.step_bytes_per_s / traffic
-    compute_s = share / gpu_rate
-    gradients = 4 * sizes.parameters
-    gathered = batch * (4 * dim + ROW_ID_BYTES)
+    compute_s = -(-batch // ranks) / gpu_rate
+    gradients, gathered = 4 * sizes.parameters, gathered_bytes(recipe)
     sent = 2 * (nodes - 1) / nodes * gradients + (nodes - 1) / nodes * gathered
     network_s = sent / machine.network_bytes_per_s
     # gradients travel during the backward pass, so only the longer rest is waited for
@@ -191,21 +196,54 @@ def predict(recipe: Recipe, sizes: Sizes, nodes: int, gpus: int, images: int, ma
     step_s, limit = max((stepping_s, "gpu"), (loading_s, "decoding"), (reading_s, "reading"))
     if limit == "gpu" and network_s > compute_s * BACKWARD_SHARE:
         limit = "network"
+    return Step(stepping_s, step_s, limit, sent, network_s)
 
-    bank = 4 * rows * dim
-    weights = 3 * gradients + sizes.buffer_bytes
-    activations = round(share * sizes.saved_bytes)
-    memory = bank + weights + activations
 
-    checkpoint = bank + 2 * gradients + sizes.buffer_bytes
+def gathered_bytes(recipe: Recipe) -> int:
+    """Return the bytes of the new rows of the bank and their ids, from all ranks, in a step."""
+    return recipe.train.batch_size * (4 * recipe.model.embedding_dim + ROW_ID_BYTES)
+
+
+class Saving(NamedTuple):
+    """Predicted times of the checkpoints."""
+
+    stall_s: float
+    write_s: float
+    interval_s: float
+    lost_share: float
+    """Of the time: stalls, work done twice and restarts."""
+
+
+def predict_saving(checkpoint: int, ranks: int, machine: Machine) -> Saving:
+    """Return the times of checkpoints of so many bytes, saved at the best interval."""
     stall_s, write_s = checkpoint / machine.copy_bytes_per_s, checkpoint / machine.storage_bytes_per_s
     between_s = machine.gpu_hours_between_failures * 3600 / ranks
     # Young's optimum, but no save begins before the last one is written
     interval_s = max(math.sqrt(2 * stall_s * between_s), write_s)
     lost = stall_s / interval_s + (interval_s / 2 + machine.restart_s) / between_s
+    return Saving(stall_s, write_s, interval_s, lost)
+
+
+def predict(recipe: Recipe, sizes: Sizes, nodes: int, gpus: int, images: int, machine: Machine) -> Plan:
+    """Return the plan of a network that has been measured."""
+    ranks, batch, dim = nodes * gpus, recipe.train.batch_size, recipe.model.embedding_dim
+    rows = recipe.rows(images)
+    if batch < ranks:
+        larger = f"e.g. train.batch_size={min(32 * ranks, rows)}" if rows >= ranks else f"use at most {rows} GPUs"
+        raise UsageError(f"a batch of {batch} images cannot be dealt to {ranks} GPUs", larger)
+    share = -(-batch // ranks)
+    step = predict_step(recipe, sizes, nodes, ranks, machine)
+
+    gradients = 4 * sizes.parameters
+    bank = 4 * rows * dim
+    weights = 3 * gradients + sizes.buffer_bytes
+    activations = round(share * sizes.saved_bytes)
+    memory = bank + weights + activations
+    checkpoint = bank + 2 * gradients + sizes.buffer_bytes
+    saving = predict_saving(checkpoint, ranks, machine)
 
     steps = recipe.steps_per_epoch(rows)
-    epoch_s = steps * step_s * (1 + lost)
+    epoch_s = steps * step.step_s * (1 + saving.lost_share)
     epoch_cost = epoch_s / 3600 * ranks * machine.price
     return Plan(
         nodes=nodes,
@@ -213,9 +251,9 @@ def predict(recipe: Recipe, sizes: Sizes, nodes: int, gpus: int, images: int, ma
         images=images,
         batch_size=batch,
         steps_per_epoch=steps,
-        images_per_s=batch / step_s,
-        limited_by=limit,
-        step_s=step_s,
+        images_per_s=batch / step.step_s,
+        limited_by=step.limited_by,
+        step_s=step.step_s,
         epoch_s=epoch_s,
         hours=epoch_s * recipe.train.epochs / 3600,
         cost_per_epoch=epoch_cost,
@@ -226,18 +264,18 @@ def predict(recipe: Recipe, sizes: Sizes, nodes: int, gpus: int, images: int, ma
         activation_bytes_per_rank=activations,
         memory_bytes_per_rank=memory,
         fits=memory <= machine.gpu_bytes,
-        workers_per_gpu=math.ceil(share / stepping_s / machine.worker_images_per_s),
-        loader_bytes_per_s_per_node=batch / nodes / step_s * machine.image_bytes,
+        workers_per_gpu=math.ceil(share / step.stepping_s / machine.worker_images_per_s),
+        loader_bytes_per_s_per_node=batch / nodes / step.step_s * machine.image_bytes,
         gradient_bytes_per_rank=gradients,
-        gathered_bytes_per_rank=gathered,
-        network_bytes_per_node=sent,
-        network_s=network_s,
+        gathered_bytes_per_rank=gathered_bytes(recipe),
+        network_bytes_per_node=step.sent,
+        network_s=step.network_s,
         dataset_bytes=images * machine.image_bytes,
         checkpoint_bytes=checkpoint,
-        checkpoint_stall_s=stall_s,
-        checkpoint_write_s=write_s,
-        checkpoint_interval_s=interval_s,
-        lost_share=lost,
+        checkpoint_stall_s=saving.stall_s,
+        checkpoint_write_s=saving.write_s,
+        checkpoint_interval_s=saving.interval_s,
+        lost_share=saving.lost_share,
     )
 
 

@@ -13,6 +13,32 @@ from ..training.spec import TrainingOptions
 from .app import DEFAULT_ROOT, DRY_RUN_HELP, Overrides, app, console
 from .options import items_from, options_of
 
+Job = Annotated[
+    list[str],
+    typer.Option(
+        default_factory=items_from("PIRL_JOB"),
+        show_default=False,
+        metavar="NAME=VALUE",
+        help="Other setting of the job (once for each; in the variable PIRL_JOB separated by blanks).",
+    ),
+]
+WarmEpochs = Annotated[
+    int,
+    typer.Option(
+        envvar="PIRL_WARM_EPOCHS",
+        help="Epochs from the champion, if images were only added (0: the recipe's); -1: always a cold start.",
+        min=-1,
+    ),
+]
+Backend = Annotated[
+    str,
+    typer.Option(
+        envvar="PIRL_BACKEND",
+        metavar="NAME",
+        help=f"Train on this machine, or by a job on the cluster: {', '.join(BACKENDS)}.",
+    ),
+]
+
 
 @app.command()
 @options_of(TrainingOptions, env="PIRL_", source_options=ShardingOptions)
@@ -21,15 +47,7 @@ def retrain(
     test_source: Annotated[str, typer.Option(envvar="PIRL_TEST_SOURCE", help="The same for the test images.")],
     options: TrainingOptions,
     source_options: ShardingOptions,
-    job: Annotated[
-        list[str],
-        typer.Option(
-            default_factory=items_from("PIRL_JOB"),
-            show_default=False,
-            metavar="NAME=VALUE",
-            help="Other setting of the job (once for each; in the variable PIRL_JOB separated by blanks).",
-        ),
-    ],
+    job: Job,
     recipe: Annotated[str, typer.Option(envvar="PIRL_RECIPE", help="Recipe.")] = "demo",
     root: Annotated[
         str, typer.Option(envvar="PIRL_ROOT", help="Folder or s3:// prefix of data, runs and registry.")
@@ -38,22 +56,8 @@ def retrain(
     model: Annotated[str, typer.Option(envvar="PIRL_MODEL", help="Name in the registry.")] = "pirl",
     metric: Annotated[str, typer.Option(envvar="PIRL_METRIC", help="Probe that the gate compares.")] = "linear_1pct",
     min_gain: Annotated[float, typer.Option(envvar="PIRL_MIN_GAIN", help="Least gain over random weights.")] = 0.01,
-    warm_epochs: Annotated[
-        int,
-        typer.Option(
-            envvar="PIRL_WARM_EPOCHS",
-            help="Epochs from the champion, if images were only added (0: the recipe's); -1: always a cold start.",
-            min=-1,
-        ),
-    ] = -1,
-    backend: Annotated[
-        str,
-        typer.Option(
-            envvar="PIRL_BACKEND",
-            metavar="NAME",
-            help=f"Train on this machine, or by a job on the cluster: {', '.join(BACKENDS)}.",
-        ),
-    ] = "local",
+    warm_epochs: WarmEpochs = -1,
+    backend: Backend = "local",
     nodes: Annotated[int, typer.Option(envvar="PIRL_NODES", help="Pods of the job.", min=0)] = 0,
     gpus: Annotated[int, typer.Option(envvar="PIRL_GPUS", help="GPUs of each pod.", min=0)] = 0,
     overrides: Overrides = None,
