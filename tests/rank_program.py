@@ -30,7 +30,7 @@ def main(case: str) -> int:
         world.sum(torch.ones(3))
     if case == "start":
         print(f"rank {rank} ready", flush=True)
-        time.sleep(60)
+        time.sleep(300)
     if case == "wait":
         stopped = []
         signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))

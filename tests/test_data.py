@@ -272,14 +272,14 @@ if __name__ == "__main__":
 
 
 def run_program(case: str, shards: str, recipe: Path, folder: Path) -> tuple[str, set[int]]:
-    """What a rank with two workers, alone in a session, prints; and who of its session lives 10 seconds later."""
+    """What a rank with two workers, alone in a session, prints; and who of its session lives a minute later."""
     program = folder / "program.py"
     program.write_text(PROGRAM)
     command = [sys.executable, str(program), str(recipe), shards, case]
     with open(folder / "output.txt", "w+") as output:
         process = subprocess.Popen(command, start_new_session=True, stdout=output, stderr=subprocess.STDOUT)
         process.wait(120)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while (left := in_session(process.pid)) and time.monotonic() < deadline:
         time.sleep(0.05)
     for pid in left:

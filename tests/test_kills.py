@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import ranks
 from conftest import IMAGES, tiny_recipe
-from test_train import assert_same_bits, final
+from test_train import assert_same_bits, final, wait_for
 
 import pirl.training.loop
 from pirl.config import Recipe
@@ -27,8 +28,11 @@ from pirl.world import World
 STEPS_AN_EPOCH = 5
 
 
-def train_noting(world: World, recipe: Recipe, options: Options, notes: Path) -> dict[str, Any]:
-    """A training that notes where it starts and the images of each step, where a kill cannot take them away."""
+def train_noting(world: World, recipe: Recipe, options: Options, notes: Path, most_steps: int) -> dict[str, Any]:
+    """Train, and note where it starts and the images of each step, where a kill cannot take them away.
+
+    Its step `most_steps`, if not 0, waits for the kill.
+    """
     file = os.open(f"{notes}-{world.rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     resume, step = pirl.training.loop.resume, pirl.training.loop.train_step
 
@@ -37,9 +41,13 @@ def train_noting(world: World, recipe: Recipe, options: Options, notes: Path) ->
         os.write(file, b"%d\n" % (cursor.step if cursor else 0))
         return cursor
 
+    made = itertools.count(1)
+
     def noting_step(*arguments: Any) -> Any:
         *_, world, epoch, share, _ = arguments
         os.write(file, json.dumps([epoch, share.rows[: share.counts[world.rank]].tolist()]).encode() + b"\n")
+        if next(made) == most_steps:
+            wait_for(Path(f"{notes}-killed").exists, 240)
         return step(*arguments)
 
     pirl.training.loop.resume, pirl.training.loop.train_step = noting_resume, noting_step
@@ -58,11 +66,11 @@ class Killed:
         """Ranks of each."""
         self.kills: Counter[str] = Counter()
 
-    def start(self, size: int) -> list[Any]:
+    def start(self, size: int, most_steps: int = 0) -> list[Any]:
         notes = self.folder / f"notes-{len(self.attempts)}"
         self.attempts.append(size)
         options = Options(data=self.shards, out=str(self.out), log_every=1, checkpoint_every_s=0.05)
-        return ranks.start(train_noting, size, self.folder / "ranks", self.recipe, options, notes)
+        return ranks.start(train_noting, size, self.folder / "ranks", self.recipe, options, notes, most_steps)
 
     def noted(self, attempt: int, rank: int = 0) -> list[Any]:
         path = self.folder / f"notes-{attempt}-{rank}"
@@ -70,14 +78,15 @@ class Killed:
 
     def kill(self, size: int, most_steps: int) -> None:
         """Start on `size` ranks; at a random point, at the latest after `most_steps`, kill -9 one of them or all."""
-        processes = self.start(size)
+        processes = self.start(size, most_steps)
         how, reached = self.moment(most_steps)
-        while not reached() and len(self.noted(len(self.attempts) - 1)) <= most_steps:
+        while not reached() and len(self.noted(len(self.attempts) - 1)) <= most_steps:  # where it starts, and steps
             assert all(process.is_alive() for process in processes), ranks.output(self.folder / "ranks")
             time.sleep(0.002)
         victims = self.rng.choice([processes, *([process] for process in processes)])
         for process in victims:
             process.kill()
+        (self.folder / f"notes-{len(self.attempts) - 1}-killed").touch()
         self.kills[f"{how}, {'all ranks' if victims is processes else 'one rank'}"] += 1
         if not self.noted(len(self.attempts) - 1):  # they had not found each other yet, and may wait for a minute
             for process in processes:

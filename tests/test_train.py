@@ -22,6 +22,7 @@ import pytest
 import ranks
 import torch
 from conftest import IMAGES, TRAIN, pirl_train, tiny_recipe, warned
+from paced import HoldAt, SignalAt, train_paced
 from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401
 
 import pirl.training.control
@@ -69,15 +70,13 @@ def train_here(out: Path, shards: str, recipe: Recipe = RECIPE, **options: Any) 
     return train(recipe, Options(data=shards, out=str(out), **{"log_every": 1, **options}), World())
 
 
-def train_rank(world: World, recipe: Recipe, options: Options) -> Completion:
-    return train(recipe, options, world)
-
-
-def start(size: int, out: Path, shards: str, recipe: Recipe = RECIPE, **options: Any) -> list[BaseProcess]:
-    """A training on real ranks without a launcher; what they print is in `out`.ranks."""
+def start(
+    size: int, out: Path, shards: str, recipe: Recipe = RECIPE, *acts: HoldAt | SignalAt, **options: Any
+) -> list[BaseProcess]:
+    """Start a training on real ranks without a launcher; what they print is in `out`.ranks."""
     values = {"log_every": 1, "checkpoint_every_s": 0.1, **options}
     return ranks.start(
-        train_rank, size, out.with_suffix(".ranks"), recipe, Options(data=shards, out=str(out), **values)
+        train_paced, size, out.with_suffix(".ranks"), recipe, Options(data=shards, out=str(out), **values), *acts
     )
 
 
@@ -90,10 +89,6 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.005)
-
-
-def reached(out: Path, step: int) -> Callable[[], bool]:
-    return lambda: f"step {step}/" in printed(out)
 
 
 def saved_step(out: Path) -> int:
@@ -207,12 +202,8 @@ def test_killed_and_restarted_is_bit_identical(
     """
     out, rng = tmp_path / "run", random.Random(size)
     for first, last in ((2, 12), (16, 30)):
-        step = rng.randint(first, last)
-        processes = start(size, out, shards)
-        wait_for(reached(out, step))
         victim = rng.randrange(size)
-        assert processes[victim].pid is not None
-        os.kill(processes[victim].pid, signal.SIGKILL)
+        processes = start(size, out, shards, RECIPE, SignalAt(rng.randint(first, last), victim, signal.SIGKILL))
         codes = ranks.finish(processes)
         assert codes[victim] == -signal.SIGKILL
         assert None not in codes  # nobody hangs
@@ -230,7 +221,7 @@ def test_killed_and_restarted_is_bit_identical(
 
 def test_resuming_on_another_number_of_ranks(shards: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    processes = start(2, out, shards)
+    processes = start(2, out, shards, RECIPE, HoldAt(20), checkpoint_every_s=0)
     wait_for(lambda: saved_step(out) > 6)
     for process in processes:
         process.kill()
@@ -254,18 +245,14 @@ def test_sigterm_saves_and_the_next_start_goes_on(
     uninterrupted: dict[int, Path], shards: str, tmp_path: Path, size: int
 ) -> None:
     """Three times; the last rank gets the signal, and all stop at the same step."""
-    out, before = tmp_path / "run", 0
+    out = tmp_path / "run"
     for step, number in ((3, signal.SIGTERM), (15, signal.SIGHUP), (26, signal.SIGQUIT)):
-        processes = start(size, out, shards, checkpoint_every_s=1000)
-        wait_for(reached(out, step))
-        assert processes[-1].pid is not None
-        os.kill(processes[-1].pid, number)
+        processes = start(size, out, shards, RECIPE, SignalAt(step, size - 1, number), checkpoint_every_s=1000)
         assert ranks.finish(processes) == [75] * size, printed(out)
-        assert all("error: stopped by a signal at step" in printed(out, rank) for rank in range(size))
+        stopped = step + (size > 1)  # the agreement of several ranks takes a step
+        assert all(f"error: stopped by a signal at step {stopped};" in printed(out, rank) for rank in range(size))
         assert "run the same command again" in printed(out)
-        assert saved_step(out) >= step > before
-        assert f"at step {saved_step(out)};" in printed(out)  # all of the work is saved
-        before = saved_step(out)
+        assert saved_step(out) == stopped  # all of the work is saved
     assert ranks.finish(start(size, out, shards)) == [0] * size
     assert_same_bits(final(out), final(uninterrupted[size]))
 
@@ -278,7 +265,7 @@ def train_on_slow_storage(world: World, recipe: Recipe, options: Options) -> Com
         write(self, name, data)
 
     LocalStorage.write_bytes = slow  # type: ignore[method-assign]
-    return train(recipe, options, world)
+    return train_paced(world, recipe, options, SignalAt(3, 1, signal.SIGTERM))
 
 
 def test_no_rank_leaves_before_the_state_is_safe(shards: str, tmp_path: Path) -> None:
@@ -286,11 +273,8 @@ def test_no_rank_leaves_before_the_state_is_safe(shards: str, tmp_path: Path) ->
     out = tmp_path / "run"
     options = Options(data=shards, out=str(out), log_every=1, checkpoint_every_s=1000)
     processes = ranks.start(train_on_slow_storage, 2, out.with_suffix(".ranks"), RECIPE, options)
-    wait_for(reached(out, 3))
-    assert processes[1].pid is not None
-    os.kill(processes[1].pid, signal.SIGTERM)
     processes[1].join(60)
-    assert saved_step(out) >= 3
+    assert saved_step(out) == 4
     assert ranks.finish(processes) == [75, 75]
 
 
@@ -310,7 +294,7 @@ def test_a_signal_with_worker_processes(shards: str, tiny_toml: Path, tmp_path: 
     out = tmp_path / "run"
     argv = arguments(tiny_toml, shards, out, "--processes", "1", "--workers", "2", "train.epochs=2000")
     (launcher,) = ranks.start(launched, 1, out.with_suffix(".ranks"), argv)
-    wait_for(reached(out, 4))
+    wait_for(lambda: "step 4/" in printed(out), 120)
     assert launcher.pid is not None
     os.kill(launcher.pid, number)
     assert ranks.finish([launcher]) == [0]
@@ -327,8 +311,10 @@ def test_the_entry_point(uninterrupted: dict[int, Path], shards: str, tiny_toml:
     command = [*TRAIN, *argv, "--checkpoint-every-s", "0.1"]
     with open(tmp_path / "run.log", "w") as log:
         first = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        wait_for(lambda: "step 11/" in (tmp_path / "run.log").read_text())
-        os.kill(rank_pids(first.pid)[1], signal.SIGKILL)
+        wait_for(lambda: 1 in rank_pids(first.pid), 120)
+        victim = rank_pids(first.pid)[1]
+        wait_for(lambda: "step 2/" in (tmp_path / "run.log").read_text(), 120)
+        os.kill(victim, signal.SIGKILL)
         assert first.wait(60) == 1
     text = (tmp_path / "run.log").read_text()
     assert "error: rank 1 ended with signal 9" in text
@@ -551,10 +537,10 @@ def test_a_disk_that_is_full_for_a_while(
     """Training says so, goes on, keeps the last good checkpoint, and saves again when there is space."""
     out = small_disk / "run"
     processes = ranks.start(
-        train_rank,
+        train_paced,
         2,
         tmp_path / "ranks",
-        tiny_recipe("train.epochs=400"),
+        tiny_recipe("train.epochs=20000"),
         Options(data=shards, out=str(out), log_every=1, checkpoint_every_s=0.3),
     )
     output = lambda: ranks.output(tmp_path / "ranks")  # noqa: E731
@@ -579,9 +565,10 @@ def test_a_disk_that_stays_full_is_an_error_at_the_end(shards: str, tmp_path: Pa
     """The ranks end together, with one message, and what was saved before is whole."""
     out = small_disk / "run"
     argv = [RECIPE, Options(data=shards, out=str(out), log_every=1, checkpoint_every_s=1000)]
-    processes = ranks.start(train_rank, 2, tmp_path / "ranks", *argv)
+    processes = ranks.start(train_paced, 2, tmp_path / "ranks", *argv, HoldAt(1, until=tmp_path / "full"))
     wait_for(lambda: saved_step(out) == 0)
     fill(small_disk)
+    (tmp_path / "full").touch()
     codes = ranks.finish(processes)
     text = [ranks.output(tmp_path / "ranks", rank) for rank in range(2)]
     assert codes[0] == 1, text

@@ -107,11 +107,11 @@ def test_a_rank_that_hangs_is_named_with_its_step(shards: str, tmp_path: Path) -
 @pytest.mark.slow
 def test_a_launcher_ends_a_rank_that_hangs(shards: str, tiny_toml: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "run", tmp_path / "log"
-    argv = arguments(tiny_toml, shards, out, "--processes=2", f"train.epochs={EPOCHS}", "--timeout-s=10")
+    argv = arguments(tiny_toml, shards, out, "--processes=2", "train.epochs=100", "--timeout-s=10")
     command = [*TRAIN, *argv, "--checkpoint-every-s=0.1"]
     with open(log, "w") as file:
         first = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-    wait_for(lambda: "step 4/" in log.read_text())
+    wait_for(lambda: "step 4/" in log.read_text(), 120)
     os.kill(rank_pids(first.pid)[1], signal.SIGSTOP)
     assert first.wait(120) == 1
     assert not in_session(first.pid)
