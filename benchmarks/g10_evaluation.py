@@ -24,24 +24,20 @@ from torch import Tensor, nn
 from benchmarks.harness import Result, compare, finish
 from pirl.config import load_recipe
 from pirl.data import CropDataset
-from pirl.evaluate import (
-    Features,
-    Protocol,
-    ZooProtocol,
-    bank_neighbours,
-    embed,
-    extract,
-    linear_probe,
-    load_pixels,
-)
+from pirl.evaluate import Features, Progress, Protocol, ZooProtocol, embed
 from pirl.evaluate.crops import LabelledCrops
+from pirl.evaluate.features import CHUNK, Extractor, Moments, extract_all, moments
+from pirl.evaluate.heads import build_heads
 from pirl.evaluate.layers import FrozenLayers
-from pirl.evaluate.probe import probe
-from pirl.evaluate.zoo import build_heads, train_heads
+from pirl.evaluate.parts import Parts
+from pirl.evaluate.probe import Pair, bank_neighbours, probe, score_probes
+from pirl.evaluate.sgd import Standardised, train_probes
+from pirl.evaluate.zoo import train_heads
 from pirl.memory import MemoryBank
 from pirl.model import build_model
 from pirl.shards import ShardReader, open_source, write_shards
 from pirl.storage import open_storage
+from pirl.world import World
 
 TRAIN, TEST, CLASSES = 6000, 2000, 10
 CONVERGED_DECAY = 1e-3  # ten times the probe's
@@ -74,33 +70,34 @@ class Sides:
         train, test = (LabelledCrops(reader, self.recipe, self.zoo.seed) for reader in (self.train, self.test))
         return train_heads(build_heads(layers.shapes, CLASSES, self.zoo.seed), layers, train, test, self.zoo)[-1]
 
+    def extract(self, reader: ShardReader) -> Features:
+        extractor = Extractor({"": self.trunk}, self.recipe, torch.device("cpu"))
+        extractor.trunks[""].conv1.register_forward_hook(self._count)
+        crops = LabelledCrops(reader, self.recipe, seed=0)
+        return extract_all(extractor, crops, World(), 0, Parts(None, ""), Progress())[""]
+
     def features(self) -> list[Features]:
-        return [
-            Features(
-                extract(self.trunk, load_pixels(reader, self.recipe), self.recipe), torch.from_numpy(reader.labels())
-            )
-            for reader in (self.train, self.test)
-        ]
+        return [self.extract(reader) for reader in (self.train, self.test)]
 
     def by_bank(self) -> dict[str, Any]:
         """Run the neighbours in a bank, whose rows cost nothing and hold nothing in this benchmark."""
         rows = CropDataset(self.train.storage.uri, self.recipe).rows
         bank = MemoryBank(rows, self.recipe.model.embedding_dim, self.recipe.memory)
-        features = extract(self.trunk, load_pixels(self.test, self.recipe), self.recipe)
-        test = Features(embed(self.model, features), torch.from_numpy(self.test.labels()))
+        test = embed(self.model, self.extract(self.test))
         return bank_neighbours(bank.memory, self.train.storage.uri, self.recipe, test, CLASSES, Protocol())
 
     def check_forwards(self) -> None:
         """Raise unless features make one pass over all images, and the bank's neighbours one over the test images."""
-        for work, images in ((self.features, len(self.train) + len(self.test)), (self.by_bank, len(self.test))):
-            self.forwards = 0
+        for work, readers in ((self.features, (self.train, self.test)), (self.by_bank, (self.test,))):
+            self.forwards, images = 0, sum(map(len, readers))
             work()
-            assert self.forwards == images
+            scaling = images + sum(min(len(reader), CHUNK) for reader in readers)
+            assert self.forwards == scaling
 
     def fast(self) -> dict[str, Any]:
         """Run the fast protocol: linear probes with all and with few labels from three seeds, and neighbours."""
         train, test = self.features()
-        return probe(train, test, CLASSES, Protocol())
+        return probe({"pretrained": Pair(train, test)}, CLASSES, Protocol())[0]["pretrained"]
 
 
 def optimum(train: Features, test: Features, weight_decay: float) -> float:
@@ -122,10 +119,21 @@ def optimum(train: Features, test: Features, weight_decay: float) -> float:
         return (layer(test.x).argmax(1) == test.y).double().mean().item()
 
 
+def by_sgd(train: Features, test: Features, protocol: Protocol) -> list[tuple[float, float]]:
+    """Return (top-1, top-5) of the probe of each seed, on features as they are."""
+    dim = train.x.shape[1]
+    plain = Moments(torch.zeros(dim), torch.ones(dim), collapsed=False)
+    sides = [Standardised(each, plain, torch.device("cpu")) for each in (train, test)]
+    subsets = [torch.arange(len(train.y))] * len(protocol.seeds)
+    weights = train_probes(sides[:1], subsets, CLASSES, protocol, World(), Progress(), "linear")
+    return score_probes(sides[1:], weights, World())[0]
+
+
 def solvers(train: Features, test: Features) -> dict[str, Any]:
     """Return top-1 in percent of the probe's SGD and of L-BFGS; raise if they differ although SGD converges."""
-    mean, std = train.x.mean(0), train.x.std(0).clamp_min(1e-6)
-    train, test = (Features((each.x - mean) / std, each.y) for each in (train, test))
+    scale = moments(train, World())
+    sides = [Standardised(each, scale, torch.device("cpu")) for each in (train, test)]
+    train, test = (Features(each.rows(torch.arange(each.count)), each.labels) for each in sides)
     own = Protocol()
     found: dict[str, Any] = {}
     for name, protocol in (
@@ -133,7 +141,7 @@ def solvers(train: Features, test: Features) -> dict[str, Any]:
         ("own_decay_10x_steps", replace(own, min_steps=10 * own.min_steps, seeds=(0,))),
         ("10x_decay", replace(own, weight_decay=CONVERGED_DECAY)),
     ):
-        sgd = [100 * linear_probe(train, test, CLASSES, protocol, seed)[0] for seed in protocol.seeds]
+        sgd = [100 * top1 for top1, _ in by_sgd(train, test, protocol)]
         best = 100 * optimum(train, test, protocol.weight_decay)
         found[name] = {"sgd_top1": round(sum(sgd) / len(sgd), 2), "lbfgs_top1": round(best, 2)}
     arrived = found["10x_decay"]

@@ -6,18 +6,35 @@ from components.step import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def linear_eval(run: str, train_data: str, test_data: str, metrics: dsl.Output[dsl.Metrics], options: str = "") -> str:
+def linear_eval(
+    run: str,
+    train_data: str,
+    test_data: str,
+    metrics: dsl.Output[dsl.Metrics],
+    options: str = "",
+    backend: str = "local",
+    job: str = "",
+    kfp_run: str = "",
+) -> str:
     """Probe the newest checkpoint of `run` into its folder; return the run's URI.
 
-    `options` (`pirl eval --help`) are NAME=VALUE items separated by blanks. The gate reads the protocol fast.
+    `options` (`pirl eval --help`) and `job` (settings of the job, on a cluster) are NAME=VALUE items separated by
+    blanks. The gate reads the protocol fast. `kfp_run` is the id of the KFP run, a label of the job.
     """
     from components.step import step
-    from pirl.evaluate import apply_protocol
-    from pirl.evaluate.spec import EvaluationSpec
+    from pirl.backends import prepare_evaluation
     from pirl.results import Evaluation
 
     with step(run, "linear_eval"):
-        result = apply_protocol(EvaluationSpec.parse(run, data=train_data, test=test_data, options=options))
+        chosen, program = prepare_evaluation(
+            run, data=train_data, test=test_data, options=options, backend=backend, job=job
+        )
+        if program.result() is None:
+            if code := chosen.run(program, {"pirl.dev/kfp-run": kfp_run} if kfp_run else {}):
+                raise SystemExit(code)
+        else:
+            program.update()
+        result = program.result()
         if isinstance(result, Evaluation):
             for trunk in ("pretrained", "random"):
                 for name, scores in getattr(result, trunk).items():

@@ -18,16 +18,17 @@ from components.report import report
 from components.shard import shard
 
 
-def train_to_register(train: Any, test: Any, training: dict[str, Any], gating: dict[str, Any]) -> None:
+def train_to_register(train: Any, test: Any, training: dict[str, Any], gating: dict[str, Any], evaluation: Any) -> None:
     """Add the steps that follow the tasks `train` and `test`, which make shards.
 
-    `training` and `gating` are the steps' parameters.
+    `training` and `gating` are the steps' parameters, `evaluation` the options of the evaluation.
     """
     train_data, test_data = train.output, test.output
     # a placeholder has to be all of an argument: within a longer text the backend would leave it as it is
     trained = pretrain(data=train_data, **training, kfp_run=dsl.PIPELINE_JOB_ID_PLACEHOLDER)
     trained.after(test)  # which refuses classes that training does not have
-    evaluated = linear_eval(run=trained.output, train_data=train_data, test_data=test_data)
+    where = {"backend": training["backend"], "job": training["job"], "kfp_run": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
+    evaluated = linear_eval(run=trained.output, train_data=train_data, test_data=test_data, options=evaluation, **where)
     checked = gate(run=evaluated.outputs["Output"], **gating)
     data = {"train_data": train_data, "test_data": test_data}
     # both branches, on a parameter that is the gate's only output: the local runner skips any other shape silently
@@ -56,13 +57,15 @@ def pirl_pretrain(
     backend: str = "local",
     job: str = "",
     source_options: str = "",
+    evaluation: str = "",
 ) -> None:
     """Train, evaluate and register a model below `root`, a folder or an s3:// prefix.
 
     Its folders are data/, runs/RUN/, and registry/MODEL/ unless `registry` names another registry.
 
-    `overrides` (of the recipe), `options` (of the training), `source_options` (of reading and sharding the images) and
-    `job` (settings of the job, where `backend` has jobs) are NAME=VALUE items separated by blanks.
+    `overrides` (of the recipe), `options` (of the training), `source_options` (of reading and sharding the images),
+    `evaluation` (its options) and `job` (settings of the jobs that train and evaluate, where `backend` has jobs) are
+    NAME=VALUE items separated by blanks.
     """
     train = shard(source=train_source, root=root, run=run, split="train", options=source_options)
     test = shard(source=test_source, root=root, run=run, split="test", train_data=train.output, options=source_options)
@@ -72,4 +75,5 @@ def pirl_pretrain(
         {"root": root, "run": run, "recipe": recipe, "overrides": overrides}
         | {"options": options, "backend": backend, "job": job},
         {"root": root, "model": model, "metric": metric, "min_gain": min_gain, "registry": registry},
+        evaluation,
     )

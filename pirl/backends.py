@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import EXIT_DONE, UsageError, did_you_mean
+from .evaluate.spec import EvaluationOptions, EvaluationSpec, evaluation_options
 from .jobs.kind import JobKind
 from .jobs.pytorchjob import PyTorchJob
 from .jobs.settings import JobSettings, job_settings
@@ -22,7 +23,7 @@ from .text import count
 from .training.spec import TrainingOptions, TrainingSpec, training_options
 
 if TYPE_CHECKING:
-    from .programs import Program, Training
+    from .programs import EvaluationProgram, Program, Training
 
 Settings = Mapping[str, Any]
 
@@ -223,3 +224,29 @@ def prepare_training(
     assert chosen is not None
     assert spec is not None
     return chosen, Training(spec)
+
+
+def prepare_evaluation(
+    run: str,
+    *,
+    data: str,
+    test: str,
+    options: str | EvaluationOptions,
+    backend: str,
+    job: str | Iterable[str],
+) -> tuple[Backend, EvaluationProgram]:
+    """Return where to evaluate, and the evaluation, of the values of a command or the texts of a step.
+
+    Raise all problems at once.
+    """
+    from .programs import EvaluationProgram
+
+    problems = Collector("the evaluation")
+    own = problems.run(lambda: evaluation_options(options))
+    processes = {"processes": own.processes} if own else {}
+    chosen = problems.run(lambda: open_backend(backend, items_of(job), processes))
+    spec = problems.run(lambda: EvaluationSpec.parse(run, data=data, test=test, options=own or EvaluationOptions()))
+    problems.finish()
+    assert chosen is not None
+    assert spec is not None
+    return chosen, EvaluationProgram(spec)

@@ -127,6 +127,8 @@ def _report_failure(error: ChildFailedError | SignalException, folder: Path) -> 
     silent = {rank: failure.exitcode for rank, failure in failures.items() if rank not in outcomes}
     # a rank that ended because another one did, or because of the stop signal, is not a cause
     causes = [outcome for outcome in outcomes.values() if not outcome["follows"]]
+    if silent and all(outcome["exit_code"] == EXIT_PREEMPTED for outcome in causes):
+        causes = []  # the agent has stopped the others because this one died
     if causes or not silent:
         causes = sorted(causes or outcomes.values(), key=lambda outcome: outcome["exit_code"] == EXIT_PREEMPTED)
         for message in dict.fromkeys(outcome["message"] for outcome in causes):

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .errors import UsageError
-from .run import METRICS, Run
+from .evaluate.progress import describe
+from .evaluate.spec import EvaluationSpec
+from .run import EVALUATION_PROGRESS, METRICS, Run, split_checkpoint_uri
 from .shards import Manifest
 from .storage import open_storage
 from .training.spec import TrainingSpec
@@ -131,3 +133,66 @@ class Training:
             f"epoch {line['epoch']:.2f}  step {line['step']}  loss {line['loss']:.4f}  "
             f"{line['images_per_s']:.0f} images/s"
         )
+
+
+@dataclass(frozen=True)
+class EvaluationProgram:
+    """Evaluation of a run by a protocol: `python -m pirl.evaluate`."""
+
+    spec: EvaluationSpec
+    module: str = "pirl.evaluate"
+    record: str = EVALUATION_PROGRESS
+
+    @property
+    def name(self) -> str:
+        """Name of the protocol."""
+        return self.spec.protocol
+
+    @property
+    def out(self) -> str:
+        """URI of the run."""
+        return split_checkpoint_uri(self.spec.run)[0]
+
+    @property
+    def processes(self) -> int:
+        """Ranks on this machine."""
+        return self.spec.processes
+
+    @property
+    def locations(self) -> Mapping[str, str]:
+        """URIs of run and shards."""
+        return {"run": self.spec.run, "data": self.spec.data, "test": self.spec.test}
+
+    def plan(self) -> list[str]:
+        """Check run and data, and return what would be done."""
+        from .evaluate.start import plan as plan_evaluation
+
+        return plan_evaluation(self.spec)
+
+    def file(self) -> tuple[str, str]:
+        """Return the specification, without the number of processes: it is the backend's."""
+        return "evaluation.json", self.spec.model_copy(update={"processes": 0}).to_json()
+
+    def arguments(self, path: str) -> list[str]:
+        """Return the only argument, the path of the specification."""
+        return [path]
+
+    def is_complete(self) -> bool:
+        """Return whether the run has the result of this checkpoint, data and protocol."""
+        return self.result() is not None
+
+    def result(self) -> Any:
+        """Return the result: content of `eval_zoo.json` for the protocol zoo, else an evaluation; None without it."""
+        from .evaluate.apply import kept_result
+
+        return kept_result(self.spec)
+
+    def update(self) -> None:
+        """Write the locations of the data into a result that was kept."""
+        from .evaluate.apply import apply_protocol
+
+        apply_protocol(self.spec)
+
+    def describe(self, line: Mapping[str, Any]) -> str:
+        """Return phase, progress and throughput."""
+        return describe(line)

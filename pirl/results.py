@@ -144,6 +144,11 @@ class Evaluation(Versioned):
     collapsed: list[str] = []
     """Of "pretrained" and "random": backbones whose features do not vary over the training images."""
     bank: BankScores | None = None
+    steps: dict[str, int] = {}
+    """Steps of each linear probe."""
+    differences: list[str] = []
+    """Deviations from the protocol that a large data set has made necessary."""
+    ranks: int = 1
     seconds: float = 0.0
 
     @property

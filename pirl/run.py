@@ -6,6 +6,7 @@
     checkpoints/     complete or absent              registered.json  the version it became
     DONE.json        written last by rank 0          steps/           time and memory of each step
     warm.json        what a warm start began with    report.html      all of this on one page
+    eval_bank.json   neighbours in the memory bank   eval_parts/      of an evaluation under way
     sinks/           files of TensorBoard, MLflow, Weights & Biases
 
 No other module has these names. Contents are typed (`pirl.results`). Nothing is read until it is asked for.
@@ -13,8 +14,9 @@ No other module has these names. Contents are typed (`pirl.results`). Nothing is
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,9 +42,11 @@ if TYPE_CHECKING:  # importing it loads torch, which a look into a folder does n
 RECIPE, DONE = "config.toml", "DONE.json"
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 EVALUATION, LAYERS, CHAMPION = "eval.json", "eval_zoo.json", "eval_champion.json"
+BANK_EVALUATION = "eval_bank.json"
 GATE, REGISTERED = "gate.json", "registered.json"
 WARM, REPORT = "warm.json", "report.html"
-CHECKPOINTS, STEPS, SINKS = "checkpoints", "steps", "sinks"
+CHECKPOINTS, STEPS, SINKS, EVALUATION_PARTS = "checkpoints", "steps", "sinks", "eval_parts"
+EVALUATION_PROGRESS = "eval_progress.jsonl"
 
 NO_CHECKPOINT_HINT = "give the --out of a `pirl train` that has started"
 
@@ -149,6 +153,27 @@ class Run:
     def save_evaluation(self, evaluation: Evaluation) -> None:
         self._write(EVALUATION, evaluation)
 
+    def bank_evaluation(self) -> Evaluation | None:
+        """Return the scores of the memory bank alone."""
+        return self._read(BANK_EVALUATION, Evaluation)
+
+    def save_bank_evaluation(self, evaluation: Evaluation) -> None:
+        self._write(BANK_EVALUATION, evaluation)
+
+    def save_evaluation_progress(self, line: Mapping[str, Any]) -> None:
+        """Replace the line on the progress of an evaluation under way."""
+        self.storage.write_bytes(EVALUATION_PROGRESS, f"{json.dumps(line)}\n".encode())
+
+    def evaluation_parts(self, name: str) -> Storage:
+        """Return the folder of what an evaluation has computed and would continue from; `name` identifies its input."""
+        return self.storage / EVALUATION_PARTS / name
+
+    def discard_evaluation_parts(self, protocol: str) -> None:
+        """Delete what evaluations by a protocol have left to continue from."""
+        folder = self.storage / EVALUATION_PARTS
+        for name in folder.list(f"{protocol}-"):
+            folder.delete(name)
+
     def champion_evaluation(self) -> Evaluation | None:
         """Return the evaluation of a champion's backbone on the data of this run's evaluation."""
         return self._read(CHAMPION, Evaluation)
@@ -235,9 +260,12 @@ class Run:
             raise self._no_checkpoint()
         return checkpoints.commit(name)
 
-    def load(self) -> tuple[Commit, dict[str, Any]]:
-        """Return the checkpoint named, or the newest that is whole; raise `CheckpointError` without one."""
-        loaded = self.checkpoints().load(self.checkpoint)
+    def load(self, rows: Mapping[str, range] | None = None) -> tuple[Commit, dict[str, Any]]:
+        """Return the checkpoint named, or the newest that is whole; raise `CheckpointError` without one.
+
+        Of the tensors in `rows` only these rows are read.
+        """
+        loaded = self.checkpoints().load(self.checkpoint, rows)
         if loaded is None:
             raise self._no_checkpoint()
         return loaded

@@ -38,6 +38,7 @@ PROCESSES = [
     "kills",
     "docker",
     "new_option",
+    "evaluate_ranks",
     "metrics",
     "cache",
     "benchmarks",

@@ -19,10 +19,10 @@ from torchvision import transforms
 from pirl.checkpoint import Checkpoints
 from pirl.errors import CheckpointError, ConfigError, DataError, UsageError
 from pirl.evaluate import (
+    Execution,
     Features,
+    Progress,
     Protocol,
-    as_json,
-    bank_neighbours,
     centre_crop,
     embed,
     evaluate,
@@ -30,18 +30,16 @@ from pirl.evaluate import (
     evaluate_run,
     evaluate_trunk,
     extract,
-    few_labels,
-    linear_probe,
     load_model,
-    load_pixels,
     load_trunk,
-    nearest_neighbours,
-    neighbours,
+    nearest,
     require_finite,
-    spread,
 )
-from pirl.evaluate.load import is_collapsed
-from pirl.evaluate.probe import probe
+from pirl.evaluate.crops import LabelledCrops
+from pirl.evaluate.features import Moments, fold_norms, moments
+from pirl.evaluate.neighbours import vote
+from pirl.evaluate.probe import Pair, as_json, bank_neighbours, few_labels, probe, score_probes, spread
+from pirl.evaluate.sgd import Standardised, train_probes
 from pirl.evaluate.spec import EvaluationOptions, EvaluationSpec
 from pirl.model import build_model, weights_digest
 from pirl.results import PROBES, Evaluation, ProbeSettings, Scores
@@ -66,6 +64,54 @@ def blobs(n: int, classes: int = 6, dim: int = 12, noise: float = 0.1, seed: int
 
 
 # ---- the linear probe
+
+
+def linear_probe(train: Features, test: Features, classes: int, protocol: Protocol, seed: int) -> tuple[float, float]:
+    """(top-1, top-5) of one probe on features as they are."""
+    dim, protocol = train.x.shape[1], replace(protocol, seeds=(seed,))
+    plain = Moments(torch.zeros(dim), torch.ones(dim), collapsed=False)
+    sides = [Standardised(side, plain, torch.device("cpu")) for side in (train, test)]
+    subsets = [torch.arange(len(train.y))]
+    weights = train_probes(sides[:1], subsets, classes, protocol, World(), Progress(), "linear")
+    return score_probes(sides[1:], weights, World())[0][0]
+
+
+def by_autograd(train: Features, subset: torch.Tensor, classes: int, protocol: Protocol, seed: int) -> torch.Tensor:
+    """The weights (D + 1, classes) of one probe by PyTorch's own layer, loss, optimiser and schedule."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = train.x[subset], train.y[subset]
+    layer = torch.nn.Linear(x.shape[1], classes)
+    with torch.no_grad():
+        layer.weight.uniform_(-(x.shape[1] ** -0.5), x.shape[1] ** -0.5, generator=generator)
+        layer.bias.zero_()
+    settings = {"momentum": protocol.momentum, "weight_decay": protocol.weight_decay, "nesterov": True}
+    optimizer = torch.optim.SGD(layer.parameters(), protocol.lr, **settings)  # type: ignore[arg-type]
+    batch = min(protocol.batch_size, len(y))
+    steps = max(protocol.min_steps, protocol.epochs * len(y) // batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        if len(order) < batch:
+            order = torch.randperm(len(y), generator=generator)
+        index, order = order[:batch], order[batch:]
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(layer(x[index]), y[index]).backward()
+        optimizer.step()
+        schedule.step()
+    return torch.cat([layer.weight.detach().T, layer.bias.detach()[None]])
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_probes_trained_together_are_those_of_autograd_one_by_one(few: bool) -> None:
+    """Two backbones and three seeds at once, in closed form."""
+    protocol = Protocol(seeds=(0, 1, 2), epochs=3, min_steps=40, batch_size=32)
+    sets = [blobs(150, noise=1.0), blobs(150, noise=2.0, seed=5)]
+    subsets = [few_labels(sets[0].y, 0.3, seed) if few else torch.arange(150) for seed in protocol.seeds]
+    plain = Moments(torch.zeros(12), torch.ones(12), collapsed=False)
+    train = [Standardised(side, plain, torch.device("cpu")) for side in sets]
+    weights = train_probes(train, subsets, 6, protocol, World(), Progress(), "linear")
+    expected = [by_autograd(side, subsets[seed], 6, protocol, seed) for side in sets for seed in protocol.seeds]
+    torch.testing.assert_close(weights, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_separable_features_are_told_apart() -> None:
@@ -106,7 +152,9 @@ def test_probe_scales_features_by_the_training_set() -> None:
     for features in (train, test):
         features.x[:, 0] *= 1e6
         features.x[:, 1] = 7.0
-    result = probe(train, test, 6, replace(QUICK, label_share=0.2))
+    scores, collapsed = probe({"pretrained": Pair(train, test)}, 6, replace(QUICK, label_share=0.2))
+    result = scores["pretrained"]
+    assert collapsed == []
     assert result["linear"].top1.mean == 1.0
     assert result["linear_1pct"].top1.mean == 1.0
     assert len(result["linear"].top1.runs) == 2
@@ -124,14 +172,11 @@ def test_spread() -> None:
 
 def test_few_labels_takes_a_share_of_each_class_and_at_least_one() -> None:
     y = torch.cat([torch.zeros(200), torch.ones(60), torch.full((3,), 2)]).long()
-    train = Features(torch.arange(263.0)[:, None], y)
     for seed in range(5):
-        few = few_labels(train, 0.05, seed)
-        assert torch.bincount(few.y).tolist() == [10, 3, 1]
-        chosen = few.x[:, 0].long()
-        assert len(set(chosen.tolist())) == 14
-        assert torch.equal(y[chosen], few.y)
-    drawn = [tuple(few_labels(train, 0.05, seed).x[:, 0].tolist()) for seed in (0, 0, 1)]
+        few = few_labels(y, 0.05, seed)
+        assert torch.bincount(y[few]).tolist() == [10, 3, 1]
+        assert len(set(few.tolist())) == 14
+    drawn = [tuple(few_labels(y, 0.05, seed).tolist()) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -156,22 +201,19 @@ def brute_force(train: Features, test: Features, classes: int, k: int, temperatu
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (5, 0.07), (20, 0.5), (200, 0.07)])
 def test_nearest_neighbours_by_brute_force(k: int, temperature: float) -> None:
     train, test = blobs(130, noise=1.5), blobs(75, noise=1.5, seed=1)
-    protocol = replace(QUICK, neighbours=k, knn_temperature=temperature)
-    found = nearest_neighbours(train, test, 6, protocol)
+    found = vote(train, test, 6, k, temperature)
     assert found == pytest.approx(brute_force(train, test, 6, k, temperature))
     assert 0.3 < found < 1
 
 
-def test_neighbours_come_nearest_first_and_in_chunks() -> None:
+def test_neighbours_come_nearest_first_and_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     train, test = blobs(50, noise=1.0), blobs(23, noise=1.0, seed=1)
-    whole = list(neighbours(train.x, test.x, 4))
-    parts = list(neighbours(train.x, test.x, 4, chunk=5))
-    assert len(whole) == 1
-    assert len(parts) == 5
-    assert torch.equal(torch.cat([index for index, _ in parts]), whole[0][0])
-    assert (whole[0][1].diff(dim=1) <= 0).all()
-    own = next(iter(neighbours(train.x, train.x, 1)))[0][:, 0]
-    assert own.tolist() == list(range(50))
+    index, similarity = nearest(train.x, test.x, 4)
+    assert (similarity.diff(dim=1) <= 0).all()
+    monkeypatch.setattr(sys.modules["pirl.evaluate.neighbours"], "BLOCK", 3)
+    assert torch.equal(nearest(train.x, test.x, 4)[0], index)
+    assert torch.equal(nearest(train.x, test.x, 4, first=100)[0], index + 100)
+    assert nearest(train.x, train.x, 1)[0][:, 0].tolist() == list(range(50))
 
 
 # ---- pixels and features
@@ -190,20 +232,70 @@ def test_an_image_that_fits_is_not_resampled() -> None:
     assert np.array_equal(centre_crop(image, tiny_recipe()), np.asarray(image)[:, 4:20])
 
 
-def test_pixels_come_in_order_and_features_of_a_batch_are_those_of_one(shards: str) -> None:
-    recipe = tiny_recipe()
+def pixels_of(shards: str) -> torch.Tensor:
     reader = ShardReader(shards)
-    pixels = load_pixels(reader, recipe)
-    first, again = (torch.cat(list(pixels())) for _ in range(2))
-    assert first.shape == (IMAGES, 16, 16, 3)
-    assert torch.equal(first, again)
+    return LabelledCrops(reader, tiny_recipe(), seed=0)[None, np.arange(len(reader))][0]
+
+
+def test_features_of_a_batch_are_those_of_one(shards: str) -> None:
+    recipe, pixels = tiny_recipe(), pixels_of(shards)
+    assert pixels.shape == (IMAGES, 16, 16, 3)
     trunk = build_model(recipe).trunk.eval()
-    together = extract(trunk, pixels, recipe)
+    together = extract(trunk, lambda: pixels.split(20), recipe)
     assert together.shape == (IMAGES, 32)
     mean, std = (torch.tensor(each) for each in (recipe.views.mean, recipe.views.std))
     with torch.no_grad():
-        one = trunk(((first[7:8] / 255.0 - mean) / std).permute(0, 3, 1, 2))
+        one = trunk(((pixels[7:8] / 255.0 - mean) / std).permute(0, 3, 1, 2))
     torch.testing.assert_close(together[7:8], one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_folded_norms_are_the_same_function_of_a_copy(block: str) -> None:
+    torch.manual_seed(0)
+    trunk = build_model(tiny_recipe(f"model.block={block}")).trunk.eval()
+    for module in trunk.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.5, 0.5)
+            module.running_var.uniform_(0.5, 2)
+            torch.nn.init.uniform_(module.weight, 0.5, 2)
+            torch.nn.init.uniform_(module.bias, -0.5, 0.5)
+    before = weights_digest(trunk.state_dict())
+    folded, x = fold_norms(trunk), torch.randn(5, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), trunk(x), rtol=1e-5, atol=1e-5)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    assert weights_digest(trunk.state_dict()) == before
+
+
+def test_features_in_half_precision_give_the_same_result(
+    run: str, shards: str, test_shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scaled by a power of two: random weights of a deep network give features below the least half number."""
+    whole = evaluate(run, shards, test_shards, QUICK)
+    monkeypatch.setattr(sys.modules["pirl.evaluate.features"], "HALF_FROM_BYTES", 0)
+    half = evaluate(run, shards, test_shards, QUICK)
+    assert half.differences == ["features in half precision"]
+    assert (half.pretrained, half.random, half.bank) == (whole.pretrained, whole.random, whole.bank)
+    recipe, _, trunk = load_trunk(run)
+    trunk.layer4[-1].bn2.weight.data.mul_(1e-9)
+    trunk.layer4[-1].bn2.bias.data.mul_(1e-9)
+    for module in trunk.layer4[-1].downsample[1:]:
+        module.weight.data.mul_(1e-9)
+        module.bias.data.mul_(1e-9)
+    small = evaluate_trunk(trunk, recipe, shards, test_shards, QUICK)
+    assert small.pretrained["knn"] == whole.pretrained["knn"]
+    assert small.collapsed == []
+
+
+def test_steps_are_bounded_and_the_bound_is_recorded(
+    run: str, shards: str, test_shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Protocol().steps(60_000) == Protocol().unbounded_steps(60_000) == 4687  # the demo's
+    assert Protocol().steps(1_281_167) == 20_000
+    monkeypatch.setattr(sys.modules["pirl.evaluate.probe"], "MOST_STEPS", 50)
+    result = evaluate(run, shards, test_shards, QUICK)
+    assert result.steps == {"linear": 50, "linear_1pct": 50}
+    assert result.differences[0] == "linear: 50 steps for 60, which 2 epochs would take"
 
 
 # ---- a run
@@ -280,7 +372,8 @@ def test_collapsed_features_are_reported(run: str, shards: str, test_shards: str
     with torch.no_grad():
         for parameter in trunk.layer4.parameters():
             parameter.zero_()
-    result = evaluate_trunk(trunk, recipe, shards, test_shards, QUICK, lines.append)
+    execution = Execution(progress=Progress(lines.append))
+    result = evaluate_trunk(trunk, recipe, shards, test_shards, QUICK, execution)
     assert result.collapsed == ["pretrained"]
     assert any("have collapsed" in line for line in lines)
 
@@ -296,7 +389,7 @@ def test_collapsed_features_are_reported(run: str, shards: str, test_shards: str
     ],
 )
 def test_what_counts_as_collapsed(features: torch.Tensor, collapsed: bool) -> None:
-    assert is_collapsed(features) is collapsed
+    assert moments(Features(features, torch.zeros(len(features))), World()).collapsed is collapsed
 
 
 def test_the_memory_bank_finds_what_brute_force_finds(run: str, shards: str, test_shards: str) -> None:
@@ -304,7 +397,7 @@ def test_the_memory_bank_finds_what_brute_force_finds(run: str, shards: str, tes
     recipe, _, model, memory = load_model(run)
     train, test = ShardReader(shards), ShardReader(test_shards)
     assert memory.shape == (IMAGES, recipe.model.embedding_dim)
-    pixels = torch.cat(list(load_pixels(test, recipe)()))
+    pixels = pixels_of(test_shards)
     mean, std = (torch.tensor(each) for each in (recipe.views.mean, recipe.views.std))
     with torch.no_grad():
         embeddings = model.image_head(model.trunk(((pixels / 255.0 - mean) / std).permute(0, 3, 1, 2)))
@@ -325,8 +418,8 @@ def test_the_memory_bank_of_fewer_images_has_their_labels(shards: str, tmp_path:
     _, _, model, memory = load_model(str(tmp_path / "run"))
     reader = ShardReader(shards)
     chosen = [row * IMAGES // 20 for row in range(20)]
-    embedded = embed(model, extract(model.trunk, load_pixels(reader, recipe), recipe))
     labels = torch.from_numpy(reader.labels())
+    embedded = embed(model, Features(extract(model.trunk, lambda: [pixels_of(shards)], recipe), labels)).x
     one = replace(QUICK, neighbours=1)
     itself = bank_neighbours(embedded[chosen], shards, recipe, Features(embedded[chosen], labels[chosen]), 3, one)
     assert itself.top1.mean == 1.0
@@ -424,7 +517,7 @@ def test_a_run_is_evaluated_once(
     """The second time its `eval.json` is the answer, unless the weights or the data are others."""
     calls: list[tuple[Any, ...]] = []
 
-    def counted(*arguments: Any, progress: Any) -> Evaluation:
+    def counted(*arguments: Any, execution: Any) -> Evaluation:
         calls.append(arguments)
         result = evaluate(*arguments, QUICK)
         return result.model_copy(update={"protocol": ProbeSettings(**{**dict(result.protocol), **as_json(Protocol())})})
@@ -461,6 +554,10 @@ def test_a_run_is_evaluated_once(
     assert not list((folder / "checkpoints").rglob("eval.json"))
 
 
+def no_probe(pairs: dict[str, Pair], *_: Any) -> tuple[dict[str, Any], list[str]]:
+    return {name: {"linear": Scores(top1=spread([0.5]))} for name in pairs}, []
+
+
 def test_another_eval_section_is_applied_to_a_finished_run(
     tiny_toml: Path, shards: str, test_shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -469,7 +566,7 @@ def test_another_eval_section_is_applied_to_a_finished_run(
     place = ["--data", shards, "--out", run.uri, "--processes", 1, "train.epochs=1"]
     assert pirl_train(tiny_toml, *place) == 0
     completion, weights = run.completion(), weights_digest(load_trunk(run)[2].state_dict())
-    monkeypatch.setattr(sys.modules["pirl.evaluate.fast"], "probe", lambda *_: {"linear": Scores(top1=spread([0.5]))})
+    monkeypatch.setattr(sys.modules["pirl.evaluate.fast"], "probe", no_probe)
     first = evaluate_run(run.uri, shards, test_shards)
     assert pirl_train(tiny_toml, *place, "eval.resize=20", "eval.crop=12") == 0
     assert run.completion() == completion
@@ -491,11 +588,11 @@ def test_texts_items_options_and_json_give_the_same_specification(tmp_path: Path
     specs = [EvaluationSpec.parse("r", data="d", test="t", options=way) for way in ways]
     (tmp_path / "spec.json").write_text(specs[0].to_json())
     specs.append(EvaluationSpec.read(str(tmp_path / "spec.json")))
-    assert specs == [EvaluationSpec(run="r", data="d", test="t", protocol="zoo", epochs=3, workers=0)] * 4
+    assert specs == [EvaluationSpec(run="r", data="d", test="t", protocol="zoo", epochs=3)] * 4
 
 
 def test_every_problem_of_a_specification_is_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        EvaluationSpec.parse("ftp://r", data="d", test="s3:/t", options="protocol=zo workers=-1 run=x epoch=2")
+        EvaluationSpec.parse("ftp://r", data="d", test="s3:/t", options="protocol=zo workers=-2 run=x epoch=2")
     for problem in ("--run", "--test", "Did you mean 'zoo'?", "workers", "'run'", "Did you mean 'epochs'?"):
         assert problem in caught.value.what, problem

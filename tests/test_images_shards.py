@@ -19,8 +19,7 @@ from typer.testing import CliRunner
 from pirl.cli import app
 from pirl.data import CropDataset
 from pirl.errors import UsageError
-from pirl.evaluate.crops import LabelledCrops
-from pirl.evaluate.probe import load_pixels
+from pirl.evaluate.crops import LabelledCrops, centre_crop
 from pirl.shards import (
     LEGACY,
     ArraySource,
@@ -178,7 +177,7 @@ def test_all_readers_see_the_same_pixels(special: Path, tmp_path: Path, decoding
     expected, patches = crop_batch(images, rows, recipe.train.seed, 1, recipe.views)
     assert np.array_equal(batch.images.numpy(), expected)
     assert np.array_equal(batch.patches.numpy(), patches)
-    probed = np.concatenate([pixels.numpy() for pixels in load_pixels(reader, recipe)()])
+    probed = np.stack([centre_crop(reader.image(id), recipe) for id in rows.tolist()])
     crops, _ = LabelledCrops(reader, recipe, seed=0)[None, rows]
     assert np.array_equal(crops.numpy(), probed)
 

@@ -28,18 +28,11 @@ from pirl.config import ModelConfig, Recipe, load_recipe
 from pirl.errors import CheckpointError, DataError, TrainingError, UsageError
 from pirl.evaluate import ZooProtocol, centre_crop, evaluate_layers
 from pirl.evaluate.crops import PROBE_STREAM, LabelledCrops, draw_crops, random_crops
+from pirl.evaluate.execution import Execution
+from pirl.evaluate.heads import HEADS, build_heads, head_optimizer, score_heads, top_hits, train_step
 from pirl.evaluate.layers import ZOO_POOLS, FrozenLayers, adaptive_pool, choose_pools, layer_maps, zoo_shapes
-from pirl.evaluate.zoo import (
-    HEADS,
-    build_heads,
-    describe,
-    head_optimizer,
-    score_heads,
-    split_batches,
-    top_hits,
-    train_heads,
-    train_step,
-)
+from pirl.evaluate.progress import Progress
+from pirl.evaluate.zoo import describe, split_batches, train_heads
 from pirl.model import Trunk, build_model
 from pirl.optim import set_learning_rate
 from pirl.order import epoch_order
@@ -525,7 +518,7 @@ def test_a_separable_set_is_learned(colours: str, tmp_path: Path) -> None:
     run = save_run(tmp_path / "run", tiny_recipe())
     said: list[str] = []
     protocol = ZooProtocol(epochs=8, batch_size=8, base_lr=1.0)
-    result = evaluate_layers(run, colours, colours, protocol, progress=said.append)
+    result = evaluate_layers(run, colours, colours, protocol, Execution(progress=Progress(said.append)))
     assert list(result["top1"]) == list(HEADS)
     assert {name for name, share in result["top1"].items() if share < 1} <= {"res5avg"}  # nothing scales its features
     assert set(result["top5"].values()) == {1.0}  # of two classes

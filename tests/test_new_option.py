@@ -72,9 +72,8 @@ EVALUATION_PROGRAM = """
 import contextlib, io, sys
 from unittest import mock
 
-import pirl.evaluate.apply
 from components.linear_eval import linear_eval
-from pirl import cli
+from pirl import cli, launch
 from pirl.evaluate.spec import EvaluationSpec
 
 assert cli.__file__.startswith(sys.argv[1]), cli.__file__
@@ -91,7 +90,15 @@ def pirl_eval(*words):
 
 shown = " ".join(pirl_eval("--help").split())
 assert "--toy" in shown and "A toy that nobody needs." in shown, shown
-with mock.patch("pirl.evaluate.apply.apply_protocol", lambda spec, *_: specs.append(spec) or {}):
+
+
+def run_ranks(module, arguments, processes):
+    specs.append(EvaluationSpec.read(arguments[0]))
+    return 0
+
+
+missing = mock.patch.multiple("pirl.programs.EvaluationProgram", result=lambda self: None, plan=lambda self: [])
+with mock.patch.object(launch, "run_ranks", run_ranks), missing:
     with mock.patch("components.step.step", lambda *_: contextlib.nullcontext()):
         linear_eval.python_func(run="r", train_data="d", test_data="t", metrics=None, options="toy=4")
     with mock.patch("pirl.cli.evaluate.show_layers"):

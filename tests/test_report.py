@@ -23,7 +23,8 @@ from pirl.checkpoint import Checkpoints
 from pirl.cli.evaluate import show_scores
 from pirl.config import Recipe
 from pirl.errors import ConfigError, DataError, StorageNotFoundError, UsageError
-from pirl.evaluate import Protocol, centre_crop, evaluate, extract, load_trunk, neighbours
+from pirl.evaluate import Protocol, centre_crop, evaluate, extract, load_trunk
+from pirl.evaluate import nearest as nearest_rows
 from pirl.export import trunk_bytes
 from pirl.model import build_model
 from pirl.order import epoch_order
@@ -281,7 +282,7 @@ def test_the_neighbours_are_the_nearest(page: Page, evaluated: Path, data: tuple
     nearest = []
     for candidate in (trunk, build_model(recipe).trunk.eval()):
         everything = features(candidate, train_reader, range(len(train_reader)))
-        nearest.append(next(neighbours(everything, features(candidate, test_reader, queries), 6))[0].tolist())
+        nearest.append(nearest_rows(everything, features(candidate, test_reader, queries), 6)[0].tolist())
     for row, query in enumerate(queries):
         for found in (nearest[0][row], nearest[1][row]):
             for id in found:

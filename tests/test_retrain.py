@@ -24,10 +24,11 @@ from pirl.backends import LocalBackend
 from pirl.checkpoint import Checkpoints, Cursor
 from pirl.config import Recipe
 from pirl.errors import EXIT_PREEMPTED, PreemptedError, UsageError
+from pirl.evaluate import apply
 from pirl.gate import question
 from pirl.memory import MemoryBank
 from pirl.model import build_model
-from pirl.programs import Program, Training
+from pirl.programs import EvaluationProgram, Program, Training
 from pirl.registry import open_registry
 from pirl.results import Evaluation, GateDecision, Score, Scores
 from pirl.retraining import Gating, data_uri, decide_retrain
@@ -324,6 +325,9 @@ class ThisProcess(LocalBackend):
     """Trains in this process: starting ranks takes seconds, and is not what is tested."""
 
     def run(self, program: Program, labels: Mapping[str, str] | None = None) -> int:
+        if isinstance(program, EvaluationProgram):
+            apply.apply_protocol(program.spec)
+            return 0
         assert isinstance(program, Training)
         train(program.spec.recipe, program.spec, World())
         return 0
@@ -359,11 +363,12 @@ def spoiled(probe_trunks: Any) -> Any:
     """Make every score of a run's own evaluation 0, and leave that of the champion as it is."""
 
     def changed(trunks: dict[str, Any], *arguments: Any) -> Any:
-        scores, collapsed, features = probe_trunks(trunks, *arguments)
+        result, pairs = probe_trunks(trunks, *arguments)
         if "random" in trunks:
             zero = Scores(top1=Score(mean=0.0, std=0.0))
-            scores = {name: dict.fromkeys(found, zero) for name, found in scores.items()}
-        return scores, collapsed, features
+            scores = {"pretrained": result.pretrained, "random": result.random}
+            result = result.model_copy(update={name: dict.fromkeys(found, zero) for name, found in scores.items()})
+        return result, pairs
 
     return changed
 
@@ -372,7 +377,6 @@ def test_a_sigterm_during_the_evaluation_ends_cleanly_and_is_resumed(
     tmp_path: Path, tiny_toml: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the training before has left as a handler, the message is one of ours, and nothing is done twice."""
-    from pirl.retraining import retrain
 
     def stopped(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -382,7 +386,7 @@ def test_a_sigterm_during_the_evaluation_ends_cleanly_and_is_resumed(
     before = signal.getsignal(signal.SIGTERM)
     wanted = retraining(tmp_path, tiny_toml, min_gain=-1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(retrain, "apply_protocol", stopped)
+        patch.setattr(apply, "apply_protocol", stopped)
         with pytest.raises(PreemptedError, match="the training is saved in") as caught:
             keep_up_to_date(wanted)
     assert caught.value.exit_code == EXIT_PREEMPTED

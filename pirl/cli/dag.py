@@ -10,6 +10,7 @@ from rich.table import Table
 from ..backends import open_backend
 from ..config import Recipe, load_recipe
 from ..errors import PirlError
+from ..evaluate.spec import options_like
 from ..run import REPORT, Run, Workspace
 from ..settings import join_items
 from ..shards import untested_notes
@@ -125,6 +126,7 @@ def run_dag(
     from pipelines.local import run_local
 
     items = {"overrides": overrides or [], "options": options.items(), "source_options": source_options.items()}
+    items["evaluation"] = options_like(options).items()
     texts = {name: join_items(each) for name, each in items.items()}
     done = run_local(root=root, run=name, recipe=recipe, **texts, **arguments)
     show_result(Run(done))

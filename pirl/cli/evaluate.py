@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from .. import logs
-from ..evaluate.spec import EvaluationOptions, EvaluationSpec
+from ..backends import prepare_evaluation
+from ..evaluate.spec import EvaluationOptions
 from ..results import Evaluation
 from ..shards import untested_notes
 from ..text import count, percent
-from .app import Json, app, console, show_table
+from .app import DRY_RUN_HELP, BackendName, JobItems, Json, app, console, show_table
 from .options import options_of
 
 
@@ -24,6 +29,9 @@ def evaluate(
     data: Annotated[str, typer.Option(help="URI of labelled shards to train the probe on.")],
     test: Annotated[str, typer.Option(help="URI of labelled shards to test it on.")],
     options: EvaluationOptions,
+    backend: BackendName = "local",
+    job: JobItems = None,
+    dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP + " With a cluster: print the job.")] = False,
     as_json: Json = False,
 ) -> None:
     """Probe a run's frozen backbone.
@@ -31,16 +39,45 @@ def evaluate(
     Protocol fast compares it with its random initial weights; zoo probes it layer by layer; bank searches the nearest
     neighbours in its memory bank, with one pass over the test images alone.
 
-    Example: pirl eval runs/mine --data shards/train --test shards/test
-    """
-    spec = EvaluationSpec.parse(run, data=data, test=test, options=options)
-    from ..evaluate import apply_protocol
+    An interrupted evaluation continues where it stopped. With --dry-run --json it prints the specification that
+    `python -m pirl.evaluate SPEC.json` takes.
 
-    result = apply_protocol(spec, lambda text: None if as_json else console.print(text))
+    Example: pirl eval runs/mine --data shards/train --test shards/test
+
+    Example: pirl eval s3://bucket/run --data s3://bucket/train --test s3://bucket/test --backend pytorchjob \
+--job nodes=2 --job gpus=8
+    """
+    chosen, program = prepare_evaluation(run, data=data, test=test, options=options, backend=backend, job=job or ())
+    if dry_run:
+        plan = chosen.plan(program)
+        logs.output(program.spec.to_json() if as_json else plan)
+        return
+    if program.result() is None:
+        with stdout_to_stderr() if as_json else nullcontext():
+            code = chosen.run(program)
+        if code:
+            raise typer.Exit(code)
+    else:
+        program.update()
+    result = program.result()
     if isinstance(result, Evaluation):
         logs.output(f"{json.dumps(result.to_json())}\n") if as_json else show_scores(result)
     else:
         logs.output(f"{json.dumps(result)}\n") if as_json else show_layers(result)
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Have this process and those that it starts write their lines to stderr: stdout is for the result."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def show_scores(result: Evaluation) -> None:

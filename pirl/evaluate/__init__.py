@@ -16,35 +16,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pirl.evaluate.apply import apply_protocol
+    from pirl.evaluate.crops import centre_crop
+    from pirl.evaluate.execution import Execution
     from pirl.evaluate.fast import evaluate, evaluate_bank, evaluate_run, evaluate_trunk
+    from pirl.evaluate.features import Features, extract
     from pirl.evaluate.load import load_model, load_trunk, require_finite
-    from pirl.evaluate.probe import (
-        Features,
-        Protocol,
-        as_json,
-        bank_neighbours,
-        centre_crop,
-        check_labels,
-        embed,
-        extract,
-        few_labels,
-        linear_probe,
-        load_pixels,
-        nearest_neighbours,
-        neighbours,
-        spread,
-    )
+    from pirl.evaluate.neighbours import nearest
+    from pirl.evaluate.probe import Protocol, check_labels, embed
+    from pirl.evaluate.progress import Progress
     from pirl.evaluate.zoo import ZooProtocol, evaluate_layers
 
-MODULES = ("load", "probe", "fast", "zoo", "apply")
+MODULES = ("load", "crops", "execution", "progress", "features", "neighbours", "probe", "fast", "zoo", "apply")
 
 __all__ = [
+    "Execution",
     "Features",
+    "Progress",
     "Protocol",
     "ZooProtocol",
     "apply_protocol",
-    "as_json",
-    "bank_neighbours",
     "centre_crop",
     "check_labels",
     "embed",
@@ -54,15 +44,10 @@ __all__ = [
     "evaluate_run",
     "evaluate_trunk",
     "extract",
-    "few_labels",
-    "linear_probe",
     "load_model",
-    "load_pixels",
     "load_trunk",
-    "nearest_neighbours",
-    "neighbours",
+    "nearest",
     "require_finite",
-    "spread",
 ]
 
 

@@ -1,4 +1,7 @@
-"""An evaluation by its specification: the protocol that it names, on its run and data."""
+"""An evaluation by its specification: the protocol that it names, on its run and data; what is kept of an earlier one.
+
+Ranks call `apply_protocol`. Before and after them, any process asks `kept_result`.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,45 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pirl.evaluate.fast import evaluate_bank, evaluate_run
+from pirl.errors import UsageError
+from pirl.evaluate.execution import Execution
+from pirl.evaluate.fast import evaluate_bank, evaluate_run, kept_bank, kept_evaluation
+from pirl.evaluate.progress import Progress
 from pirl.evaluate.spec import EvaluationOptions, EvaluationSpec
-from pirl.evaluate.zoo import ZooProtocol, evaluate_layers
+from pirl.evaluate.zoo import ZooProtocol, evaluate_layers, kept_layers
 from pirl.results import Evaluation
 from pirl.run import Run
 from pirl.settings import validated
 
+Result = Evaluation | dict[str, Any]
+"""Of the protocol zoo the content of `eval_zoo.json`, else an evaluation."""
 
-def apply_protocol(
-    spec: EvaluationSpec, progress: Callable[[str], None] = lambda text: None
-) -> Evaluation | dict[str, Any]:
-    """Return the result: of the protocol zoo the content of `eval_zoo.json`, else an evaluation."""
+
+def apply_protocol(spec: EvaluationSpec, execution: Execution | None = None) -> Result:
+    """Return the result, the same on every rank; rank 0 has saved it in the run."""
+    execution = execution or Execution()
     if spec.protocol == "zoo":
-        protocol = ZooProtocol() if spec.epochs is None else ZooProtocol(epochs=spec.epochs)
-        return evaluate_layers(spec.run, spec.data, spec.test, protocol, spec.workers, progress)
+        return evaluate_layers(spec.run, spec.data, spec.test, _zoo(spec), execution)
     if spec.protocol == "bank":
-        return evaluate_bank(spec.run, spec.data, spec.test)
-    return evaluate_run(spec.run, spec.data, spec.test, progress)
+        result = evaluate_bank(spec.run, spec.data, spec.test, execution=execution)
+        if execution.world.is_main:
+            Run.at(spec.run).save_bank_evaluation(result)
+        return result
+    return evaluate_run(spec.run, spec.data, spec.test, execution)
+
+
+def _zoo(spec: EvaluationSpec) -> ZooProtocol:
+    return ZooProtocol() if spec.epochs is None else ZooProtocol(epochs=spec.epochs)
+
+
+def kept_result(spec: EvaluationSpec) -> Result | None:
+    """Return the result in the run if it is that of the specification: same checkpoint, data and protocol."""
+    run = Run.at(spec.run)
+    if spec.protocol == "zoo":
+        return kept_layers(run, spec.data, spec.test, _zoo(spec))
+    if spec.protocol == "bank":
+        return kept_bank(run, spec.data, spec.test)
+    return kept_evaluation(run, spec.data, spec.test)
 
 
 def evaluate_options(
@@ -33,15 +57,21 @@ def evaluate_options(
     *,
     progress: Callable[[str], None] = lambda text: None,
     **options: Any,
-) -> Evaluation | dict[str, Any]:
-    """Probe the frozen backbone of a run, as `pirl eval`; return the scores, of the protocol zoo a dictionary.
+) -> Result:
+    """Probe the frozen backbone of a run in this process; return the scores, of the protocol zoo a dictionary.
 
-    data, test: labelled shards to train the probe on and to test it on. options: those of the command, such as
-    protocol, epochs and workers.
+    data, test: labelled shards to train the probe on and to test it on. options: those of `pirl eval`, such as
+    protocol, epochs and workers (none if not given).
 
         result = pirl.evaluate("runs/mine", "shards/train", "shards/test")
         result.pretrained["knn"].top1.mean
     """
     chosen = validated(EvaluationOptions, options, "options", entry="option")
+    if chosen.processes > 1:
+        raise UsageError(
+            f"processes is {chosen.processes}, but `pirl.evaluate` runs in this process",
+            "omit it, or use the command `pirl eval --processes`",
+        )
     uri = run.uri if isinstance(run, Run) else str(run)
-    return apply_protocol(EvaluationSpec.parse(uri, data=str(data), test=str(test), options=chosen), progress)
+    spec = EvaluationSpec.parse(uri, data=str(data), test=str(test), options=chosen)
+    return apply_protocol(spec, Execution(workers=max(0, chosen.workers), progress=Progress(progress)))

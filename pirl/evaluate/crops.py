@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pirl.config import Recipe
-from pirl.errors import PirlError
-from pirl.evaluate.probe import centre_crop
+from pirl.errors import DataError, PirlError
 from pirl.loader import ErrorsAsValues, start_worker
 from pirl.shards import ShardReader
 from pirl.views import CROP_DRAWS, random_box, uniforms
@@ -31,6 +30,16 @@ def draw_crops(seed: int, epoch: int, ids: np.ndarray, sizes: np.ndarray) -> tup
     """
     draws = uniforms(seed, epoch, ids, PROBE_STREAM, CROP_DRAWS + 1)
     return random_box(draws[:, :CROP_DRAWS], sizes, SCALE, RATIO), draws[:, CROP_DRAWS] < FLIP
+
+
+def centre_crop(image: Image.Image, recipe: Recipe) -> np.ndarray:
+    """(crop, crop, 3) uint8 of an RGB image: shorter side to `resize`, then the centre."""
+    config, short = recipe.eval, min(image.size)
+    if short != config.resize:
+        width, height = (config.resize * side // short for side in image.size)  # as torchvision's Resize rounds
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((image.width - config.crop) / 2), round((image.height - config.crop) / 2)
+    return np.asarray(image.crop((left, top, left + config.crop, top + config.crop)))
 
 
 def random_crops(images: list[Image.Image], ids: np.ndarray, seed: int, epoch: int, side: int) -> np.ndarray:
@@ -75,7 +84,15 @@ class LabelledCrops(Dataset[tuple[Tensor, Tensor]]):
             multiprocessing_context="forkserver" if workers else None,
             worker_init_fn=start_worker if workers else None,
         )
-        for item in loader:
-            if isinstance(item, PirlError):
-                raise item
-            yield item
+        try:
+            for item in loader:
+                if isinstance(item, PirlError):
+                    raise item
+                yield item
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"a data loading process died: {error}",
+                "it may have run out of memory or of shared memory (/dev/shm); use fewer workers or more memory",
+            ) from error

@@ -1,12 +1,15 @@
 """The fast protocol, from a checkpoint to `eval.json`: features once, probes, next to those of the initial weights.
 
-A result belongs to the weights that it was measured on: it has the digest of the trunk and of the checkpoint.
+A result belongs to the weights that it was measured on: it has the digest of the backbone and of the checkpoint. Every
+rank calls each function; the results are the same on all of them, and rank 0 writes.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -15,24 +18,29 @@ from pirl import logs
 from pirl.checkpoint import Commit
 from pirl.config import Recipe
 from pirl.errors import StorageError, UsageError
-from pirl.evaluate.load import is_collapsed, load_model, require_finite
+from pirl.evaluate.crops import LabelledCrops
+from pirl.evaluate.execution import Execution
+from pirl.evaluate.features import Extractor, Features, extract_all, precision, share_of
+from pirl.evaluate.load import load_model
+from pirl.evaluate.parts import Parts
 from pirl.evaluate.probe import (
     FAST,
-    Features,
+    Pair,
     Protocol,
     as_json,
     bank_neighbours,
     check_labels,
     embed,
-    extract,
-    load_pixels,
+    few_labels,
     probe,
 )
-from pirl.model import Trunk, build_model, weights_digest
-from pirl.results import Evaluation, ProbeSettings, Scores
+from pirl.model import PIRL, Trunk, build_model, weights_digest
+from pirl.results import BankScores, Evaluation, ProbeSettings
 from pirl.run import Run
 from pirl.shards import Manifest, ShardReader
 from pirl.storage import open_storage
+from pirl.text import count
+from pirl.world import World
 
 
 def evaluate(
@@ -40,76 +48,133 @@ def evaluate(
     train_data: str,
     test_data: str,
     protocol: Protocol = FAST,
-    progress: Callable[[str], None] = lambda text: None,
+    execution: Execution | None = None,
 ) -> Evaluation:
-    """Probe a checkpoint's trunk and the same trunk with its initial weights. Return the content of `eval.json`.
+    """Probe a checkpoint's backbone and the same with its initial weights. Return the content of `eval.json`.
 
     All rates are shares of 1. The spread is the standard deviation over the probe's seeds; for nearest neighbours,
     which have no seed, the standard error of a share. Where the bank is of the training images, `bank` is what its own
     rows score on the test images; random weights have no counterpart.
     """
-    started = time.perf_counter()
-    recipe, commit, model, memory = load_model(checkpoint)
+    started, execution = time.perf_counter(), execution or Execution()
+    run = checkpoint if isinstance(checkpoint, Run) else Run.at(checkpoint)
     train, test = (ShardReader(uri) for uri in (train_data, test_data))
+    recipe, commit, model, memory = _load(run, train, execution.world)
     header = result_header(recipe, train, test, protocol, model.trunk, commit)
     trunks = {"pretrained": model.trunk, "random": build_model(recipe).trunk.eval()}
-    scores, collapsed, features = probe_trunks(trunks, recipe, train, test, len(header.classes), protocol, progress)
-    bank = None
+    result, pairs = probe_trunks(trunks, recipe, (train, test), header, protocol, execution, run)
     if commit.data_digest == header.train_data:
-        embedded = Features(embed(model, features["pretrained"]), torch.from_numpy(test.labels()))
-        bank = bank_neighbours(memory, train_data, recipe, embedded, len(header.classes), protocol)
-    seconds = round(time.perf_counter() - started, 1)
-    return header.model_copy(update={**scores, "collapsed": collapsed, "bank": bank, "seconds": seconds})
+        bank = _ask_bank(model, memory, train_data, recipe, pairs["pretrained"].test, header, protocol, execution)
+        result = result.model_copy(update={"bank": bank})
+    return result.model_copy(update={"seconds": round(time.perf_counter() - started, 1)})
+
+
+def _load(run: Run, train: ShardReader, world: World) -> tuple[Recipe, Commit, PIRL, Tensor]:
+    """Return what `load_model` does, of the bank this rank's rows if it is of these images, else none."""
+    rows = None
+    if world.size > 1:
+        own = run.commit().data_digest == train.manifest.digest
+        images = run.recipe().rows(len(train)) if own else 0
+        rows = share_of(images, world)
+    return load_model(run, rows)
+
+
+def _ask_bank(
+    model: PIRL,
+    memory: Tensor,
+    train_data: str,
+    recipe: Recipe,
+    test: Features,
+    header: Evaluation,
+    protocol: Protocol,
+    execution: Execution,
+) -> BankScores:
+    """Return the scores of the memory bank's rows on the features of the test images."""
+    embedded, classes = embed(model, test), len(header.classes)
+    return bank_neighbours(memory, train_data, recipe, embedded, classes, protocol, execution.world, execution.progress)
 
 
 def probe_trunks(
-    trunks: dict[str, Trunk],
+    trunks: Mapping[str, Trunk],
     recipe: Recipe,
-    train: ShardReader,
-    test: ShardReader,
-    classes: int,
+    readers: tuple[ShardReader, ShardReader],
+    header: Evaluation,
+    protocol: Protocol,
+    execution: Execution,
+    run: Run | None = None,
+) -> tuple[Evaluation, dict[str, Pair]]:
+    """Return the header with the scores of each backbone, and this rank's features.
+
+    Features that are computed are kept in `run` until the result is saved.
+    """
+    world, progress = execution.world, execution.progress
+    extractor = Extractor(trunks, recipe, world.device)
+    folder = run.evaluation_parts(_parts_name(trunks, recipe, header)) if run else None
+    sets = []
+    for title, reader in zip(("train", "test"), readers):
+        crops = LabelledCrops(reader, recipe, seed=0)
+        sets.append(extract_all(extractor, crops, world, execution.workers, Parts(folder, title), progress))
+    pairs = {name: Pair(sets[0][name], sets[1][name]) for name in trunks}
+    scores, collapsed = probe(pairs, len(header.classes), protocol, world, progress)
+    train = next(iter(pairs.values())).train
+    update = {**scores, "collapsed": collapsed, "ranks": world.size, **_bounds(train, protocol)}
+    return header.model_copy(update=update), pairs
+
+
+def _parts_name(trunks: Mapping[str, Trunk], recipe: Recipe, header: Evaluation) -> str:
+    """Return a name that is the same where the features are."""
+    what = [
+        {name: weights_digest(trunk.state_dict()) for name, trunk in trunks.items()},
+        [header.train_data, header.test_data],
+        [recipe.eval.resize, recipe.eval.crop, list(recipe.views.mean), list(recipe.views.std)],
+    ]
+    return "fast-" + hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _bounds(train: Features, protocol: Protocol) -> dict[str, object]:
+    """Return the steps of the probes, the precision of the features, and what a large data set has changed."""
+    images = {"linear": len(train.y), "linear_1pct": len(few_labels(train.y, protocol.label_share, 0))}
+    steps = {name: protocol.steps(number) for name, number in images.items()}
+    differences = []
+    for name, number in images.items():
+        if steps[name] < (all_steps := protocol.unbounded_steps(number)):
+            differences.append(
+                f"{name}: {count(steps[name], 'step')} for {all_steps:,}, which {protocol.epochs} epochs would take"
+            )
+    dtype = precision(len(train.y), train.x.shape[1])
+    if dtype != torch.float32:
+        differences.append("features in half precision")
+    return {"steps": steps, "differences": differences}
+
+
+def evaluate_bank(
+    checkpoint: str | Run,
+    train_data: str,
+    test_data: str,
     protocol: Protocol = FAST,
-    progress: Callable[[str], None] = lambda text: None,
-) -> tuple[dict[str, dict[str, Scores]], list[str], dict[str, Tensor]]:
-    """Return the scores of each trunk, the names of those whose features have collapsed, and the test features."""
-    readers = (train, test)
-    pixels = [load_pixels(reader, recipe) for reader in readers]
-    scores, collapsed, tested = {}, [], {}
-    for name, trunk in trunks.items():
-        progress(f"features of the {name} trunk")
-        sets = []
-        for images, reader in zip(pixels, readers):
-            x = extract(trunk, images, recipe)
-            require_finite(x, range(len(x)), reader, name)
-            sets.append(Features(x, torch.from_numpy(reader.labels())))
-        if is_collapsed(sets[0].x):
-            progress(f"the features of the {name} trunk have collapsed: the same for all training images")
-            collapsed.append(name)
-        progress(f"probes on the {name} trunk")
-        scores[name] = probe(sets[0], sets[1], classes, protocol)
-        tested[name] = sets[1].x
-    return scores, collapsed, tested
-
-
-def evaluate_bank(checkpoint: str, train_data: str, test_data: str, protocol: Protocol = FAST) -> Evaluation:
-    """Return only the `bank` of `evaluate`: no training image is read, each test image passes the trunk once.
+    execution: Execution | None = None,
+) -> Evaluation:
+    """Return only the `bank` of `evaluate`: no training image is read, each test image passes the backbone once.
 
     `UsageError` where the checkpoint has no bank of these training images.
     """
-    started = time.perf_counter()
-    recipe, commit, model, memory = load_model(checkpoint)
+    started, execution = time.perf_counter(), execution or Execution()
+    run = checkpoint if isinstance(checkpoint, Run) else Run.at(checkpoint)
     train, test = (ShardReader(uri) for uri in (train_data, test_data))
+    recipe, commit, model, memory = _load(run, train, execution.world)
     header = result_header(recipe, train, test, protocol, model.trunk, commit)
     if commit.data_digest != header.train_data:
         raise UsageError(
             f"{header.checkpoint} has no memory bank of the images in {train_data}",
             "give the --data that it was trained on, or use --protocol fast, which needs no bank",
         )
-    features = extract(model.trunk, load_pixels(test, recipe), recipe)
-    require_finite(features, range(len(features)), test, "pretrained")
-    embedded = Features(embed(model, features), torch.from_numpy(test.labels()))
-    bank = bank_neighbours(memory, train_data, recipe, embedded, len(header.classes), protocol)
-    return header.model_copy(update={"bank": bank, "seconds": round(time.perf_counter() - started, 1)})
+    extractor = Extractor({"pretrained": model.trunk}, recipe, execution.world.device)
+    crops = LabelledCrops(test, recipe, seed=0)
+    parts = Parts(None, "test")
+    features = extract_all(extractor, crops, execution.world, execution.workers, parts, execution.progress)
+    bank = _ask_bank(model, memory, train_data, recipe, features["pretrained"], header, protocol, execution)
+    seconds = round(time.perf_counter() - started, 1)
+    return header.model_copy(update={"bank": bank, "ranks": execution.world.size, "seconds": seconds})
 
 
 def evaluate_trunk(
@@ -118,17 +183,14 @@ def evaluate_trunk(
     train_data: str,
     test_data: str,
     protocol: Protocol = FAST,
-    progress: Callable[[str], None] = lambda text: None,
+    execution: Execution | None = None,
 ) -> Evaluation:
-    """Probe a trunk without a checkpoint, such as a registered one."""
+    """Probe a backbone without a checkpoint, such as a registered one."""
     started = time.perf_counter()
-    train, test = (ShardReader(uri) for uri in (train_data, test_data))
-    header = result_header(recipe, train, test, protocol, trunk)
-    scores, collapsed, _ = probe_trunks(
-        {"pretrained": trunk}, recipe, train, test, len(header.classes), protocol, progress
-    )
-    seconds = round(time.perf_counter() - started, 1)
-    return header.model_copy(update={**scores, "collapsed": collapsed, "seconds": seconds})
+    readers = ShardReader(train_data), ShardReader(test_data)
+    header = result_header(recipe, *readers, protocol, trunk)
+    result, _ = probe_trunks({"pretrained": trunk}, recipe, readers, header, protocol, execution or Execution())
+    return result.model_copy(update={"seconds": round(time.perf_counter() - started, 1)})
 
 
 def result_header(
@@ -158,40 +220,55 @@ def result_header(
 
 
 def applied(protocol: Protocol, recipe: Recipe) -> ProbeSettings:
-    """Return the protocol as it is applied to a recipe's trunk."""
+    """Return the protocol as it is applied to a recipe's backbone."""
     return ProbeSettings(**as_json(protocol), resize=recipe.eval.resize, crop=recipe.eval.crop)
 
 
-def evaluate_run(
-    uri: str, train_data: str, test_data: str, progress: Callable[[str], None] = lambda text: None
-) -> Evaluation:
+def evaluate_run(uri: str, train_data: str, test_data: str, execution: Execution | None = None) -> Evaluation:
     """Evaluate a run's newest checkpoint, or the one named, into its `eval.json`; keep a result for the same."""
-    run = Run.at(uri)
-    before = _kept_evaluation(run, train_data, test_data)
-    if before:
+    execution, run = execution or Execution(), Run.at(uri)
+    world = execution.world
+    kept = kept_evaluation(run, train_data, test_data) if world.is_main else None
+    if before := world.broadcast_object(kept):
         locations = {"train_uri": open_storage(train_data).uri, "test_uri": open_storage(test_data).uri}
         result = before.model_copy(update=locations)
-        if result != before:
+        if result != before and world.is_main:
             run.save_evaluation(result)
         return result
-    run.require_writable()
-    result = evaluate(run, train_data, test_data, progress=progress)
-    run.save_evaluation(result)
+    if world.is_main:
+        run.require_writable()
+    result = evaluate(run, train_data, test_data, execution=execution)
+    if world.is_main:
+        run.save_evaluation(result)
+        run.discard_evaluation_parts("fast")
     return result
 
 
-def _kept_evaluation(run: Run, train_data: str, test_data: str) -> Evaluation | None:
+def kept_evaluation(run: Run, train_data: str, test_data: str) -> Evaluation | None:
     """Return the run's evaluation if it is of the same checkpoint, data, protocol and section `eval`."""
-    commit = run.commit()
-    digests = [Manifest.load(open_storage(uri)).digest for uri in (train_data, test_data)]
     try:
         before = run.evaluation()
     except StorageError as error:
         logs.warn(f"evaluated again: {error.what}")
         return None
-    if before is None or not before.pretrained:
+    return before if before and before.pretrained and _is_of(before, run, train_data, test_data) else None
+
+
+def kept_bank(run: Run, train_data: str, test_data: str) -> Evaluation | None:
+    """Return the run's result of the protocol bank if it is of the same checkpoint, data and section `eval`."""
+    try:
+        before = run.bank_evaluation()
+    except StorageError as error:
+        logs.warn(f"evaluated again: {error.what}")
         return None
-    same = [before.checkpoint, before.commit, before.train_data, before.test_data]
-    settings = before.protocol.model_dump(mode="json")
+    return before if before and _is_of(before, run, train_data, test_data) else None
+
+
+def _is_of(result: Evaluation, run: Run, train_data: str, test_data: str) -> bool:
+    """Return whether a result is of the run's checkpoint, of this data, and by this protocol and section `eval`."""
+    commit = run.commit()
+    digests = [Manifest.load(open_storage(uri)).digest for uri in (train_data, test_data)]
+    same = [result.checkpoint, result.commit, result.train_data, result.test_data]
+    settings = result.protocol.model_dump(mode="json")
     own = applied(FAST, run.recipe()).model_dump(mode="json")
-    return before if same == [commit.name, commit.sha256, *digests] and settings | own == settings else None
+    return same == [commit.name, commit.sha256, *digests] and settings | own == settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,27 +17,28 @@ from pirl.run import Run
 from pirl.shards import ShardReader
 
 COLLAPSED = 1e-8  # share of a feature's mean square that is variance; rounding alone makes about 1e-14
+BANK = "bank/memory"  # in a checkpoint's state
 
 
-def load_model(uri: str | Run) -> tuple[Recipe, Commit, PIRL, Tensor]:
+def load_model(uri: str | Run, rows: range | None = None) -> tuple[Recipe, Commit, PIRL, Tensor]:
     """Return the network of a run's newest checkpoint, or of the one named, and the (N, D) rows of its memory bank.
 
     The network is in evaluation mode, on the CPU. The recipe is the checkpoint's, with the run's own section `eval`:
-    that may change after the training.
+    that may change after the training. With `rows`, only these of the bank are read.
     """
-    recipe, commit, model, saved = _load(uri)
+    recipe, commit, model, saved = _load(uri, None if rows is None else {BANK: rows})
     return recipe, commit, model, saved["bank"]["memory"]
 
 
 def load_trunk(uri: str | Run) -> tuple[Recipe, Commit, Trunk]:
     """Return what `load_model` does, of the network its trunk alone."""
-    recipe, commit, model, _ = _load(uri)
+    recipe, commit, model, _ = _load(uri, {BANK: range(0)})
     return recipe, commit, model.trunk
 
 
-def _load(uri: str | Run) -> tuple[Recipe, Commit, PIRL, dict[str, Any]]:
+def _load(uri: str | Run, rows: Mapping[str, range] | None = None) -> tuple[Recipe, Commit, PIRL, dict[str, Any]]:
     run = uri if isinstance(uri, Run) else Run.at(uri)
-    commit, saved = run.load()
+    commit, saved = run.load(rows)
     recipe = parse_recipe(saved["recipe"], origin=f"the recipe inside {commit.name}")
     model = build_model(recipe)
     model.load_state_dict(saved["model"])
@@ -54,15 +55,13 @@ def require_finite(features: Tensor, ids: Sequence[int] | np.ndarray, reader: Sh
     finite = torch.isfinite(features).flatten(1).all(1)
     bad = (~finite).nonzero().flatten().tolist()
     if bad:
-        id = int(ids[bad[0]])
-        raise CheckpointError(
-            f"features of the {trunk} trunk are NaN or infinite: image {id} ({reader.name(id)}) of "
-            f"{reader.storage.uri}, {len(bad):,} of {len(features):,} images",
-            "evaluate an older checkpoint (RUN/checkpoints/step-N); `pirl report RUN` shows how the training went",
-        )
+        raise not_finite(int(ids[bad[0]]), len(bad), len(features), reader, trunk)
 
 
-def is_collapsed(features: Tensor) -> bool:
-    """Return whether (n, D) features are the same for all images, but for rounding."""
-    wide = features.double()
-    return len(wide) > 1 and bool((wide.var(0, correction=0) <= COLLAPSED * wide.square().mean(0)).all())
+def not_finite(id: int, bad: int, images: int, reader: ShardReader, trunk: str) -> CheckpointError:
+    """Return the error of `bad` of `images` images, of which `id` is the first."""
+    return CheckpointError(
+        f"features of the {trunk} trunk are NaN or infinite: image {id} ({reader.name(id)}) of "
+        f"{reader.storage.uri}, {bad:,} of {images:,} images",
+        "evaluate an older checkpoint (RUN/checkpoints/step-N); `pirl report RUN` shows how the training went",
+    )

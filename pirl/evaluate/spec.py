@@ -1,11 +1,12 @@
 """Specification of an evaluation: the run, the labelled data, and the protocol with its options.
 
-One model, made from the options of a command, the texts of a step or JSON. A new option of evaluation is one more field
-of `EvaluationOptions`: the command and the step have it by that.
+One model, made from the options of a command, the texts of a step or JSON. Ranks and pods get it as one JSON file. A
+new option of evaluation is one more field of `EvaluationOptions`: the command and the step have it by that.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Self
 
@@ -13,9 +14,10 @@ from pydantic import Field, field_validator, model_validator
 
 from ..errors import did_you_mean
 from ..settings import Collector, Settings, Specification, options_from, validated
-from ..training.spec import Location
+from ..training.spec import Location, TrainingOptions
 
 PROTOCOLS = ("fast", "zoo", "bank")
+WITH_EPOCHS = ("zoo",)
 
 
 class EvaluationOptions(Settings):
@@ -25,8 +27,16 @@ class EvaluationOptions(Settings):
     """fast: features once; zoo: as the zoo's numbers were made; bank: the rows of the memory bank."""
     epochs: int | None = Field(None, ge=1, le=10**6)
     """Epochs of the protocol zoo, 28 if not given."""
-    workers: int = Field(0, ge=0, le=256)
-    """Data loading processes of the protocol zoo; 0: none."""
+    processes: int = Field(0, ge=0, le=1024)
+    """Processes (ranks) on this machine, or in each pod; 0: one for each GPU, else two, in a pod one."""
+    workers: int = Field(-1, ge=-1, le=256)
+    """Data loading processes of each rank; -1: as many as there are cores, at most 8."""
+    timeout_s: float = Field(600.0, ge=1, le=10**6)
+    """Seconds after which a rank that does not answer ends the evaluation."""
+
+    def items(self) -> list[str]:
+        """Return NAME=VALUE items of what is not at its default, which `evaluation_options` takes."""
+        return [f"{name}={json.dumps(value)}" for name, value in self.model_dump(exclude_defaults=True).items()]
 
     @field_validator("protocol")
     @classmethod
@@ -37,13 +47,20 @@ class EvaluationOptions(Settings):
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
-        if self.protocol != "zoo" and (self.epochs is not None or self.workers):
-            raise ValueError("epochs and workers are options of the protocol zoo: omit them, or choose that protocol")
+        if self.protocol not in WITH_EPOCHS and self.epochs is not None:
+            raise ValueError(
+                f"epochs is an option of the protocol {' and '.join(WITH_EPOCHS)}: omit it, or choose that protocol"
+            )
         return self
 
 
+def options_like(training: TrainingOptions) -> EvaluationOptions:
+    """Return the options of the evaluation that follows a training: as many processes, and as patient."""
+    return EvaluationOptions(processes=training.processes, workers=training.workers, timeout_s=training.timeout_s)
+
+
 class EvaluationSpec(Specification, EvaluationOptions):
-    """One evaluation: all that its process has to know."""
+    """One evaluation: all that its ranks have to know."""
 
     run: Location
     """URI of a run, or of one of its checkpoints."""
@@ -61,7 +78,7 @@ class EvaluationSpec(Specification, EvaluationOptions):
         `options` are NAME=VALUE items, as a list or as one text with blanks between them.
         """
         problems = Collector("the evaluation")
-        own = problems.run(lambda: _options(options))
+        own = problems.run(lambda: evaluation_options(options))
         values = {**(dict(own) if own else {}), "run": run, "data": data, "test": test}
         spec = problems.run(lambda: validated(cls, values, "locations", option=True))
         problems.finish()
@@ -69,5 +86,6 @@ class EvaluationSpec(Specification, EvaluationOptions):
         return spec
 
 
-def _options(options: str | Iterable[str] | EvaluationOptions) -> EvaluationOptions:
+def evaluation_options(options: str | Iterable[str] | EvaluationOptions) -> EvaluationOptions:
+    """Return the options of NAME=VALUE items."""
     return options if isinstance(options, EvaluationOptions) else options_from(EvaluationOptions, options)

@@ -12,44 +12,41 @@ The published numbers of the zoo are, by all signs, those of head res5 after the
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from pirl.config import Recipe
 from pirl.errors import DataError, TrainingError, UsageError
 from pirl.evaluate.crops import FLIP, RATIO, SCALE, Chunk, LabelledCrops
-from pirl.evaluate.layers import LAYERS, FrozenLayers, Shapes
+from pirl.evaluate.execution import ALONE, Execution
+from pirl.evaluate.features import share_of
+from pirl.evaluate.heads import HEADS, Part, build_heads, head_optimizer, join, score_heads, train_step
+from pirl.evaluate.layers import FrozenLayers
 from pirl.evaluate.load import load_trunk, require_finite
 from pirl.evaluate.probe import check_labels
+from pirl.evaluate.states import EpochStates
 from pirl.model import weights_digest
 from pirl.optim import set_learning_rate
 from pirl.order import epoch_order
 from pirl.run import LAYERS as LAYERS_RESULT
 from pirl.run import Run
 from pirl.shards import ShardReader
-from pirl.text import duration
+from pirl.world import World
 
 ZOO_EPOCHS, ZOO_DROPS = 28, (8, 16, 24)
 ZOO_RESIZE, ZOO_CROP = 256, 224
 CHUNK = 32  # images that go through the trunk at a time: it is frozen, so this changes no statistics
 KEPT_BYTES = 1 << 29  # of test features, which are the same in every epoch
-REPORT_EVERY_S = 15.0
-
-HEADS = {**{name: name for name in LAYERS[:5]}, "res5avg_bn": "res5avg", "res5avg": "res5avg"}
-"""Head -> the layer it reads, in the reference's order. Only the last one has no batch norm."""
-
-
-Part = tuple[dict[str, Tensor], Tensor]
-"""Features of n images by layer, (n, C, h, w) each, and their labels (n,)."""
 
 
 @dataclass(frozen=True)
@@ -77,44 +74,8 @@ class ZooProtocol:
         return [-(-drop * self.epochs // ZOO_EPOCHS) for drop in ZOO_DROPS]
 
     def learning_rate(self, epoch: int, batch: int) -> float:
-        """Of the epoch number `epoch`, from 0, with `batch` images a step."""
+        """Return that of the epoch number `epoch`, from 0, with `batch` images a step."""
         return self.base_lr * batch / 256 / 10.0 ** sum(epoch >= drop for drop in self.drops())
-
-
-class Head(nn.Module):
-    """Batch norm over the channels of a pooled map (or none), then a linear layer on all of its values."""
-
-    def __init__(self, shape: tuple[int, int, int], classes: int, norm: bool) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(shape[0]) if norm else nn.Identity()
-        self.linear = nn.Linear(math.prod(shape), classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(n, C, h, w) -> (n, classes)."""
-        return self.linear(self.norm(x).flatten(1))
-
-
-def build_heads(shapes: Shapes, classes: int, seed: int) -> nn.ModuleDict:
-    """All heads, with PyTorch's default initial weights from `seed`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.ModuleDict({name: Head(shapes[layer], classes, name != "res5avg") for name, layer in HEADS.items()})
-
-
-def head_optimizer(heads: nn.ModuleDict, protocol: ZooProtocol) -> torch.optim.SGD:
-    """Nesterov's SGD, with decay on the linear layers' weights and biases; the rate is set before every epoch."""
-    groups: dict[str, list[Tensor]] = {"linear": [], "norm": []}
-    for module in heads.modules():
-        if isinstance(module, nn.Linear | nn.BatchNorm2d):
-            groups["linear" if isinstance(module, nn.Linear) else "norm"] += [module.weight, module.bias]
-    decay = {"linear": protocol.weight_decay, "norm": 0.0}
-    return torch.optim.SGD(
-        [{"name": name, "params": params, "weight_decay": decay[name]} for name, params in groups.items() if params],
-        lr=protocol.base_lr,
-        momentum=protocol.momentum,
-        nesterov=True,
-        fused=True,
-    )
 
 
 def split_batches(order: np.ndarray, size: int) -> list[np.ndarray]:
@@ -122,48 +83,20 @@ def split_batches(order: np.ndarray, size: int) -> list[np.ndarray]:
     return np.split(order, range(size, len(order) - 1, size))
 
 
-def train_step(
-    heads: nn.ModuleDict, optimizer: torch.optim.Optimizer, features: dict[str, Tensor], labels: Tensor
-) -> Tensor:
-    """One step of all heads on one batch; returns their losses (heads,), each the mean cross entropy of the batch."""
-    losses = torch.stack([F.cross_entropy(head(features[HEADS[name]]), labels) for name, head in heads.items()])
-    optimizer.zero_grad(set_to_none=True)
-    losses.sum().backward()
-    optimizer.step()
-    return losses.detach()
-
-
-def top_hits(scores: Tensor, labels: Tensor) -> Tensor:
-    """(2,) int64: of (n, classes) scores, how many have their label first, and how many among the first five."""
-    hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
-    return torch.stack([hits[:, 0].sum(), hits.any(1).sum()])
-
-
-@torch.no_grad()
-def score_heads(heads: nn.ModuleDict, parts: Iterable[Part], images: int) -> dict[str, Any]:
-    """{"top1": {head: share}, "top5": ...} over all parts."""
-    heads.eval()
-    hits: dict[str, Any] = dict.fromkeys(heads, 0)
-    for features, labels in parts:
-        for name, head in heads.items():
-            hits[name] += top_hits(head(features[HEADS[name]]), labels)
-    heads.train()
-    return {f"top{k}": {name: int(hits[name][at]) / images for name in heads} for at, k in ((0, 1), (1, 5))}
-
-
 class CentreFeatures:
-    """The test images' features in parts: computed again in each epoch, unless they are few enough to be kept."""
+    """A rank's test images' features in parts: computed again in each epoch, unless they are few enough to be kept."""
 
-    def __init__(self, layers: FrozenLayers, crops: LabelledCrops, workers: int) -> None:
+    def __init__(self, layers: FrozenLayers, crops: LabelledCrops, workers: int, world: World = ALONE) -> None:
         self.layers, self.crops, self.workers = layers, crops, workers
-        size = 4 * sum(map(math.prod, layers.shapes.values())) * len(crops)
+        self.ids = share_of(len(crops), world)
+        size = 4 * sum(map(math.prod, layers.shapes.values())) * len(self.ids)
         self.kept: list[Part] | None = [] if size <= KEPT_BYTES else None
 
     def __iter__(self) -> Iterator[Part]:
         if self.kept:
             yield from self.kept
             return
-        chunks: list[Chunk] = [(None, ids) for ids in _chunks(np.arange(len(self.crops)))]
+        chunks: list[Chunk] = [(None, ids) for ids in _chunks(np.arange(self.ids.start, self.ids.stop))]
         for (_, ids), (pixels, labels) in zip(chunks, self.crops.load(chunks, self.workers)):
             part = self.layers(pixels), labels.to(self.layers.device)
             require_finite(part[0]["res5avg"], ids, self.crops.reader, "pretrained")
@@ -173,7 +106,7 @@ class CentreFeatures:
 
 
 def _chunks(ids: np.ndarray) -> list[np.ndarray]:
-    return np.split(ids, range(CHUNK, len(ids), CHUNK))
+    return np.split(ids, range(CHUNK, len(ids), CHUNK)) if len(ids) else []
 
 
 def train_heads(
@@ -182,52 +115,70 @@ def train_heads(
     train: LabelledCrops,
     test: LabelledCrops,
     protocol: ZooProtocol,
-    workers: int = 0,
-    progress: Callable[[str], None] = lambda text: None,
+    execution: Execution | None = None,
+    states: EpochStates | None = None,
 ) -> list[dict[str, Any]]:
-    """Train `heads` in place. Returns, for each epoch, its learning rate, losses, and top-1 and top-5 on `test`."""
+    """Train `heads` in place, from the newest of `states`.
+
+    Return, for each epoch, its learning rate, losses, and top-1 and top-5 on `test`.
+    """
+    execution = execution or Execution(World(device=layers.device))
+    states = states or EpochStates(None, "")
     heads.to(layers.device).train()
     optimizer = head_optimizer(heads, protocol)
     size = min(protocol.batch_size, len(train))
-    test_features = CentreFeatures(layers, test, workers)
-    started = reported = time.monotonic()
-    records = []
-    for epoch in range(protocol.epochs):
-        rate = protocol.learning_rate(epoch, size)
+    test_features = CentreFeatures(layers, test, execution.workers, execution.world)
+    records: list[dict[str, Any]] = []
+    if saved := states.load():
+        heads.load_state_dict(saved["heads"])
+        optimizer.load_state_dict(saved["optimizer"])
+        records = saved["records"]
+        execution.progress.note(f"resumed after epoch {len(records)}")
+    execution.progress.begin("zoo", protocol.epochs * len(train), "images", done=len(records) * len(train))
+    for epoch in range(len(records), protocol.epochs):
+        rate, started = protocol.learning_rate(epoch, size), time.monotonic()
         set_learning_rate(optimizer, rate)
-        epoch_started, seen = time.monotonic(), 0
-        total = torch.zeros(len(heads), device=layers.device)
-        batches = [_chunks(ids) for ids in split_batches(epoch_order(protocol.seed, epoch, len(train)), size)]
-        pixels = train.load([(epoch, ids) for chunks in batches for ids in chunks], workers)
-        for chunks in batches:
-            features, labels = _gather((layers(x), y) for x, y in islice(pixels, len(chunks)))
-            total += train_step(heads, optimizer, features, labels.to(layers.device)) * len(labels)
-            seen += len(labels)
-            if time.monotonic() - reported > REPORT_EVERY_S:
-                reported = time.monotonic()
-                progress(
-                    f"epoch {epoch + 1}: {seen:,} of {len(train):,}, {seen / (reported - epoch_started):.0f} images/s"
-                )
-        losses = dict(zip(heads, (total / seen).tolist()))
-        if broken := [name for name, loss in losses.items() if not math.isfinite(loss)]:
-            raise TrainingError(
-                f"the loss of {', '.join(broken)} is not finite in epoch {epoch + 1}",
-                "look for values that are not finite in the trunk: `pirl report` shows how its training went",
-            )
-        scores = score_heads(heads, test_features, len(test))
-        reported = time.monotonic()
-        records.append(
-            {"epoch": epoch + 1, "lr": rate, "loss": losses, **scores, "seconds": round(reported - epoch_started, 2)}
-        )
-        left = (reported - started) / (epoch + 1) * (protocol.epochs - epoch - 1)
+        losses = _train_epoch(heads, optimizer, layers, train, protocol.seed, epoch, size, execution)
+        scores = score_heads(heads, test_features, len(test), execution.world)
+        seconds = round(time.monotonic() - started, 2)
+        records.append({"epoch": epoch + 1, "lr": rate, "loss": losses, **scores, "seconds": seconds})
         shown = "  ".join(f"{name} {100 * top1:.1f}" for name, top1 in scores["top1"].items())
-        progress(f"epoch {epoch + 1}/{protocol.epochs}  lr {rate:.3g}  top-1 in %: {shown}  left {duration(left)}")
+        execution.progress.note(f"epoch {epoch + 1}/{protocol.epochs}  lr {rate:.3g}  top-1 in %: {shown}")
+        if epoch + 1 < protocol.epochs:
+            state = {"heads": heads.state_dict(), "optimizer": optimizer.state_dict(), "records": records}
+            states.save(epoch + 1, state)
     return records
 
 
-def _gather(parts: Iterator[Part]) -> Part:
-    features, labels = zip(*parts)
-    return {name: torch.cat([part[name] for part in features]) for name in features[0]}, torch.cat(labels)
+def _train_epoch(
+    heads: nn.ModuleDict,
+    optimizer: torch.optim.Optimizer,
+    layers: FrozenLayers,
+    train: LabelledCrops,
+    seed: int,
+    epoch: int,
+    size: int,
+    execution: Execution,
+) -> dict[str, float]:
+    """Train one epoch, each batch dealt to the ranks by index; return the mean loss of each head."""
+    world = execution.world
+    total = torch.zeros(len(heads), device=layers.device)
+    whole = split_batches(epoch_order(seed, epoch, len(train)), size)
+    batches = [_chunks(ids[world.rank :: world.size]) for ids in whole]
+    pixels = train.load([(epoch, ids) for chunks in batches for ids in chunks], execution.workers)
+    for number, (chunks, ids) in enumerate(zip(batches, whole)):
+        world.moment = f"batch {number} of epoch {epoch + 1}"
+        parts = [(layers(x), y.to(layers.device)) for x, y in islice(pixels, len(chunks))]
+        features, labels = join(parts, layers.shapes, layers.device)
+        total += train_step(heads, optimizer, features, labels, world, len(ids)) * len(ids)
+        execution.progress.advance(len(ids))
+    losses = dict(zip(heads, (total / len(train)).tolist()))
+    if broken := [name for name, loss in losses.items() if not math.isfinite(loss)]:
+        raise TrainingError(
+            f"the loss of {', '.join(broken)} is not finite in epoch {epoch + 1}",
+            "look for NaN or infinity in the backbone: `pirl report` shows how its training went",
+        )
+    return losses
 
 
 def describe(
@@ -282,27 +233,65 @@ def evaluate_layers(
     train_data: str,
     test_data: str,
     protocol: ZooProtocol = ZooProtocol(),
-    workers: int = 0,
-    progress: Callable[[str], None] = lambda text: None,
+    execution: Execution | None = None,
 ) -> dict[str, Any]:
     """Apply the protocol to a run's newest checkpoint, or to the one named, and write the run's `eval_zoo.json`.
 
-    Returns its content: top-1 and top-5 by head after the last epoch, and all of it for each epoch, as shares of 1.
+    Return its content: top-1 and top-5 by head after the last epoch, and all of it for each epoch, as shares of 1.
     An existing result for the same checkpoint, data and protocol is kept.
     """
-    started = time.monotonic()
-    folder = Run.at(run)
-    folder.require_writable(LAYERS_RESULT)
-    recipe, commit, trunk = load_trunk(folder)
+    started, execution = time.monotonic(), execution or Execution()
+    world, folder = execution.world, Run.at(run)
+    if world.is_main:
+        folder.require_writable(LAYERS_RESULT)
+    recipe, layers, readers, result = _prepare(folder, train_data, test_data, protocol, world.device)
+    if before := world.broadcast_object(_matching(folder, result) if world.is_main else None):
+        return dict(before)
+    for difference in result["differences"]:
+        execution.progress.note(f"not as in the zoo: {difference}")
+    heads = build_heads(layers.shapes, len(result["classes"]), protocol.seed)
+    train, test = (LabelledCrops(reader, recipe, protocol.seed) for reader in readers)
+    digest = hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+    states = EpochStates(folder.evaluation_parts(f"zoo-{digest[:16]}"), digest, world)
+    epochs = train_heads(heads, layers, train, test, protocol, execution, states)
+    result |= {name: epochs[-1][name] for name in ("top1", "top5")}
+    result |= {
+        "untested": readers[1].match_classes(result["classes"]),
+        "epochs": epochs,
+        "ranks": world.size,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    if world.is_main:
+        folder.save_layers(result)
+        folder.discard_evaluation_parts("zoo")
+    return result
+
+
+def kept_layers(run: Run, train_data: str, test_data: str, protocol: ZooProtocol) -> dict[str, Any] | None:
+    """Return the run's result if it is of the same checkpoint, data and protocol."""
+    return _matching(run, _prepare(run, train_data, test_data, protocol, torch.device("cpu"))[3])
+
+
+def _matching(run: Run, header: dict[str, Any]) -> dict[str, Any] | None:
+    before = run.layers()
+    return before if before and all(before.get(key) == value for key, value in header.items()) else None
+
+
+def _prepare(
+    run: Run, train_data: str, test_data: str, protocol: ZooProtocol, device: torch.device
+) -> tuple[Recipe, FrozenLayers, list[ShardReader], dict[str, Any]]:
+    """Return recipe, frozen layers, readers of both data sets, and the result without scores."""
+    recipe, commit, trunk = load_trunk(run)
     readers = [ShardReader(uri) for uri in (train_data, test_data)]
     classes = check_labels(*readers)
     if len(readers[0]) < 2:
         raise DataError(f"{train_data} has one image: batch norm needs two", "give more images to train on")
-    layers = FrozenLayers(trunk, recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    weights = weights_digest(trunk.state_dict())
+    layers = FrozenLayers(trunk, recipe, device)
     applied, differences = describe(protocol, recipe, layers, len(readers[0]))
-    result: dict[str, Any] = {
+    header: dict[str, Any] = {
         "checkpoint": commit.name,
-        "weights": weights_digest(trunk.state_dict()),
+        "weights": weights,
         "train_data": readers[0].manifest.digest,
         "test_data": readers[1].manifest.digest,
         "train_images": len(readers[0]),
@@ -311,19 +300,4 @@ def evaluate_layers(
         "protocol": applied,
         "differences": differences,
     }
-    before = folder.layers()
-    if before and all(before.get(key) == value for key, value in result.items()):
-        return before
-    for difference in differences:
-        progress(f"not as in the zoo: {difference}")
-    heads = build_heads(layers.shapes, len(classes), protocol.seed)
-    train, test = (LabelledCrops(reader, recipe, protocol.seed) for reader in readers)
-    epochs = train_heads(heads, layers, train, test, protocol, workers, progress)
-    result |= {name: epochs[-1][name] for name in ("top1", "top5")}
-    result |= {
-        "untested": readers[1].match_classes(classes),
-        "epochs": epochs,
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    folder.save_layers(result)
-    return result
+    return recipe, layers, readers, header

@@ -19,23 +19,29 @@ if TYPE_CHECKING:
     from ..programs import Command
 
 METRICS_PORT = 9400
+TRAINING = "pirl.train"
+"""Module whose jobs are named after the run alone."""
 SETTINGS_DIR = "/etc/pirl"
 
 
-def job_name(out: str) -> str:
-    """Return the job's name: the same for every launcher of the run `out`, so that two cannot start two jobs.
+def job_name(out: str, module: str = TRAINING) -> str:
+    """Return the job's name: the same for every launcher of `module` for the run `out`, so that two start one job.
 
     At most 44 characters: operators add `-worker-N`, and the name of a Service may have 63.
     """
     uri = open_storage(out).uri
-    return f"pirl-{slug(uri.rpartition('/')[2], 28)}-{hashlib.sha256(uri.encode()).hexdigest()[:10]}"
+    if module == TRAINING:
+        return f"pirl-{slug(uri.rpartition('/')[2], 28)}-{hashlib.sha256(uri.encode()).hexdigest()[:10]}"
+    purpose = slug(module.rpartition(".")[2], 8)
+    digest = hashlib.sha256(f"{module} {uri}".encode()).hexdigest()[:10]
+    return f"pirl-{purpose}-{slug(uri.rpartition('/')[2], 19)}-{digest}"
 
 
 def build_job(
     kind: JobKind, program: Command, settings: JobSettings, labels: Mapping[str, str] | None = None
 ) -> list[Object]:
     """Return the objects to create, the job last. `labels` (the KFP run's id) do not take part in their hash."""
-    name = job_name(program.out)
+    name = job_name(program.out, program.module)
     own = {
         "app.kubernetes.io/name": "pirl-pipeline",
         "app.kubernetes.io/component": "trainer",

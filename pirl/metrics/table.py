@@ -28,6 +28,7 @@ LABELS = {
     "task": "name of the step: `shard`, `linear_eval`, ...",
     "trunk": "`pretrained` or `random`",
     "probe": "`linear`, `knn`, ...",
+    "phase": "of an evaluation: `features of train`, `probes linear`, `neighbours`, ...",
 }
 STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -102,6 +103,8 @@ TASKS = (
     ),
     Metric("pirl_shard_images", "gauge", "images", "Images of a data set that was sharded.", ("state",)),
     Metric("pirl_shard_size_bytes", "gauge", "bytes", "Size of all its shards."),
+    Metric("pirl_evaluation_progress_ratio", "gauge", "0 to 1", "Part of the phase that is done.", ("phase",)),
+    Metric("pirl_evaluation_throughput", "gauge", "units/s", "Images or steps of all ranks, in the phase.", ("phase",)),
     Metric("pirl_eval_top1_ratio", "gauge", "0 to 1", "Mean top-1 accuracy.", ("trunk", "probe")),
 )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pirl.evaluate import centre_crop, extract, load_trunk, neighbours, require_finite
+from pirl.evaluate import centre_crop, extract, load_trunk, nearest, require_finite
 from pirl.model import build_model
 from pirl.order import epoch_order
 from pirl.report.pictures import Picture, picture
@@ -85,16 +85,16 @@ def find_neighbours(run: str, train: ShardReader, test: ShardReader) -> Neighbou
         return Shown(id, picture(reader.image(id), 160), label, similarity, wrong)
 
     shown = [show(test, id) for id in queries]
-    nearest: list[list[list[Shown]]] = []
+    rows: list[list[list[Shown]]] = []
     for parts, query in zip(gathered, query_features):
-        index, similarity = next(neighbours(torch.cat(parts), query, min(SHOWN, searched)))
-        nearest.append(
+        index, similarity = nearest(torch.cat(parts), query, min(SHOWN, searched))
+        rows.append(
             [
                 [show(train, ids[i], s, like=example.label) for i, s in zip(row, similarities)]
                 for row, similarities, example in zip(index.tolist(), similarity.tolist(), shown)
             ]
         )
-    return Neighbours(commit.name, searched, len(train), shown, *nearest)
+    return Neighbours(commit.name, searched, len(train), shown, *rows)
 
 
 def choose_queries(test: ShardReader, seed: int) -> list[int]:

@@ -19,12 +19,11 @@ from typing import Any
 from pirl.backends import Backend, LocalBackend
 from pirl.config import load_recipe
 from pirl.errors import EXIT_DONE, PreemptedError
-from pirl.evaluate import apply_protocol
-from pirl.evaluate.spec import EvaluationSpec
+from pirl.evaluate.spec import EvaluationSpec, options_like
 from pirl.gate import METRIC, MIN_GAIN, RejectedError, check_question, decide, register_run
 from pirl.logs import info
 from pirl.outputs import check_outside, check_registry
-from pirl.programs import Training
+from pirl.programs import EvaluationProgram, Training
 from pirl.retraining.changes import Decision, Gating, data_uri, decide_retrain
 from pirl.retraining.warm import warm_start
 from pirl.run import Run
@@ -99,7 +98,10 @@ def keep_up_to_date(retraining: Retraining, dry_run: bool = False) -> int:
     if code := _train(retraining, decision, data["train"]):
         return code
     with ending_on_sigterm(f"the training is saved in {decision.run}"):
-        _register(retraining, decision.run, data, sources["test"])
+        _shard(sources["test"], data["test"], retraining.source_options)
+        if code := _evaluate(retraining, decision.run, data):
+            return code
+        _register(retraining, decision.run)
     return EXIT_DONE
 
 
@@ -133,10 +135,15 @@ def _train(retraining: Retraining, decision: Decision, data: str) -> int:
     return retraining.backend.run(Training(spec), retraining.labels)
 
 
-def _register(retraining: Retraining, run: str, data: dict[str, str], test: Source) -> None:
-    """Evaluate, and register what passes the gate. A rejection is not a failure."""
-    _shard(test, data["test"], retraining.source_options)
-    apply_protocol(EvaluationSpec.parse(run, data=data["train"], test=data["test"]), info)
+def _evaluate(retraining: Retraining, run: str, data: dict[str, str]) -> int:
+    """Evaluate on the backend of the training, unless the run has the result. Return the exit code."""
+    options = options_like(retraining.options)
+    program = EvaluationProgram(EvaluationSpec.parse(run, data=data["train"], test=data["test"], options=options))
+    return EXIT_DONE if program.is_complete() else retraining.backend.run(program, retraining.labels)
+
+
+def _register(retraining: Retraining, run: str) -> None:
+    """Register what passes the gate. A rejection is not a failure."""
     decision = decide(run, retraining.registry, retraining.model, retraining.metric, retraining.min_gain)
     for reason in decision.reasons:
         info(reason)

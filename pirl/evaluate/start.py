@@ -1,0 +1,113 @@
+"""Start of an evaluation: its check, and its ranks on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from .. import logs
+from ..errors import PirlError, PreemptedError, UsageError
+from ..launch import STOP_SIGNALS, default_processes, run_ranks
+from ..metrics import Telemetry, check_port
+from ..run import Run
+from ..shards import Manifest
+from ..storage import open_storage
+from ..text import count
+from ..training.workers import available_cores
+from ..world import World, report_stragglers, start_world, stop_world
+from .apply import apply_protocol
+from .execution import Execution
+from .progress import Progress
+from .spec import EvaluationSpec
+
+MOST_WORKERS = 8
+
+
+def plan(spec: EvaluationSpec) -> list[str]:
+    """Check environment, run and data, and return in a few lines what an evaluation would do."""
+    check_port()
+    commit = Run.at(spec.run).commit()
+    manifests = [Manifest.load(open_storage(uri)) for uri in (spec.data, spec.test)]
+    for uri, manifest in zip((spec.data, spec.test), manifests):
+        if manifest.classes is None:
+            raise UsageError(
+                f"{uri} has no labels: an evaluation needs them", "shard a folder with one subfolder for each class"
+            )
+    train, test = manifests
+    return [
+        f"protocol {spec.protocol}: {commit.name} of {spec.run}",
+        f"on {count(train.images, 'training image')} of {count(len(train.classes or ()), 'class', 'classes')} and "
+        f"{count(test.images, 'test image')}",
+        f"in {count(spec.processes or default_processes(), 'process', 'processes')}",
+    ]
+
+
+def start(arguments: Sequence[str]) -> int:
+    """Evaluate by the JSON file that is the only argument: as one rank under `torchrun`, else as all of this machine.
+
+    Return the exit code.
+    """
+    if len(arguments) != 1:
+        raise UsageError(
+            f"python -m pirl.evaluate takes one argument, the JSON file of a specification: {len(arguments)} given",
+            "use `pirl eval`; with --dry-run --json it prints such a file",
+        )
+    spec = EvaluationSpec.read(arguments[0])
+    if "RANK" not in os.environ:
+        plan(spec)
+        return run_ranks("pirl.evaluate", arguments, spec.processes)
+    world = start_world(spec.timeout_s)
+    try:
+        with stopping(), report_stragglers(world):
+            apply_protocol(spec, Execution(world, workers(spec.workers), progress_of(spec, world)))
+    finally:
+        stop_world(world)
+    return 0
+
+
+def workers(given: int) -> int:
+    """Return the loading processes of a rank: as given, or the cores that the ranks of this machine leave, dealt."""
+    if given >= 0:
+        return given
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(MOST_WORKERS, max(0, available_cores() - ranks) // ranks)
+
+
+def progress_of(spec: EvaluationSpec, world: World) -> Progress:
+    """Return the progress of this rank: rank 0 prints it, serves it and leaves it in the run."""
+    if not world.is_main:
+        return Progress()
+    run, telemetry = Run.at(spec.run), Telemetry(Run.at(spec.run).uri, world.rank)
+    telemetry.serve()
+
+    def record(line: Mapping[str, Any]) -> None:
+        telemetry.set("pirl_evaluation_progress_ratio", line["done"] / max(1, line["total"]), phase=line["phase"])
+        telemetry.set("pirl_evaluation_throughput", line["rate"], phase=line["phase"])
+        try:
+            run.save_evaluation_progress(line)
+        except PirlError as error:  # the next line may be written again
+            logs.warn(f"the progress was not saved: {error.what}")
+
+    return Progress(logs.info, record)
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """Turn a stop signal into a `PreemptedError`: what is saved is used by the next start."""
+
+    def stop(number: int, _: Any) -> None:
+        raise PreemptedError(
+            f"the evaluation was stopped by {signal.Signals(number).name}",
+            "run the same command again: it continues from what was saved",
+        )
+
+    numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
