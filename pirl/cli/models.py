@@ -111,15 +111,22 @@ def import_checkpoint(
 def export(
     checkpoint: Annotated[str, typer.Argument(help="URI of a run or of one of its checkpoints.")],
     out: Annotated[
-        str, typer.Argument(help="File to write, a path or an s3:// URI: .safetensors, or .torch for VISSL.")
+        str,
+        typer.Argument(
+            help="File to write, a path or an s3:// URI: .safetensors, .onnx, .pkl (Detectron2), .torch (VISSL); or a "
+            "folder for huggingface."
+        ),
     ],
     layout: Annotated[
-        Literal["torchvision", "vissl"], typer.Option(help="A trunk for torchvision, or all of a training for VISSL.")
+        Literal["torchvision", "vissl", "onnx", "detectron2", "huggingface"],
+        typer.Option(help="Library that reads it. torchvision's is also timm's; vissl: all of a training."),
     ] = "torchvision",
 ) -> None:
-    """Write a trunk as safetensors in torchvision's key layout, or a checkpoint that VISSL reads.
+    """Write a backbone for another library, or a checkpoint that VISSL reads.
 
     Example: pirl export runs/mine trunk.safetensors
+
+    Example: pirl export runs/mine hub/mine --layout huggingface
     """
     from ..export import export as write
 
