@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from .config import Recipe
 from .errors import UsageError
 from .model import build_model
+from .training.placement import WHOLE_SHARE, BankPlacement, bank_bytes
 
 ROW_ID_BYTES = 8
+QUERY_WORDS, SUM_WORDS = 6, 6  # of 4 bytes a sample, besides embeddings: row and seeds; loss, cosines and own score
 BACKWARD_SHARE = 2 / 3  # of a step's arithmetic; gradients travel during it
 PASSES = 14  # over each convolution's output in a step, forward and backward, with batch norm and ReLU fused
 GROWTH = ((1_281_167, 4), (10_000_000, 4), (100_000_000, 16), (1_000_000_000, 64))  # images and nodes
@@ -83,7 +85,10 @@ class Plan:
     hours: float
     cost_per_epoch: float
     cost: float
+    bank: str
+    """whole or rows."""
     bank_bytes_per_rank: int
+    whole_bank_bytes: int
     sharded_bank_bytes_per_rank: int
     """Bytes that a bank cut by rows over all ranks needs (`--bank rows`)."""
     weights_bytes_per_rank: int
@@ -98,7 +103,9 @@ class Plan:
     gradient_bytes_per_rank: int
     """Summed over all ranks in each step."""
     gathered_bytes_per_rank: int
-    """New rows of the bank and their ids, from all ranks, in each step."""
+    """New rows of the bank and their ids, from all ranks, in each step; with a bank by rows, the queries."""
+    returned_bytes_per_rank: int
+    """Sums over a rank's rows that it gives to the other ranks in each step; 0 for a whole bank."""
     network_bytes_per_node: float
     """Sent between nodes in each step."""
     network_s: float
@@ -162,10 +169,37 @@ def value_bytes(recipe: Recipe) -> int:
     return 4 if recipe.train.precision == "fp32" else 2
 
 
-def plan_training(recipe: Recipe, nodes: int, gpus: int, images: int, machine: Machine = Machine()) -> Plan:
-    """`gpus` are those of a node; `images` those of the data set."""
+def plan_training(
+    recipe: Recipe,
+    nodes: int,
+    gpus: int,
+    images: int,
+    machine: Machine = Machine(),
+    placement: BankPlacement = "auto",
+) -> Plan:
+    """Return the plan of a training. `gpus` are those of a node; `images` those of the data set."""
     recipe.check_data(images)
-    return predict(recipe, measure(recipe), nodes, gpus, images, machine)
+    return predict(recipe, measure(recipe), nodes, gpus, images, machine, placement)
+
+
+class Bank(NamedTuple):
+    """Memory bank of a plan: bytes of a rank, and bytes of the two messages of a step."""
+
+    kind: str
+    bytes_per_rank: int
+    gathered: int
+    returned: int
+
+
+def plan_bank(recipe: Recipe, rows: int, ranks: int, machine: Machine, placement: BankPlacement) -> Bank:
+    """Return the bank as a training with this placement holds it; auto chooses as a training does."""
+    batch, dim = recipe.train.batch_size, recipe.model.embedding_dim
+    whole = bank_bytes(recipe, rows)
+    too_large = ranks > 1 and whole > WHOLE_SHARE * machine.gpu_bytes
+    if placement == "rows" or (placement == "auto" and too_large):
+        queries, sums = 4 * (2 * dim + QUERY_WORDS), 4 * (3 * dim + SUM_WORDS)
+        return Bank("rows", bank_bytes(recipe, -(-rows // ranks)), batch * queries, batch * sums)
+    return Bank("whole", whole, batch * (4 * dim + ROW_ID_BYTES), 0)
 
 
 class Step(NamedTuple):
@@ -180,14 +214,14 @@ class Step(NamedTuple):
     network_s: float
 
 
-def predict_step(recipe: Recipe, sizes: Sizes, nodes: int, ranks: int, machine: Machine) -> Step:
+def predict_step(recipe: Recipe, sizes: Sizes, nodes: int, ranks: int, machine: Machine, bank: Bank) -> Step:
     """Return the times of a step; the slowest of GPU, decoding and reading sets the pace."""
     batch = recipe.train.batch_size
     traffic = sizes.convolution_values * PASSES * value_bytes(recipe)
     gpu_rate = machine.images_per_s or machine.step_bytes_per_s / traffic
     compute_s = -(-batch // ranks) / gpu_rate
-    gradients, gathered = 4 * sizes.parameters, gathered_bytes(recipe)
-    sent = 2 * (nodes - 1) / nodes * gradients + (nodes - 1) / nodes * gathered
+    gradients = 4 * sizes.parameters
+    sent = 2 * (nodes - 1) / nodes * gradients + (nodes - 1) / nodes * (bank.gathered + bank.returned)
     network_s = sent / machine.network_bytes_per_s
     # gradients travel during the backward pass, so only the longer rest is waited for
     stepping_s = compute_s * (1 - BACKWARD_SHARE) + max(compute_s * BACKWARD_SHARE, network_s)
@@ -197,11 +231,6 @@ def predict_step(recipe: Recipe, sizes: Sizes, nodes: int, ranks: int, machine: 
     if limit == "gpu" and network_s > compute_s * BACKWARD_SHARE:
         limit = "network"
     return Step(stepping_s, step_s, limit, sent, network_s)
-
-
-def gathered_bytes(recipe: Recipe) -> int:
-    """Return the bytes of the new rows of the bank and their ids, from all ranks, in a step."""
-    return recipe.train.batch_size * (4 * recipe.model.embedding_dim + ROW_ID_BYTES)
 
 
 class Saving(NamedTuple):
@@ -224,22 +253,24 @@ def predict_saving(checkpoint: int, ranks: int, machine: Machine) -> Saving:
     return Saving(stall_s, write_s, interval_s, lost)
 
 
-def predict(recipe: Recipe, sizes: Sizes, nodes: int, gpus: int, images: int, machine: Machine) -> Plan:
+def predict(
+    recipe: Recipe, sizes: Sizes, nodes: int, gpus: int, images: int, machine: Machine, placement: BankPlacement
+) -> Plan:
     """Return the plan of a network that has been measured."""
-    ranks, batch, dim = nodes * gpus, recipe.train.batch_size, recipe.model.embedding_dim
+    ranks, batch = nodes * gpus, recipe.train.batch_size
     rows = recipe.rows(images)
     if batch < ranks:
         larger = f"e.g. train.batch_size={min(32 * ranks, rows)}" if rows >= ranks else f"use at most {rows} GPUs"
         raise UsageError(f"a batch of {batch} images cannot be dealt to {ranks} GPUs", larger)
     share = -(-batch // ranks)
-    step = predict_step(recipe, sizes, nodes, ranks, machine)
+    bank = plan_bank(recipe, rows, ranks, machine, placement)
+    step = predict_step(recipe, sizes, nodes, ranks, machine, bank)
 
     gradients = 4 * sizes.parameters
-    bank = 4 * rows * dim
     weights = 3 * gradients + sizes.buffer_bytes
     activations = round(share * sizes.saved_bytes)
-    memory = bank + weights + activations
-    checkpoint = bank + 2 * gradients + sizes.buffer_bytes
+    memory = bank.bytes_per_rank + weights + activations
+    checkpoint = bank_bytes(recipe, rows) + 2 * gradients + sizes.buffer_bytes
     saving = predict_saving(checkpoint, ranks, machine)
 
     steps = recipe.steps_per_epoch(rows)
@@ -258,8 +289,10 @@ def predict(recipe: Recipe, sizes: Sizes, nodes: int, gpus: int, images: int, ma
         hours=epoch_s * recipe.train.epochs / 3600,
         cost_per_epoch=epoch_cost,
         cost=epoch_cost * recipe.train.epochs,
-        bank_bytes_per_rank=bank,
-        sharded_bank_bytes_per_rank=-(-rows // ranks) * 4 * dim,
+        bank=bank.kind,
+        bank_bytes_per_rank=bank.bytes_per_rank,
+        whole_bank_bytes=bank_bytes(recipe, rows),
+        sharded_bank_bytes_per_rank=bank_bytes(recipe, -(-rows // ranks)),
         weights_bytes_per_rank=weights,
         activation_bytes_per_rank=activations,
         memory_bytes_per_rank=memory,
@@ -267,7 +300,8 @@ def predict(recipe: Recipe, sizes: Sizes, nodes: int, gpus: int, images: int, ma
         workers_per_gpu=math.ceil(share / step.stepping_s / machine.worker_images_per_s),
         loader_bytes_per_s_per_node=batch / nodes / step.step_s * machine.image_bytes,
         gradient_bytes_per_rank=gradients,
-        gathered_bytes_per_rank=gathered_bytes(recipe),
+        gathered_bytes_per_rank=bank.gathered,
+        returned_bytes_per_rank=bank.returned,
         network_bytes_per_node=step.sent,
         network_s=step.network_s,
         dataset_bytes=images * machine.image_bytes,
@@ -279,12 +313,19 @@ def predict(recipe: Recipe, sizes: Sizes, nodes: int, gpus: int, images: int, ma
     )
 
 
-def growth(recipe: Recipe, gpus: int, images_per_gpu: int, machine: Machine = Machine()) -> list[Plan]:
+def growth(
+    recipe: Recipe,
+    gpus: int,
+    images_per_gpu: int,
+    machine: Machine = Machine(),
+    placement: BankPlacement = "auto",
+) -> list[Plan]:
     """Return the plans of the recipe on more images and nodes, the batch growing with the GPUs as in the reference."""
     sizes = measure(recipe)
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"images": 0})})
     plans = []
     for images, nodes in GROWTH:
         train = recipe.train.model_copy(update={"batch_size": images_per_gpu * nodes * gpus})
-        plans.append(predict(recipe.model_copy(update={"train": train}), sizes, nodes, gpus, images, machine))
+        grown = recipe.model_copy(update={"train": train})
+        plans.append(predict(grown, sizes, nodes, gpus, images, machine, placement))
     return plans

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from pirl.config import LossConfig, MemoryConfig
 from pirl.data import negative_seeds
 from pirl.loss import Samples
 from pirl.memory import MemoryBank, RowsBank
+from pirl.storage.local import LocalStorage
 from pirl.world import World
 
 N, D = 157, 16
@@ -56,3 +58,17 @@ def samples_of(world: World, images: int, size: int, step: int) -> tuple[Samples
     weights = torch.full((len(part),), world.size / size if places else 0.0)
     seeds = torch.stack([negative_seeds(0, step, ids[part].numpy(), view) for view in (0, 1)])
     return Samples(ids[part], seeds, weights, counts, step + 1), raw[0, part], raw[1, part], places
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the size of every range that is read from a local storage from now on."""
+    sizes: list[int] = []
+    read = LocalStorage.read_range
+
+    def counted(self: LocalStorage, name: str, offset: int, length: int) -> bytes:
+        data = read(self, name, offset, length)
+        sizes.append(len(data))
+        return data
+
+    monkeypatch.setattr(LocalStorage, "read_range", counted)
+    return sizes

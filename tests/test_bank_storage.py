@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from banks import N, bank_of, config_of, samples_of
+from banks import N, bank_of, config_of, count_reads, samples_of
 from conftest import tiny_recipe
 
 from pirl import memory as memory_module
-from pirl.checkpoint import Checkpoints, Cursor
+from pirl.checkpoint import Checkpoints, Cursor, Rows
+from pirl.checkpoint import state as checkpoint_state
 from pirl.config import LossConfig, MemoryConfig
-from pirl.errors import ConfigError
+from pirl.errors import CheckpointError, ConfigError
 from pirl.loss import Contrast
 from pirl.memory import MemoryBank
 from pirl.storage import open_storage
@@ -113,6 +114,35 @@ def test_visits_are_counted_again_from_a_checkpoint(tmp_path: Path) -> None:
 def test_visited_needs_cross_entropy() -> None:
     with pytest.raises(ConfigError, match="visited"):
         tiny_recipe("loss.kind=nce", "loss.negatives=visited")
+
+
+# ---- reading by pieces
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_pieces_make_up_the_bank(by_rows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_state, "PIECE_BYTES", 10 * 4 * 16)
+    memory = bank_of(World(), N, False).memory
+    checkpoints = Checkpoints(open_storage(str(tmp_path)))
+    rows = Rows(memory, 0, N) if by_rows else memory
+    checkpoints.save({"bank": {"memory": rows}, "model": {"weight": torch.ones(3)}}, Cursor(), "r", "d")
+    assert checkpoints.wait() is None
+    pieces = list(checkpoints.pieces("step-00000000", "bank/memory"))
+    assert max(len(piece) for _, piece in pieces) == (10 if by_rows else N)
+    assert [first for first, _ in pieces] == (list(range(0, N, 10)) if by_rows else [0])
+    assert torch.equal(torch.cat([piece for _, piece in pieces]), memory)
+    if by_rows:
+        sizes = count_reads(monkeypatch)
+        checkpoints.load(rows={"bank/memory": range(N)})
+        everything = sum(sizes)
+        sizes.clear()
+        loaded = checkpoints.load(rows={"bank/memory": range(0)})
+        assert loaded
+        assert torch.equal(loaded[1]["model"]["weight"], torch.ones(3))
+        assert loaded[1]["bank"]["memory"].shape == (0, 16)
+        assert sum(sizes) == everything - memory.nbytes > 0
+        with pytest.raises(CheckpointError):
+            list(checkpoints.pieces("step-00000009", "bank/memory"))
 
 
 # ---- bfloat16

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 from conftest import IMAGES, tiny_recipe
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -23,7 +24,7 @@ from pirl.config import load_recipe
 from pirl.errors import UsageError
 from pirl.loader import Loader
 from pirl.loss import Contrast
-from pirl.memory import MemoryBank
+from pirl.memory import MemoryBank, RowsBank
 from pirl.model import build_model
 from pirl.optim import build_optimizer
 from pirl.plan import Machine, growth, measure, plan_training, saved_storages
@@ -89,11 +90,15 @@ def test_a_real_checkpoint_and_bank(shards: str, tmp_path: Path) -> None:
     assert bank.memory.nbytes == plan.bank_bytes_per_rank
 
 
-def count_messages(world: World, data: str) -> dict[str, int]:
-    """Bytes of one step: gradients that DDP sums, and what this rank gathers for the bank."""
+def count_messages(world: World, data: str, cut: bool) -> dict[str, int]:
+    """Bytes of one step: gradients that DDP sums, and what this rank gathers and gives out for the bank."""
     recipe = tiny_recipe("train.batch_size=10")
-    counts = {"gradients": 0, "gathered": 0, "messages": 0}
-    gather = pirl_world.gather_single
+    counts = {"gradients": 0, "gathered": 0, "messages": 0, "returned": 0}
+    gather, exchange = pirl_world.gather_single, dist.all_to_all_single
+
+    def exchange_counted(out: torch.Tensor, mine: torch.Tensor) -> Any:
+        counts["returned"] += mine.nbytes
+        return exchange(out, mine)
 
     def gather_counted(out: torch.Tensor, mine: torch.Tensor) -> Any:
         counts["gathered"] += out.nbytes
@@ -104,9 +109,10 @@ def count_messages(world: World, data: str) -> dict[str, int]:
         counts["gradients"] += bucket.buffer().nbytes
         return allreduce_hook(group, bucket)
 
-    pirl_world.gather_single = gather_counted
+    pirl_world.gather_single, dist.all_to_all_single = gather_counted, exchange_counted
     model = build_model(recipe)
-    bank = MemoryBank(IMAGES, recipe.model.embedding_dim, recipe.memory)
+    dim = recipe.model.embedding_dim
+    bank = RowsBank(IMAGES, dim, recipe.memory, 0, world) if cut else MemoryBank(IMAGES, dim, recipe.memory)
     network = nn.parallel.DistributedDataParallel(model)
     network.register_comm_hook(None, sum_counted)
     criterion = Contrast(recipe.loss, world)
@@ -118,9 +124,12 @@ def count_messages(world: World, data: str) -> dict[str, int]:
     return counts
 
 
-def test_messages_of_a_real_step_on_two_ranks(shards: str, tmp_path: Path) -> None:
-    plan = plan_training(tiny_recipe("train.batch_size=10"), 2, 1, IMAGES)
-    for counts in ranks.run(count_messages, 2, tmp_path, shards):
+@pytest.mark.parametrize("placement", ["whole", "rows"])
+def test_messages_of_a_real_step_on_two_ranks(placement: str, shards: str, tmp_path: Path) -> None:
+    plan = plan_training(tiny_recipe("train.batch_size=10"), 2, 1, IMAGES, placement=placement)  # type: ignore[arg-type]
+    assert plan.bank == placement
+    for counts in ranks.run(count_messages, 2, tmp_path, shards, placement == "rows"):
+        assert counts["returned"] == plan.returned_bytes_per_rank
         assert counts["gradients"] == plan.gradient_bytes_per_rank
         assert counts["gathered"] == plan.gathered_bytes_per_rank
         assert counts["messages"] == 1
@@ -181,12 +190,20 @@ def test_saves_are_no_closer_than_they_take_to_write() -> None:
 
 
 def test_growth_tells_where_a_bank_no_longer_fits() -> None:
-    plans = growth(load_recipe("r50-200ep-linear"), 8, 32)
+    plans = growth(load_recipe("r50-200ep-linear"), 8, 32, placement="whole")
     assert [plan.fits for plan in plans] == [True, True, True, False]
     largest = plans[-1]
     assert (largest.batch_size, largest.nodes) == (32 * 8 * 64, 64)
-    assert largest.bank_bytes_per_rank == 512e9
+    assert largest.bank_bytes_per_rank == largest.whole_bank_bytes == 512e9
     assert largest.sharded_bank_bytes_per_rank == 1e9
+    cut = growth(load_recipe("r50-200ep-linear"), 8, 32)
+    assert [plan.bank for plan in cut] == ["whole", "whole", "rows", "rows"]
+    assert all(plan.fits for plan in cut)
+    assert cut[-1].bank_bytes_per_rank == 1e9
+    assert largest.memory_bytes_per_rank - cut[-1].memory_bytes_per_rank == 511e9
+    assert cut[-1].checkpoint_bytes == largest.checkpoint_bytes
+    half = growth(load_recipe("r50-200ep-linear", ["memory.precision=bf16"]), 8, 32, placement="rows")
+    assert half[-1].bank_bytes_per_rank == 0.5e9
     assert {plan.activation_bytes_per_rank for plan in plans} == {plans[0].activation_bytes_per_rank}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -36,6 +36,27 @@ def read_state(folder: Storage, commit: Commit, rows: Mapping[str, range]) -> di
             metadata |= values
             pieces |= tensors
     return assemble(json.loads(metadata["state"]), pieces, rows)
+
+
+def read_pieces(folder: Storage, commit: Commit, name: str) -> Iterator[tuple[int, Tensor]]:
+    """Yield the pieces of a tensor, each with its first row: one piece in memory at a time.
+
+    Of a part without ranges, as version 0.1 wrote it, all pieces are in memory. Raises what `read_state` raises.
+    """
+    for part in commit.parts:
+        if not part.spans:
+            _, tensors = _read_file(folder, {}, part)
+            yield from ((parse_key(key)[1], each) for key, each in tensors.items() if parse_key(key)[0] == name)
+            continue
+        first = _read_span(folder, part.file, part.spans[0])
+        header, begin = read_header(first)
+        for key, entry in header.items():
+            if parse_key(key)[0] != name:
+                continue
+            start, stop = (begin + offset for offset in entry["data_offsets"])
+            span = next(span for span in part.spans if span[0] <= start and stop <= span[1])
+            data = _read_span(folder, part.file, span)[start - span[0] : stop - span[0]]
+            yield parse_key(key)[1], data.view(DTYPES[entry["dtype"]]).view(entry["shape"])
 
 
 def _read_file(folder: Storage, rows: Mapping[str, range], part: Part) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -160,7 +181,7 @@ def assemble(tree: Any, pieces: dict[str, Tensor], rows: Mapping[str, range] | N
             shape[0] = len(span)
         if name in pieces:
             tensor = pieces[name][span.start : span.stop] if name in rows else pieces[name]
-        elif name in rows and not span:
+        elif shape and not span:
             tensor = torch.empty(shape, dtype=DTYPES[reference["dtype"]])
         else:
             cuts = sorted(cuts_of.get(name, []), key=lambda cut: cut[0])

@@ -6,14 +6,16 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+from torch import Tensor
+
 from pirl import logs
 from pirl.checkpoint.commit import Commit, Cursor, Part, parse_commit, parse_part
-from pirl.checkpoint.reading import read_state
+from pirl.checkpoint.reading import read_pieces, read_state
 from pirl.checkpoint.state import Image, describe, share_of
 from pirl.errors import CheckpointError, StorageError, StorageNotFoundError
 from pirl.storage import Storage
@@ -302,6 +304,13 @@ class Checkpoints:
                 return checkpoint
             raise
 
+    def pieces(self, name: str, tensor: str) -> Iterator[tuple[int, Tensor]]:
+        """Yield the pieces of one tensor of the checkpoint `name`, such as "bank/memory", each with its first row."""
+        try:
+            yield from read_pieces(self.storage / name, self.commit(name), tensor)
+        except _BAD_PART as error:
+            raise self._no_state(name, error) from error
+
     def commit(self, name: str) -> Commit:
         """Return the commit object of the checkpoint `name`."""
         return self._commit(self.storage, name)
@@ -323,7 +332,10 @@ class Checkpoints:
                 raise
             return self._read(name, rows)  # it was written again meanwhile
         except _BAD_PART as error:
-            raise CheckpointError(
-                f"{self.storage.uri}/{name} is as it was committed, but no state: it was refused ({error})",
-                "it was not written by this program: delete it, and find out who wrote it",
-            ) from error
+            raise self._no_state(name, error) from error
+
+    def _no_state(self, name: str, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{self.storage.uri}/{name} is as it was committed, but no state: it was refused ({error})",
+            "it was not written by this program: delete it, and find out who wrote it",
+        )

@@ -12,6 +12,7 @@ import typer
 from .. import logs
 from ..errors import UsageError
 from ..text import count, size
+from ..training.placement import BankPlacement
 from .app import Json, Overrides, RecipeName, app, console, show_rows
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ def plan(
     mtbf_hours: Annotated[
         float, typer.Option(help="Hours between failures of one GPU; a few hundred if preemptible.", min=0.01)
     ] = 50_700.0,
+    bank: Annotated[
+        BankPlacement,
+        typer.Option(help="Memory bank: whole, or by rows over all GPUs; auto: as a training does."),
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Tell what a training will take, before anything runs: hours, cost, memory, network, checkpoints.
@@ -74,8 +79,8 @@ def plan(
         gpu_hours_between_failures=mtbf_hours,
         price=price,
     )
-    training_plan = plan_training(chosen, nodes, gpus, parse_count(images), machine)
-    grown = growth(chosen, gpus, -(-training_plan.batch_size // (nodes * gpus)), machine)
+    training_plan = plan_training(chosen, nodes, gpus, parse_count(images), machine, bank)
+    grown = growth(chosen, gpus, -(-training_plan.batch_size // (nodes * gpus)), machine, bank)
     if as_json:
         result = {"plan": asdict(training_plan), "growth": [asdict(each) for each in grown]}
         logs.output(f"{json.dumps(result)}\n")
@@ -85,9 +90,8 @@ def plan(
     show_rows([growth_row(each) for each in grown], False)
     estimate = "given" if images_per_s else "estimated for an H200: give yours by --images-per-s"
     console.print(
-        f"speed of a GPU: {estimate}. The plan is of a bank that is whole on every rank; where it does not fit (!), "
-        "`sharded` is what a rank holds of one cut by rows (`pirl train --bank rows`). A row is written once an epoch, "
-        "so a bank needs several.",
+        f"speed of a GPU: {estimate}. The bank is cut by rows where the whole one would take more than a quarter of a "
+        "GPU's memory; --bank whole or rows decides it. A row is written once an epoch, so a bank needs several.",
     )
 
 
@@ -107,7 +111,7 @@ def summary(plan: Plan, epochs: int) -> list[tuple[str, str]]:
         ),
         ("cost", f"{plan.cost:,.2f}: {plan.cost_per_epoch:,.3f} an epoch"),
         ("memory of a rank", f"{size(plan.memory_bytes_per_rank)}, {fits}"),
-        ("- memory bank", size(plan.bank_bytes_per_rank)),
+        ("- memory bank", f"{size(plan.bank_bytes_per_rank)}, {plan.bank} of {size(plan.whole_bank_bytes)}"),
         ("- weights, gradients, momentum", size(plan.weights_bytes_per_rank)),
         ("- activations", size(plan.activation_bytes_per_rank)),
         ("loading processes", f"{plan.workers_per_gpu} for each GPU, {plan.workers_per_gpu * plan.gpus} a node"),
@@ -117,7 +121,7 @@ def summary(plan: Plan, epochs: int) -> list[tuple[str, str]]:
         ),
         (
             "network, each step",
-            f"gradients {size(plan.gradient_bytes_per_rank)}, bank rows {size(plan.gathered_bytes_per_rank)}; a node "
+            f"gradients {size(plan.gradient_bytes_per_rank)}, bank {bank_message(plan)}; a node "
             f"sends {size(plan.network_bytes_per_node)} in {plan.network_s * 1e3:.1f} of {plan.step_s * 1e3:.1f} ms",
         ),
         (
@@ -132,13 +136,19 @@ def summary(plan: Plan, epochs: int) -> list[tuple[str, str]]:
     ]
 
 
+def bank_message(plan: Plan) -> str:
+    """Return what a rank gathers and gives out for the bank in each step."""
+    returned = f", sums {size(plan.returned_bytes_per_rank)}" if plan.returned_bytes_per_rank else ""
+    return f"queries {size(plan.gathered_bytes_per_rank)}{returned}"
+
+
 def growth_row(plan: Plan) -> dict[str, Any]:
     return {
         "images": short_count(plan.images),
         "nodes": plan.nodes,
-        "bank": size(plan.bank_bytes_per_rank),
+        "bank": size(plan.whole_bank_bytes),
+        "of a rank": f"{size(plan.bank_bytes_per_rank)}, {plan.bank}",
         "rank's memory": size(plan.memory_bytes_per_rank) + ("" if plan.fits else " (!)"),
-        "sharded": size(plan.sharded_bank_bytes_per_rank),
         "sent a step": size(plan.network_bytes_per_node),
         "node reads": f"{size(plan.loader_bytes_per_s_per_node)}/s",
         "data set": size(plan.dataset_bytes),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pirl import __version__
-from pirl.checkpoint import Cursor
+from pirl.checkpoint import Cursor, Rows
 from pirl.config import Recipe
 from pirl.errors import CheckpointError, UsageError
 from pirl.export.identify import check, identify
@@ -77,7 +77,10 @@ def import_file(
     imported = examine(path, data, recipe, overrides)
     imported.state["imported"] = {"file": path.name, "sha256": sha256_file(path), "lacks": imported.lacks}
     checkpoints = run.checkpoints()
-    checkpoints.save(imported.state, imported.cursor, imported.recipe.digest(), imported.data_digest)
+    memory = imported.state["bank"]["memory"]
+    bank = {**imported.state["bank"], "memory": Rows(memory, 0, len(memory))}  # in pieces, for any rank's rows
+    state = {**imported.state, "bank": bank}
+    checkpoints.save(state, imported.cursor, imported.recipe.digest(), imported.data_digest)
     if error := checkpoints.wait():
         raise error
     log = open_log(Context(run.storage), ["jsonl", "console"])

@@ -19,8 +19,9 @@ from pirl.checkpoint import Cursor
 from pirl.config import Recipe
 from pirl.data import CropDataset
 from pirl.errors import CheckpointError
+from pirl.evaluate.load import BANK
 from pirl.loss import Contrast
-from pirl.memory import MemoryBank
+from pirl.memory import RowsBank
 from pirl.model import build_model
 from pirl.optim import build_optimizer
 from pirl.results import WarmRecord
@@ -56,22 +57,27 @@ def warm_start(start: WarmStart, data: str, out: str, recipe: Recipe) -> tuple[i
     `CheckpointError` when that checkpoint's bank is not one of that data's images.
     """
     origin = Run(Run.at(start.run).storage, start.checkpoint or None)
-    commit, saved = origin.load()
+    commit, saved = origin.load(rows={BANK: range(0)})
     before, after = CropDataset(start.data, recipe), CropDataset(data, recipe)
-    memory = saved["bank"]["memory"]
-    if len(memory) != before.rows:
-        raise CheckpointError(
-            f"{start.run} has a memory bank of {len(memory):,} rows, {start.data} has {before.rows:,} images",
-            "these are not the shards that it was trained on; set --warm-epochs -1 for a cold start",
-        )
     old_row = np.full(len(before.reader), -1, np.int64)  # of every old id; -1 where the recipe left the image out
     old_row[before.image_ids(np.arange(before.rows))] = np.arange(before.rows)
     old_id = same_images(before.reader, after.reader)[after.image_ids(np.arange(after.rows))]
     source = np.where(old_id >= 0, old_row[old_id], -1)
-    kept = torch.from_numpy(np.flatnonzero(source >= 0))
+    kept = int((source >= 0).sum())
 
-    bank = MemoryBank(after.rows, recipe.model.embedding_dim, recipe.memory, recipe.train.seed)
-    bank.memory[kept] = memory[source[kept.numpy()]]
+    blank = recipe.loss.negatives == "visited"
+    dim, seed = recipe.model.embedding_dim, recipe.train.seed
+    bank = RowsBank(after.rows, dim, recipe.memory, seed, World(), blank=blank)  # saved in pieces, for any rank's rows
+    rows = 0
+    for first, piece in origin.checkpoints().pieces(commit.name, BANK):
+        moved = np.flatnonzero((source >= first) & (source < first + len(piece)))
+        bank.memory[torch.from_numpy(moved)] = piece[torch.from_numpy(source[moved] - first)].to(bank.memory.dtype)
+        rows += len(piece)
+    if rows != before.rows:
+        raise CheckpointError(
+            f"{start.run} has a memory bank of {rows:,} rows, {start.data} has {before.rows:,} images",
+            "these are not the shards that it was trained on; set --warm-epochs -1 for a cold start",
+        )
     criterion = Contrast(recipe.loss, World())
     criterion.z.copy_(saved["bank"]["z"])
     model = build_model(recipe)
@@ -84,8 +90,8 @@ def warm_start(start: WarmStart, data: str, out: str, recipe: Recipe) -> tuple[i
     checkpoints.save(state.to_dict(recipe, digest), Cursor(), recipe.digest(), digest)
     if error := checkpoints.wait():
         raise error
-    run.save_warm_start(WarmRecord(source=origin.checkpoint_uri(commit.name), rows=after.rows, kept=len(kept)))
-    return len(kept), after.rows - len(kept)
+    run.save_warm_start(WarmRecord(source=origin.checkpoint_uri(commit.name), rows=after.rows, kept=kept))
+    return kept, after.rows - kept
 
 
 def _keys(reader: ShardReader) -> list[tuple[str, int]]:

@@ -19,7 +19,7 @@ CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory
 
 def cuts_bank(placement: BankPlacement, recipe: Recipe, rows: int, world: World) -> tuple[bool, str]:
     """Return whether the bank is cut over the ranks, the same on all of them, and why in one sentence."""
-    size = rows * recipe.model.embedding_dim * 4
+    size = bank_bytes(recipe, rows)
     memory = min(world.gather_objects(rank_memory_bytes(world)))
     text = f"{size / 2**20:,.1f} MiB, a rank has {memory / 2**30:,.1f} GiB of memory"
     if placement != "auto":
@@ -29,6 +29,11 @@ def cuts_bank(placement: BankPlacement, recipe: Recipe, rows: int, world: World)
     cut = size > WHOLE_SHARE * memory
     chosen = "rows, more than" if cut else "whole, at most"
     return cut, f"memory bank: {chosen} {WHOLE_SHARE:.0%} of a rank's memory ({text})"
+
+
+def bank_bytes(recipe: Recipe, rows: int) -> int:
+    """Return the memory of `rows` rows of the bank."""
+    return rows * recipe.model.embedding_dim * (2 if recipe.memory.precision == "bf16" else 4)
 
 
 def rank_memory_bytes(world: World) -> int:
