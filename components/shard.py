@@ -15,7 +15,7 @@ def shard(
     with those of the shards `train_data` before anything is written.
     """
     from components.step import step
-    from pirl.logs import info
+    from pirl.logs import info, progress
     from pirl.outputs import check_shards_output
     from pirl.shards import (
         Manifest,
@@ -36,7 +36,12 @@ def shard(
         for line in [*summary(images), *notes]:
             info(line)
         manifest = write_shards(
-            images, out, processes=processes, max_bad_share=own.max_bad_share, decoding=own.decoding
+            images,
+            out,
+            processes=processes,
+            max_bad_share=own.max_bad_share,
+            decoding=own.decoding,
+            progress=progress(f"sharding {split}"),
         )
         for line in decoding_notes(manifest.decoding, manifest.pictures):
             info(line)

@@ -21,7 +21,7 @@ import select
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, TextIO, cast
@@ -68,6 +68,19 @@ def name_options(options: Mapping[str, str]) -> None:
 def with_options(text: str) -> str:
     """Return `text` with each parameter named as the running command does; in Python and pipelines it is unchanged."""
     return re.sub(r"`([a-z]\w*)`", lambda match: _options.get(match[1], match[0]), text)
+
+
+def progress(what: str) -> Callable[[int, int], None]:
+    """Return a function of (done, total) that prints a line for every tenth."""
+    tenths = -1
+
+    def advance(done: int, total: int) -> None:
+        nonlocal tenths
+        if total and done * 10 // total > tenths:
+            tenths = done * 10 // total
+            info(f"{what}: {done}/{total}")
+
+    return advance
 
 
 def warn(text: str, **fields: Any) -> None:

@@ -286,3 +286,22 @@ def test_the_output_lies_not_among_the_tar_files(tmp_path: Path) -> None:
     source = open_source(str(put(tmp_path / "in", a_tar=SAMPLES["plain names"])))
     with pytest.raises(PirlError, match="inside the images"):
         write_shards(source, open_storage(tmp_path / "in/shards"))
+
+
+def test_tar_files_of_classes_in_a_tar_file_are_read(tmp_path: Path) -> None:
+    """ImageNet's training images: one tar file a class."""
+    classes = {f"n0{c}.tar": tar(*((f"n0{c}_{k}.JPEG", square(2 * c + k)) for k in range(2))) for c in range(2)}
+    source = open_source(str(put(tmp_path / "in", a_tar=tar(*classes.items()))))
+    assert source.classes == ["n00", "n01"]
+    assert trained_on(source, tmp_path / "out") == [(0, 0), (1, 0), (2, 1), (3, 1)]
+    with_image = open_source(str(put(tmp_path / "other", a_tar=tar(*classes.items(), ("9.jpg", square(1))))))
+    assert list(with_image.names) == ["a.tar/9.jpg"]
+    assert with_image.left_out.counts() == {"a tar file next to images": 2}
+
+
+def test_patterns_name_tar_files(tmp_path: Path) -> None:
+    folder = put(
+        tmp_path / "in", **{f"a-{k}_tar": tar(*pairs(1, offset=k)) for k in range(3)}, **{"b-0_tar": tar(*pairs())}
+    )
+    for number, pattern in enumerate(["a-{0..2}.tar", "a-*.tar", "a-?.tar"]):
+        assert trained_on(open_source(f"{folder}/{pattern}"), tmp_path / f"out{number}") == TRUE

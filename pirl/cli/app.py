@@ -108,12 +108,4 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return
-    tenths = -1
-
-    def advance(done: int, total: int) -> None:
-        nonlocal tenths
-        if total and done * 10 // total > tenths:
-            tenths = done * 10 // total
-            logs.info(f"{what}: {done}/{total}")
-
-    yield advance
+    yield logs.progress(what)

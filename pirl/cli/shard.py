@@ -19,7 +19,7 @@ def shard(
     source: Annotated[
         str,
         typer.Argument(
-            help="Folder or s3://bucket/prefix (images or tars), list of files (.txt), or fashion-mnist:train|test."
+            help="Folder or s3://bucket/prefix (images, tar or parquet files), pattern of these, list of files (.txt)."
         ),
     ],
     out: Annotated[str, typer.Argument(help="Folder or s3:// prefix.")],

@@ -21,7 +21,7 @@ from pirl.config import load_recipe
 from pirl.errors import EXIT_DONE, PreemptedError
 from pirl.evaluate.spec import EvaluationSpec, options_like
 from pirl.gate import METRIC, MIN_GAIN, RejectedError, check_question, decide, register_run
-from pirl.logs import info
+from pirl.logs import info, progress
 from pirl.outputs import check_outside, check_registry
 from pirl.programs import EvaluationProgram, Training
 from pirl.retraining.changes import Decision, Gating, data_uri, decide_retrain
@@ -123,7 +123,13 @@ def ending_on_sigterm(saved: str) -> Iterator[None]:
 
 
 def _shard(source: Source, data: str, options: ShardingOptions) -> None:
-    write_shards(source, open_storage(data), max_bad_share=options.max_bad_share, decoding=options.decoding)
+    write_shards(
+        source,
+        open_storage(data),
+        max_bad_share=options.max_bad_share,
+        decoding=options.decoding,
+        progress=progress("sharding"),
+    )
 
 
 def _train(retraining: Retraining, decision: Decision, data: str) -> int:

@@ -8,7 +8,12 @@ out/manifest.json       published last; see `Manifest`
 
 from __future__ import annotations
 
-from pirl.errors import UsageError, did_you_mean
+import re
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+from pirl.errors import DataError, UsageError, did_you_mean
 from pirl.logs import with_options
 from pirl.shards.decoding import (
     DEFAULT,
@@ -19,12 +24,15 @@ from pirl.shards.decoding import (
     decoding_notes,
 )
 from pirl.shards.fashion import cache_root, fashion_mnist, find_fashion_mnist
-from pirl.shards.folders import folder_source, tar_file_source
+from pirl.shards.filter import PARQUET_SUFFIX, TAR_SUFFIX, Kind, kind_of
+from pirl.shards.folders import folder_source, packed_source
 from pirl.shards.images import check_image, decode_image, decode_pixels, image_size
 from pirl.shards.labels import class_summary, listed, match_classes, untested_notes
 from pirl.shards.lists import list_source
 from pirl.shards.manifest import MANIFEST, QUARANTINE, Manifest, Quarantine, Shard, check_same_decoding
 from pirl.shards.objects import ObjectSource
+from pirl.shards.parquet import ParquetSource
+from pirl.shards.place import shown_path
 from pirl.shards.prefix import object_source
 from pirl.shards.read import ShardReader
 from pirl.shards.samples import Parts
@@ -76,14 +84,14 @@ __all__ = [
 def open_source(spec: str, options: SourceOptions = SourceOptions()) -> Source:  # noqa: B008 (frozen)
     """Return the source that the user named.
 
-    It is a folder of images or tar files, a `.txt` list of files, a tar file, `fashion-mnist:train` / `:test`, or a
-    place on S3 with images or tar files.
+    It is a folder of images, tar or parquet files, a `.txt` list of files, a tar or parquet file or a pattern of such,
+    `fashion-mnist:train` / `:test`, or a place on S3 with images, tar or parquet files.
 
-    `options` choose the parts of a sample in tar files; the pixels are decoded by `options.decoding`.
+    `options` choose the parts of a sample in tar files, or columns; the pixels are decoded by `options.decoding`.
     """
     chosen = options.image or options.label
     source = _open(spec, Parts(options.image, options.label))
-    if chosen and not isinstance(source, ObjectSource):
+    if chosen and not isinstance(source, ObjectSource | ParquetSource):
         raise UsageError(f"{spec} has no tar files, whose parts {chosen!r} could be", "omit `image` and `label`")
     return source
 
@@ -115,6 +123,22 @@ def compare_classes(train: Source | Manifest, test: Source) -> list[str]:
     return untested_notes(absent)
 
 
+def _matching(path: Path) -> list[Path]:
+    """Return the tar or parquet files that a pattern names: `train-*.parquet`, `train-{000..146}.tar`.
+
+    DataError where a file that the braces name does not exist: half of a data set would be trained on.
+    """
+    if not re.search(r"[*?{]", path.name) or kind_of(path.name) not in (Kind.TAR, Kind.PARQUET):
+        return []
+    paths: list[Path] = []
+    for name in braceexpand(path.name):
+        matches = sorted(path.parent.glob(name))
+        if not matches:
+            raise DataError(f"no file {path.parent / name}, which {path.name} names", "check the pattern")
+        paths += matches
+    return list(dict.fromkeys(paths))
+
+
 def _open(spec: str, parts: Parts) -> Source:
     if spec.startswith("s3://"):
         return object_source(spec, parts)
@@ -127,15 +151,17 @@ def _open(spec: str, parts: Parts) -> Source:
             return folder_source(path, parts)
         if path.is_file() and path.suffix == ".txt":
             return list_source(path)
-        if path.is_file() and path.suffix.lower() == ".tar":
-            return tar_file_source(path, parts)
+        if path.is_file() and path.suffix.lower() in (TAR_SUFFIX, PARQUET_SUFFIX):
+            return packed_source([path], parts, f"{path.suffix[1:].lower()} file {shown_path(path)}")
+        if not path.exists() and (paths := _matching(path)):
+            return packed_source(paths, parts, f"files {shown_path(path)}")
     except OSError as error:
         raise UsageError(
             f"{error.filename or spec} cannot be read: {error.strerror}", "check the path and its permissions"
         ) from None
     forms = (
-        "a source is a folder of images or tar files, a .txt list of files, a .tar file, fashion-mnist:train, "
-        "fashion-mnist:test, or s3://bucket/prefix with images or tar files"
+        "a source is a folder of images, .tar or .parquet files, a pattern of these (train-*.tar), a .txt list of "
+        "files, fashion-mnist:train, fashion-mnist:test, or s3://bucket/prefix with images, .tar or .parquet files"
     )
     if name == "fashion-mnist":
         return fashion_mnist(split)

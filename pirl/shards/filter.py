@@ -19,6 +19,7 @@ IMAGE_SUFFIXES = frozenset(
     (*EXTENSIONS, ".gif", ".jpe", ".jfif", ".pjpeg", ".pbm", ".pnm", ".heic", ".heif", ".hif", ".avif")
 )
 TAR_SUFFIX = ".tar"
+PARQUET_SUFFIX = ".parquet"
 COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|zstd|lz4|lzma|z)|tgz|tbz2?|txz|tzst)$")
 SYSTEM_NAMES = frozenset(
     {
@@ -31,7 +32,7 @@ COMPANION_SUFFIXES = frozenset(
     {
         *(".txt", ".xml", ".json", ".jsonl", ".csv", ".tsv", ".md", ".html", ".htm", ".yaml", ".yml", ".toml", ".ini"),
         *(".cfg", ".log", ".pdf", ".py", ".sh", ".ipynb", ".cls", ".npy", ".npz", ".mat", ".pkl", ".pt", ".pth", ".h5"),
-        *(".safetensors", ".parquet", ".arrow", ".tfrecord", ".db", ".sqlite", ".zip", ".gz", ".bz2", ".xz", ".zst"),
+        *(".safetensors", ".arrow", ".tfrecord", ".db", ".sqlite", ".zip", ".gz", ".bz2", ".xz", ".zst"),
         *(".7z", ".rar", ".mp4", ".avi", ".mov", ".mkv", ".webm", ".mp3", ".wav", ".flac", ".svg", ".ps", ".eps"),
     }
 )
@@ -49,6 +50,7 @@ class Kind(Enum):
     IMAGE = "image"
     TAR = "tar"
     COMPRESSED_TAR = "compressed tar"
+    PARQUET = "parquet"
     COMPANION = "companion"
     UNKNOWN = "unknown"
 
@@ -66,6 +68,8 @@ def kind_of(name: str) -> Kind:
         return Kind.IMAGE
     if suffix == TAR_SUFFIX:
         return Kind.TAR
+    if suffix == PARQUET_SUFFIX:
+        return Kind.PARQUET
     if COMPRESSED_TAR.search(name.lower()):
         return Kind.COMPRESSED_TAR
     return Kind.COMPANION if suffix in COMPANION_SUFFIXES else Kind.UNKNOWN

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from pirl.shards.filter import (
 )
 from pirl.shards.headers import HEAD_BYTES
 from pirl.shards.labels import check_class, check_level
+from pirl.shards.parquet import ParquetSource
 from pirl.shards.place import shown_path
 from pirl.shards.samples import WHOLE, Parts
 from pirl.shards.sources import FileSource, Source
@@ -37,6 +38,7 @@ class _Tree:
     root: str
     tars: list[str] = field(default_factory=list)
     compressed: list[str] = field(default_factory=list)
+    parquets: list[str] = field(default_factory=list)
     left_out: LeftOut = field(default_factory=LeftOut)
 
     def name(self, path: str) -> str:
@@ -53,6 +55,8 @@ class _Tree:
                 self.tars.append(self.name(entry.path))
             elif kind is Kind.COMPRESSED_TAR:
                 self.compressed.append(self.name(entry.path))
+            elif kind is Kind.PARQUET:
+                self.parquets.append(self.name(entry.path))
             else:
                 self.left_out.add(not_an_image(entry.name), self.name(entry.path))
         return sorted(images)
@@ -130,6 +134,8 @@ def folder_source(root: Path, parts: Parts = WHOLE) -> Source:
     else:
         for name in tree.tars + tree.compressed:
             tree.left_out.add(TAR_BESIDE_IMAGES, name)
+        for name in tree.parquets:
+            tree.left_out.add(not_an_image(name), name)
         if flat:
             source = FileSource(description, root, flat, None, None, tree.left_out)
         else:
@@ -147,17 +153,25 @@ def folder_source(root: Path, parts: Parts = WHOLE) -> Source:
 def _tars_or_nothing(root: Path, tree: _Tree, parts: Parts, description: str) -> Source:
     if tree.compressed:
         raise refuse_compressed(sorted(tree.compressed)[0], description)
+    objects = LocalObjects(root)
+    if tree.parquets and not tree.tars:
+        entries = [objects.entry(name) for name in sorted(tree.parquets)]
+        return ParquetSource(objects, entries, parts, tree.left_out, description)
+    for name in tree.parquets:
+        tree.left_out.add(not_an_image(name), name)
     if not tree.tars:
         note = f"; left out: {tree.left_out}" if tree.left_out else ""
         raise DataError(
             f"no image in {root}{note}",
-            f"it should hold files ending in {' '.join(sorted(IMAGE_SUFFIXES))}, one folder per class, or .tar files",
+            f"it should hold files ending in {' '.join(sorted(IMAGE_SUFFIXES))}, one folder a class, .tar or .parquet",
         )
-    objects = LocalObjects(root)
     return tar_source(objects, [objects.entry(name) for name in sorted(tree.tars)], tree.left_out, parts, description)
 
 
-def tar_file_source(path: Path, parts: Parts = WHOLE) -> Source:
-    """Return the images of one tar file."""
-    objects = LocalObjects(path.parent)
-    return tar_source(objects, [objects.entry(path.name)], LeftOut(), parts, f"tar file {shown_path(path)}")
+def packed_source(paths: Sequence[Path], parts: Parts, description: str) -> Source:
+    """Return the images of tar files, or of parquet files, in one folder."""
+    objects = LocalObjects(paths[0].parent)
+    entries = [objects.entry(path.name) for path in paths]
+    if kind_of(paths[0].name) is Kind.PARQUET:
+        return ParquetSource(objects, entries, parts, LeftOut(), description)
+    return tar_source(objects, entries, LeftOut(), parts, description)

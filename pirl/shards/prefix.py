@@ -9,6 +9,7 @@ from pirl.shards.filter import (
     BAD_KEY,
     HIDDEN,
     IMAGE_SUFFIXES,
+    PARQUET_SUFFIX,
     TAR_BESIDE_IMAGES,
     TAR_SUFFIX,
     Kind,
@@ -21,18 +22,20 @@ from pirl.shards.filter import (
 from pirl.shards.headers import HEAD_BYTES
 from pirl.shards.labels import by_folder, check_level, listed, top_folder
 from pirl.shards.objects import THREADS, ObjectSource
+from pirl.shards.parquet import ParquetSource
 from pirl.shards.samples import WHOLE, Parts
+from pirl.shards.sources import Source
 from pirl.shards.tars import refuse_compressed, tar_source
 from pirl.storage import Entry, S3Storage, open_storage
 
 
-def object_source(uri: str, parts: Parts = WHOLE) -> ObjectSource:
+def object_source(uri: str, parts: Parts = WHOLE) -> Source:
     """Return what lies under s3://bucket/prefix: images as in `folder_source`, or tar files (also one alone)."""
     storage = open_storage(uri)
     assert isinstance(storage, S3Storage)
     unusable: list[str] = []
     entries = storage.entries(unusable=unusable)
-    if not entries and storage.prefix.endswith(TAR_SUFFIX):
+    if not entries and storage.prefix.endswith((TAR_SUFFIX, PARQUET_SUFFIX)):
         folder, _, name = storage.prefix.rpartition("/")
         storage = S3Storage(storage.bucket, folder)
         entries = [entry for entry in storage.entries(name) if entry.name == name]
@@ -45,10 +48,12 @@ def object_source(uri: str, parts: Parts = WHOLE) -> ObjectSource:
             left_out.add(HIDDEN, part)
         else:
             kinds[kind_of(entry.name)].append(entry)
+    parquets = kinds[Kind.PARQUET]
     images, tars, compressed = kinds[Kind.IMAGE], kinds[Kind.TAR], kinds[Kind.COMPRESSED_TAR]
     sniffed = set(_sniffed(storage, kinds[Kind.UNKNOWN]))
     images = images + sorted(sniffed)
-    for entry in kinds[Kind.UNKNOWN] + kinds[Kind.COMPANION]:
+    others = kinds[Kind.UNKNOWN] + kinds[Kind.COMPANION]
+    for entry in others + (parquets if images or tars or compressed else []):
         if entry not in sniffed:
             left_out.add(not_an_image(entry.name), entry.name)
     if images:
@@ -59,10 +64,12 @@ def object_source(uri: str, parts: Parts = WHOLE) -> ObjectSource:
         raise refuse_compressed(compressed[0].name, uri)
     if tars:
         return tar_source(storage, tars, left_out, parts, storage.uri)
+    if parquets:
+        return ParquetSource(storage, parquets, parts, left_out, storage.uri)
     note = f"; left out: {left_out}" if left_out else ""
     raise DataError(
         f"no image in {uri}{note}",
-        f"there should be objects ending in {' '.join(sorted(IMAGE_SUFFIXES))}, below their classes, or .tar",
+        f"there should be objects ending in {' '.join(sorted(IMAGE_SUFFIXES))}, below their classes, .tar or .parquet",
     )
 
 

@@ -23,9 +23,9 @@ class SourceOptions(Settings):
     """How images are read from a source."""
 
     image: str = ""
-    """Of samples in tar files, the part that is the image (jpg), or each: every image; the only one if not given."""
+    """Part of samples in tar files that is the image (jpg), or each for all; column of parquet files."""
     label: str = ""
-    """Of samples in tar files, the part that is the label: cls, txt, json:KEY; cls if not given."""
+    """Part of samples in tar files that is the label (cls, txt, json:KEY); column of parquet files."""
     background: str = "white"
     """Colour below transparent pixels: a name, #rrggbb, or none to drop alpha."""
     exif: Literal["apply", "ignore"] = "apply"

@@ -10,6 +10,7 @@ import io
 import os
 import re
 import tarfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,19 +19,23 @@ from typing import Any
 
 import numpy as np
 
+from pirl import logs
 from pirl.errors import DataError, StorageError, StorageNotFoundError, UsageError
 from pirl.shards.fashion import cache_root
-from pirl.shards.filter import HIDDEN, Kind, LeftOut, hidden_part, is_image, kind_of
+from pirl.shards.filter import HIDDEN, TAR_BESIDE_IMAGES, TAR_SUFFIX, Kind, LeftOut, hidden_part, is_image, kind_of
 from pirl.shards.headers import HEAD_BYTES
 from pirl.shards.labels import by_folder, check_level, numbered
 from pirl.shards.objects import THREADS, Objects, ObjectSource
 from pirl.shards.place import shown_path
 from pirl.shards.samples import Grouped, Member, Parts, check_words, group_samples
 from pirl.storage import Entry, open_storage
+from pirl.text import count
 
 SCAN_BYTES = 4 * 2**20
+REPORT_S = 10.0  # between two lines on the progress of the scan
 MAX_LABEL_BYTES = 2**20
-SCAN_VERSION = 3  # of what is remembered
+NO_FILE = "a link, or no regular file, in a tar file"
+SCAN_VERSION = 4  # of what is remembered
 ABOVE = re.compile(r"^(?:\.{0,2}/)+")  # of names that were packed from elsewhere: /data/ant/0.jpg, ../ant/0.jpg
 
 Read = Callable[[int, int], bytes]
@@ -73,7 +78,13 @@ def tar_source(
     Their labels are those of `parts`, or else the folders in which they lie, or else none.
     """
     with ThreadPoolExecutor(THREADS) as pool:
-        groups = list(pool.map(lambda entry: _samples(objects, entry, parts), tars))
+        groups: list[Grouped] = []
+        reported = time.monotonic()
+        for group in pool.map(lambda entry: _samples(objects, entry, parts), tars):
+            groups.append(group)
+            if time.monotonic() - reported > REPORT_S:
+                reported = time.monotonic()
+                logs.info(f"{len(groups):,} of {count(len(tars), 'tar file')} scanned")
     check_words(groups)
     for entry, group in zip(tars, groups):
         left_out.update((reason, f"{entry.name}/{name}", files) for reason, name, files in group.left_out)
@@ -157,6 +168,7 @@ def _scan(objects: Objects, entry: Entry, label_part: str) -> tuple[list[Member]
     """Return the members of a tar file that are not hidden, and (reason, name, 1) of those that cannot be read."""
     where = _shown(objects, entry)
     members: list[Member] = []
+    nested: list[tuple[tarfile.TarInfo, str]] = []
     left_out = LeftOut()
 
     def read(start: int, length: int) -> bytes:
@@ -166,21 +178,53 @@ def _scan(objects: Objects, entry: Entry, label_part: str) -> tuple[list[Member]
         return data
 
     try:
-        for tar, member in _tar_members(io.BufferedReader(_Ranged(read, entry.bytes), SCAN_BYTES), entry.bytes):
+        for tar, member in _tar_members(io.BufferedReader(Ranged(read, entry.bytes), SCAN_BYTES), entry.bytes):
             name = ABOVE.sub("", member.name)
             if member.isdir():
                 continue
             if part := hidden_part(name):
                 left_out.add(HIDDEN, part)
             elif not member.isreg() or member.sparse is not None:
-                left_out.add("a link, or no regular file, in a tar file", name)
+                left_out.add(NO_FILE, name)
+            elif kind_of(name) is Kind.TAR:  # of a class, as ImageNet packs them
+                nested.append((member, name))
             else:
                 members.append(_member(tar, member, name, label_part, where))
+        has_images = any(member.image for member in members)
+        for info, name in nested:
+            if has_images:
+                left_out.add(TAR_BESIDE_IMAGES, name)
+            else:
+                members += _nested(read, info, name, label_part, where, left_out)
     except tarfile.TarError as error:
         raise DataError(
             f"{where} is not a tar file, or was cut: {error}", "compressed ones must be unpacked; upload it again"
         ) from None
     return members, list(left_out.items())
+
+
+def _nested(
+    read: Read, outer: tarfile.TarInfo, name: str, label_part: str, where: str, left_out: LeftOut
+) -> list[Member]:
+    """Return the members of a tar file in a tar file; its name is their folder, and so their class."""
+    members: list[Member] = []
+
+    def within(start: int, length: int) -> bytes:
+        return read(outer.offset_data + start, length)
+
+    folder = name[: -len(TAR_SUFFIX)]
+    for tar, info in _tar_members(io.BufferedReader(Ranged(within, outer.size), SCAN_BYTES), outer.size):
+        inner = f"{folder}/{ABOVE.sub('', info.name)}"
+        if info.isdir():
+            continue
+        if part := hidden_part(inner):
+            left_out.add(HIDDEN, part)
+        elif not info.isreg() or info.sparse is not None or kind_of(inner) is Kind.TAR:
+            left_out.add(NO_FILE, inner)
+        else:
+            member = _member(tar, info, inner, label_part, where)
+            members.append(member._replace(offset=outer.offset_data + member.offset))
+    return members
 
 
 def _member(tar: tarfile.TarFile, info: tarfile.TarInfo, name: str, label_part: str, where: str) -> Member:
@@ -240,7 +284,7 @@ def _next_archive(file: io.BufferedReader, start: int) -> int | None:
     return None
 
 
-class _Ranged(io.RawIOBase):
+class Ranged(io.RawIOBase):
     """An object as a file."""
 
     def __init__(self, read: Read, size: int) -> None:
