@@ -152,11 +152,13 @@ class ClusterBackend(Backend):
         return program.plan()
 
     def plan(self, program: Program) -> str:
-        """Return the objects that would be created, as YAML."""
+        """Return the objects that would be created, as YAML, after a comment for each derived resource."""
         from .jobs.pod import build_job, to_yaml
+        from .jobs.resources import formulas
 
         self.check(program)
-        return to_yaml(build_job(self.kind, program, self.settings))
+        lines = formulas(self.settings.model_dump(), self.settings.ranks_per_pod)
+        return "".join(f"# {line}\n" for line in lines) + to_yaml(build_job(self.kind, program, self.settings))
 
     def run(self, program: Program, labels: Mapping[str, str] | None = None) -> int:
         """Create or adopt the job, and follow it to its end."""

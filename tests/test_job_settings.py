@@ -13,6 +13,7 @@ from pirl.errors import UsageError
 from pirl.jobs import job_settings
 from pirl.jobs.kind import JobKind
 from pirl.jobs.pod import build_job
+from pirl.jobs.resources import formulas
 
 LONG = "a" * 64
 BAD: list[tuple[str, Any, str]] = [
@@ -34,6 +35,9 @@ BAD: list[tuple[str, Any, str]] = [
     ("memory", "4m", "at least 64Mi"),
     ("shared_memory", "1K", "at least 1Mi"),
     ("shared_memory", "8Gi", "a part of memory"),
+    ("resources", {"cpu": "3"}, "a setting of its own"),
+    ("resources", {"rdma/hca": "one"}, "a quantity"),
+    ("gpu_resource", "nvidia.com/", "a resource's name"),
     ("env", {"PET_NNODES": "3"}, "by the job"),
     ("env", {"RANK": "3"}, "by the job"),
     ("env", {"a b": "3"}, "letters, digits"),
@@ -90,3 +94,38 @@ def test_good_settings_arrive_in_the_job(kind: JobKind) -> None:
         assert json.dumps(value) in text
     for value in (GOOD["tolerations"], GOOD["node_selector"]):
         assert json.dumps(value) in text, "without fields that were not given"
+
+
+@pytest.mark.parametrize(
+    ("items", "cpu", "memory", "shared_memory"),
+    [
+        ([], "1", "4Gi", "1Gi"),
+        (["gpus=1"], "9", "16Gi", "1Gi"),
+        (["gpus=8", "nodes=4"], "72", "128Gi", "8Gi"),
+        (["gpus=8", "processes=4"], "36", "64Gi", "4Gi"),
+        (["gpus=8", "cpu=48"], "48", "128Gi", "8Gi"),
+        (["gpus=8", "memory=2Gi"], "72", "2Gi", "1Gi"),
+        (["gpus=8", "shared_memory=16Gi"], "72", "128Gi", "16Gi"),
+    ],
+)
+def test_resources_follow_from_the_gpus(items: list[str], cpu: str, memory: str, shared_memory: str) -> None:
+    settings = job_settings(items)
+    assert (settings.cpu, settings.memory, settings.shared_memory) == (cpu, memory, shared_memory)
+    named = {line.partition(" ")[0] for line in formulas(settings.model_dump(), settings.ranks_per_pod)}
+    given = {item.partition("=")[0] for item in items}
+    if settings.gpus and "memory" not in given:
+        assert named == {"cpu", "memory", "shared_memory"} - given
+
+
+def test_ranks_need_cores() -> None:
+    with pytest.raises(UsageError, match="4 cores in a pod of 8 ranks"):
+        job_settings(["gpus=8", "cpu=4"])
+
+
+def test_other_resources_reach_the_pod() -> None:
+    items = ["gpus=2", "gpu_resource=amd.com/gpu", 'resources={"rdma/hca": "1"}', "ipc_lock=true"]
+    (job,) = build_job(KINDS[1], Steps("s3://bucket/run"), job_settings(items))
+    (container,) = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
+    limits = {"cpu": "18", "memory": "32Gi", "rdma/hca": "1", "amd.com/gpu": "2"}
+    assert container["resources"] == {"requests": limits, "limits": limits}
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}

@@ -149,9 +149,10 @@ def _spread(settings: JobSettings, name: str) -> Object:
 
 def _container(kind: JobKind, program: Command, settings: JobSettings) -> Object:
     """Return the container that runs the program."""
-    resources = {"cpu": settings.cpu, "memory": settings.memory}
+    resources = {"cpu": settings.cpu, "memory": settings.memory, **settings.resources}
     if settings.gpus:
-        resources["nvidia.com/gpu"] = str(settings.gpus)
+        resources[settings.gpu_resource] = str(settings.gpus)
+    capabilities = {"drop": ["ALL"], **({"add": ["IPC_LOCK"]} if settings.ipc_lock else {})}
     file = program.file()
     environment = {
         "HOME": "/tmp",
@@ -169,7 +170,7 @@ def _container(kind: JobKind, program: Command, settings: JobSettings) -> Object
         "resources": {"requests": resources, "limits": resources},
         "securityContext": {
             "allowPrivilegeEscalation": False,
-            "capabilities": {"drop": ["ALL"]},
+            "capabilities": capabilities,
             "readOnlyRootFilesystem": True,
         },
         "terminationMessagePolicy": "FallbackToLogsOnError",  # the last lines, also when the node is gone

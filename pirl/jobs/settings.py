@@ -14,6 +14,7 @@ from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_v
 
 from .. import __version__
 from ..settings import Settings, json_value, read_items, validated
+from .resources import derived
 
 IMAGE = f"localhost/pirl-trainer:{__version__.replace('+', '-')}"
 SECRET_NAMES = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|PRIVATE_KEY", re.IGNORECASE)
@@ -42,6 +43,11 @@ def _cores(text: str) -> str:
     if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,3})?|[0-9]{1,8}m", text) or not re.search("[1-9]", text):
         raise ValueError("a positive number of cores is expected, as 8 or 500m")
     return text
+
+
+def cores(text: str) -> float:
+    """Return the number of a quantity of cores: 8 or 500m."""
+    return float(text[:-1]) / 1000 if text.endswith("m") else float(text)
 
 
 def to_bytes(text: str) -> float:
@@ -117,6 +123,9 @@ Image = Annotated[
         500,
     ),
 ]
+ResourceName = Annotated[
+    str, _matching(rf"({DNS}(\.{DNS})*/)?{WORD}", "a resource's name, as rdma/hca or nvidia.com/mig-3g.71gb", 317)
+]
 Queue = Annotated[str, _matching(rf"({DNS}(\.{DNS})*)?", "a DNS name of at most 63 characters, or none", 63)]
 OptionalName = Annotated[str, _matching(rf"({DNS}(\.{DNS})*)?", "a DNS name, or none", 253)]
 Cores = Annotated[str, AfterValidator(_cores)]
@@ -166,11 +175,21 @@ class JobSettings(Settings):
     processes: Annotated[int, Field(ge=0, le=256)] = 0
     """Ranks of each pod; 0: one for each GPU, or one without GPUs."""
 
+    gpu_resource: ResourceName = "nvidia.com/gpu"
+    """Name of the GPUs as the nodes offer them: another vendor's, or a MIG slice."""
+    resources: dict[ResourceName, Annotated[str, _matching("[0-9]{1,9}[kMGT]?i?", "a quantity", 12)]] = Field(
+        default_factory=dict
+    )
+    """Other resources of each pod: {"rdma/hca": "1", "ephemeral-storage": "200Gi"}."""
+    ipc_lock: bool = False
+    """Add the capability IPC_LOCK, which RDMA needs to pin memory."""
+
     cpu: Cores = "1"
+    """Cores of each pod; with GPUs 9 for each rank if not given: its own, and 8 loading processes."""
     memory: Memory = "4Gi"
-    """Each pod's, the shared memory of its loading processes included."""
+    """Each pod's, the shared memory of its loading processes included; with GPUs 16Gi for each rank if not given."""
     shared_memory: Annotated[str, _size("1Mi")] = "1Gi"
-    """Size of /dev/shm."""
+    """Size of /dev/shm; with GPUs 1Gi for each rank if not given."""
 
     queue: Queue = ""
     """Kueue's LocalQueue, in which the job waits suspended until there is room."""
@@ -229,8 +248,31 @@ class JobSettings(Settings):
             raise ValueError(f"more than {ANNOTATION_BYTES:,} bytes together")
         return annotations
 
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_from_gpus(cls, values: Any) -> Any:
+        """Derive cpu, memory and shared memory from the GPUs where they are not given."""
+        gpus, processes = (values.get(name, 0) for name in ("gpus", "processes"))
+        if type(gpus) is not int or type(processes) is not int:
+            return values  # refused by their own checks
+        defaults = derived(gpus, processes)
+        if "memory" in values:
+            defaults.pop("shared_memory", None)
+        return defaults | dict(values)
+
+    @field_validator("resources")
+    @classmethod
+    def _not_named_twice(cls, resources: dict[str, str]) -> dict[str, str]:
+        if own := sorted({"cpu", "memory"} & resources.keys()):
+            raise ValueError(f"{', '.join(own)} is a setting of its own")
+        return resources
+
     @model_validator(mode="after")
     def _fits_together(self) -> JobSettings:
+        if self.gpus and cores(self.cpu) < self.ranks_per_pod:
+            raise ValueError(f"{self.cpu} cores in a pod of {self.ranks_per_pod} ranks: each needs at least one")
+        if self.gpu_resource in self.resources:
+            raise ValueError(f"{self.gpu_resource} is counted by gpus: omit it from resources")
         if self.gpus and self.processes > self.gpus:
             raise ValueError(f"{self.processes} processes in a pod of {self.gpus} GPUs: each needs its own")
         if to_bytes(self.shared_memory) > to_bytes(self.memory):
