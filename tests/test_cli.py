@@ -99,7 +99,7 @@ def test_doctor_names_a_storage_that_is_down(pirl: Pirl, monkeypatch: pytest.Mon
     check = next(check for check in json.loads(shown.out) if check["name"] == "S3")
     assert shown.code == 1
     assert check["state"] == "bad"
-    assert "127.0.0.1:9" in check["found"]
+    assert "127.0.0.1:9" in check["finding"]
     assert "not-to-be-shown" not in shown.out
 
 

@@ -44,7 +44,7 @@ def test_all_is_well(place: Place, as_launcher: bool) -> None:
     assert code == 0
     assert {name for name, check in found.items() if check["state"] == "bad"} == set()
     assert found["PyTorchJob"]["state"] == found["rights"]["state"] == found["pod"]["state"] == "ok"
-    assert f"{place.uri}/runs can be written, listed and read" in found["pod"]["found"]
+    assert f"{place.uri}/runs can be written, listed and read" in found["pod"]["finding"]
     assert (found["GPUs"]["state"] == "note") == as_launcher, "only an administrator may look at nodes"
     until(lambda: not place.jobs(), 30)
 
@@ -57,7 +57,7 @@ def test_rights_that_are_missing(place: Place) -> None:
     try:
         for as_launcher in (True, False):
             found = until(lambda who=as_launcher: _bad(doctor(place, as_launcher=who)[1], "rights"), 30)
-            assert "may not get pods/log" in found["found"]
+            assert "may not get pods/log" in found["finding"]
             assert found["fix"] == "kubectl apply -f manifests/"
     finally:
         kubectl("replace", "--force", "-f", "-", stdin=before)
@@ -67,28 +67,28 @@ def test_gpus_and_a_queue_that_are_not_there(place: Place) -> None:
     code, found = doctor(place, as_launcher=False, gpus=7, queue="nowhere")
     assert code == 1
     assert found["GPUs"]["state"] == "bad"
-    assert "asked for: 4 x 7" in found["GPUs"]["found"]
+    assert "asked for: 4 x 7" in found["GPUs"]["finding"]
     assert found["Kueue"]["state"] == "bad"
-    assert "nowhere" in found["Kueue"]["found"]
+    assert "nowhere" in found["Kueue"]["finding"]
 
 
 def test_an_image_that_is_not_there(place: Place) -> None:
     code, found = doctor(place, f"{place.uri}/runs", image="localhost/no-such-image:1")
     assert code == 1
-    assert "cannot pull the image localhost/no-such-image:1" in found["pod"]["found"]
+    assert "cannot pull the image localhost/no-such-image:1" in found["pod"]["finding"]
     assert "imagePullSecrets" in found["pod"]["fix"]
 
 
 def test_a_storage_that_pods_cannot_use(place: Place) -> None:
     code, found = doctor(place, "s3://pirl-no-such-bucket/runs")
     assert code == 1
-    assert "pirl-no-such-bucket" in found["pod"]["found"]
+    assert "pirl-no-such-bucket" in found["pod"]["finding"]
 
 
 def test_a_namespace_that_is_not_there(place: Place) -> None:
     code, found = doctor(place, f"{place.uri}/runs", as_launcher=False, namespace="pirl-nowhere")
     assert code == 1
-    assert "pirl-nowhere" in found["pod"]["found"]
+    assert "pirl-nowhere" in found["pod"]["finding"]
     assert "kubectl apply -f manifests/" in found["pod"]["fix"]
 
 
