@@ -140,9 +140,9 @@ class ClusterBackend(Backend):
 
     def check_location(self, option: str, uri: str) -> None:
         """Refuse a location that only this machine can see."""
-        from .storage import S3Storage, open_storage
+        from .storage import open_storage
 
-        if not isinstance(open_storage(uri), S3Storage):
+        if not open_storage(uri).shared:
             raise UsageError(f"--{option} {uri} is on this machine, where pods cannot see it", "use s3://bucket/prefix")
 
     def check(self, program: Program) -> list[str]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
@@ -26,6 +27,7 @@ from pirl.storage.local import LocalStorage, expand_home
 from pirl.storage.s3 import Entry, S3Storage
 
 __all__ = [
+    "SCHEMES",
     "Entry",
     "LocalStorage",
     "S3Storage",
@@ -41,8 +43,26 @@ __all__ = [
 ]
 
 
+def _open_folder(rest: str) -> LocalStorage:
+    """Return the folder at `rest` of file://`rest`."""
+    host, slash, path = rest.partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise UsageError(f"file://{rest} names another machine.", f"Write file:///{rest.strip('/')} for a local path.")
+    return LocalStorage(Path(os.fsdecode(b"/" + unquote_to_bytes(path))))
+
+
+def _open_bucket(rest: str) -> S3Storage:
+    """Return the prefix at `rest` of s3://`rest`."""
+    bucket, _, prefix = rest.partition("/")
+    return S3Storage(bucket, prefix)
+
+
+SCHEMES: dict[str, Callable[[str], Storage]] = {"file": _open_folder, "s3": _open_bucket}
+"""From a URI's scheme to its storage, made from the text after `scheme://`."""
+
+
 def open_storage(uri: str | Path) -> Storage:
-    """Return the storage at `path`, `file:///path` or `s3://bucket/prefix`. Nothing is read or created yet."""
+    """Return the storage at a path or a URI, such as s3://bucket/prefix. Nothing is read or created yet."""
     text = str(uri)
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", text)
     if not text.strip() or "\0" in text:
@@ -50,18 +70,11 @@ def open_storage(uri: str | Path) -> Storage:
     if isinstance(uri, Path) or scheme is None:
         return LocalStorage(expand_home(text))
     rest = text[scheme.end() :]
-    if scheme[1] == "file" and rest.startswith("/"):
-        host, slash, path = rest[1:].partition("/")
-        if host not in ("", "localhost") or not slash:
-            raise UsageError(f"{text} names another machine.", f"Write file:///{rest.strip('/')} for a local path.")
-        return LocalStorage(Path(os.fsdecode(b"/" + unquote_to_bytes(path))))
-    if scheme[1] == "s3" and rest.startswith("/"):
-        bucket, _, prefix = rest[1:].partition("/")
-        return S3Storage(bucket, prefix)
-    is_scheme = scheme[1] in ("s3", "file")  # then its slashes are wrong
+    if scheme[1] in SCHEMES and rest.startswith("/"):
+        return SCHEMES[scheme[1]](rest[1:])
     raise UsageError(
         f"{without_login(text)!r} is not a storage location."
-        + ("" if is_scheme else did_you_mean(scheme[1], ("s3", "file"))),
+        + ("" if scheme[1] in SCHEMES else did_you_mean(scheme[1], SCHEMES)),  # else its slashes are wrong
         "Use a path, file:///path or s3://bucket/prefix.",
     )
 

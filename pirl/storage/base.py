@@ -24,6 +24,8 @@ class Storage(ABC):
     """A prefix under which objects are kept. Cheap to make, safe after fork, in threads, and in a pickle."""
 
     uri: str
+    shared = False
+    """Other machines see the same objects under this URI."""
     root = ""
     patience_s: float | None = None
 

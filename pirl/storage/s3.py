@@ -41,6 +41,8 @@ class S3Storage(Storage):
     Uploads that a crash interrupts stay invisible; a lifecycle rule (AbortIncompleteMultipartUpload) frees their space.
     """
 
+    shared = True
+
     def __init__(self, bucket: str, prefix: str = "") -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}", bucket):
             raise UsageError(f"{without_login(bucket)!r} is not a bucket name.", "Write s3://bucket/prefix.")
