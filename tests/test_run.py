@@ -11,7 +11,8 @@ from conftest import TINY, warned
 
 from pirl.errors import CheckpointError, StorageError, StorageNotFoundError
 from pirl.results import Completion, Evaluation, GateDecision, GateQuestion, Registered, StepRecord, WarmRecord
-from pirl.run import Run, Workspace, list_runs
+from pirl.run import Run, Workspace
+from pirl.runs import list_runs
 from pirl.storage import open_storage
 
 SCORES = {

@@ -105,7 +105,7 @@ def runs(
 
     Example: pirl runs runs
     """
-    from ..run import list_runs
+    from ..runs import list_runs
 
     rows = [summary.model_dump() for summary in list_runs(root)]
     if not as_json:

@@ -18,6 +18,9 @@ from .app import Json, Overrides, RecipeName, app, console, show_rows
 if TYPE_CHECKING:
     from ..plan import Plan
 
+Bank = Annotated[
+    BankPlacement, typer.Option(help="Memory bank: whole, or by rows over all GPUs; auto: as a training does.")
+]
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -52,10 +55,7 @@ def plan(
     mtbf_hours: Annotated[
         float, typer.Option(help="Hours between failures of one GPU; a few hundred if preemptible.", min=0.01)
     ] = 50_700.0,
-    bank: Annotated[
-        BankPlacement,
-        typer.Option(help="Memory bank: whole, or by rows over all GPUs; auto: as a training does."),
-    ] = "auto",
+    bank: Bank = "auto",
     as_json: Json = False,
 ) -> None:
     """Tell what a training will take, before anything runs: hours, cost, memory, network, checkpoints.
