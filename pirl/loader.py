@@ -24,6 +24,7 @@ from .data import Batch, CropDataset, Share, epoch_shares
 from .errors import DataError, PirlError
 from .launch import STOP_SIGNALS
 from .order import open_order
+from .storage.patience import longest_wait_s
 from .world import World
 
 MOST_SORTED = 10_000_000  # rows whose order is sorted without a warning
@@ -78,6 +79,8 @@ class Loader:
         self.recipe = recipe
         self.world = world
         self.workers = workers
+        self.limit_s = max(world.timeout_s / 2, longest_wait_s(data))
+        """Longest wait for a loading process, which may wait for an unavailable storage."""
         if world.is_main:
             self.dataset.reader.check()  # once for all ranks, so that damage shows at once and not in mid-epoch
         if world.is_main and recipe.train.order == "sorted" and self.dataset.rows > MOST_SORTED:
@@ -95,7 +98,7 @@ class Loader:
             for at, seen, share in self._plan(epoch, samples):
                 yield at, seen, share, self.dataset[at, share.rows]
             return
-        processes = LoadingProcesses(self.dataset, self.world, self.workers, self._plan(epoch, samples))
+        processes = LoadingProcesses(self.dataset, self.world, self.workers, self._plan(epoch, samples), self.limit_s)
         with closing(processes):
             for number, (at, seen, share) in enumerate(self._plan(epoch, samples)):
                 yield at, seen, share, processes.batch(number, share.rows)
@@ -119,9 +122,15 @@ class LoadingProcesses:
     """The loading processes of one rank, and the shared memory that they write batches into."""
 
     def __init__(
-        self, dataset: CropDataset, world: World, workers: int, plan: Iterator[tuple[int, int, Share]]
+        self,
+        dataset: CropDataset,
+        world: World,
+        workers: int,
+        plan: Iterator[tuple[int, int, Share]],
+        limit_s: float,
     ) -> None:
-        self.world, self.plan = world, plan
+        """Start them; a batch that takes longer than `limit_s` is an error."""
+        self.world, self.plan, self.limit_s = world, plan, limit_s
         self.slots = workers * PREFETCH + 1  # batches that are under way, and the one that is in use
         most = -(-dataset.recipe.train.batch_size // world.size)
         self.shared = Slots(dataset, self.slots, most)
@@ -172,9 +181,9 @@ class LoadingProcesses:
     def _next(self) -> Any:
         """Return the next item of the workers.
 
-        They have half of the time that other ranks wait for this one, so that the stalled rank is the first to report.
+        They have `limit_s`, less than other ranks wait for this one, so that the stalled rank is the first to report.
         """
-        deadline = time.monotonic() + self.world.timeout_s / 2
+        deadline = time.monotonic() + self.limit_s
         while True:
             try:
                 return next(self._results)
@@ -191,8 +200,8 @@ class LoadingProcesses:
             if "DataLoader timed out" in str(error):
                 raise DataError(
                     f"the data loading processes of rank {self.world.rank} have made no batch for "
-                    f"{self.world.timeout_s / 2:g} s at {self.world.moment}",
-                    "look at them, at the disk and the storage of the shards; --timeout-s sets the time, twice of this",
+                    f"{self.limit_s:g} s at {self.world.moment}",
+                    "look at them, at the disk and the storage of the shards; --timeout-s sets the time",
                 ) from error
             # a worker that dies in the middle of handing over a batch shows as a broken connection
             if not isinstance(error, RuntimeError) or "DataLoader worker" in str(error):

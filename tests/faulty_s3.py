@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import random
+import re
 import socket
 import ssl
 import struct
@@ -14,8 +15,9 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 OUTAGES = ("reset", "503", "hang", "drop", "refused", "certificate")
 FAULTS = ("500", "503", "reset", "reset after", "lost answer", "slow", "cut answer", "cut request")
@@ -54,20 +56,23 @@ class FaultyS3(ThreadingHTTPServer):
         self.url = f"{'https' if certificates else 'http'}://127.0.0.1:{self.server_address[1]}"
         self.outage = ""
         self._ended = threading.Event()
-        self._at = 0, "", 0.0
+        self.armed: list[tuple[Callable[[str], bool], str, float]] = []
+        """Outages to come: whether one begins with a request such as "PUT /bucket/key", its kind, its seconds."""
         self.requests: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self._rng, self._lock = random.Random(seed), threading.Lock()
 
-    def fault(self, method: str, body: bool) -> str:
-        """What is to happen to a request, counted."""
+    def fault(self, method: str, path: str, body: bool) -> str:
+        """Return what happens to a request, and count it."""
         with self._lock:
             self.requests[method] += 1
-            if self._at[0] and sum(self.requests.values()) >= self._at[0]:
-                _, kind, seconds = self._at
-                self._at = 0, "", 0.0
+            due = [] if self.outage else [each for each in self.armed if each[0](f"{method} {unquote(path)}")]
+            if due:
+                _, kind, seconds = due[0]
+                self.armed.remove(due[0])
+                self._ended.clear()
+                self.outage = kind  # of this request too
                 threading.Thread(target=self.fail_for, args=(kind, seconds), daemon=True).start()
-                self.outage = kind
             kind = self.outage
             if not kind and self._rng.random() < self.share:
                 possible = [each for each in FAULTS if body or each != "cut request"]
@@ -78,7 +83,12 @@ class FaultyS3(ThreadingHTTPServer):
 
     def fail_at(self, request: int, kind: str, seconds: float) -> None:
         """Begin an outage with this request from now on."""
-        self._at = sum(self.requests.values()) + request, kind, seconds
+        first = sum(self.requests.values()) + request
+        self.armed.append((lambda _: sum(self.requests.values()) >= first, kind, seconds))
+
+    def fail_on(self, pattern: str, kind: str, seconds: float) -> None:
+        """Begin an outage with the first request that matches, such as "PUT .*/COMMIT.json", outside of another one."""
+        self.armed.append((lambda request: re.match(pattern, request) is not None, kind, seconds))
 
     def fail_for(self, kind: str, seconds: float) -> None:
         """Let an outage begin, wait for its end and end it."""
@@ -139,7 +149,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _any(self) -> None:
         length = int(self.headers.get("Content-Length", 0))
-        kind = self.server.fault(self.command, length > 1)
+        kind = self.server.fault(self.command, self.path, length > 1)
         if kind in ("reset", "refused", "certificate"):
             return self._reset()
         if kind in ("hang", "drop"):

@@ -22,22 +22,26 @@ from typing import Any
 import boto3
 import certificates
 import pytest
-from conftest import tiny_recipe
+from conftest import TINY, tiny_recipe, training
 from faulty_s3 import OUTAGES, FaultyS3
 from images import folder_of_classes
+from paced import SignalAt, train_paced
 from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401
 from test_lease import holder, holders, told  # noqa: F401
 from test_train import assert_same_bits, final
 
 from pirl import cli
 from pirl.checkpoint import Lease
-from pirl.errors import StorageError, TrainingError, UsageError
+from pirl.errors import PreemptedError, StorageError, TrainingError, UsageError
 from pirl.jobs import watch
-from pirl.metrics import Context, JsonLines, Log
+from pirl.loader import Loader
+from pirl.metrics import Context, JsonLines, Log, read_lines
+from pirl.registry import open_registry
 from pirl.shards import ShardReader
 from pirl.storage import LocalStorage, open_storage
-from pirl.training.loop import train
+from pirl.training.loop import Trainer, train
 from pirl.training.spec import Options
+from pirl.training.start import rank_timeout_s
 from pirl.world import World
 
 BEAT_S = 0.6
@@ -275,34 +279,91 @@ def scores(run: str) -> Any:
     return result["pretrained"], result["random"]
 
 
-@pytest.mark.parametrize("kind", ["drop", pytest.param("503", marks=pytest.mark.slow)])
-def test_every_step_of_the_pipeline_waits_and_ends_as_an_undisturbed_one(
-    quick: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+PHASES = {
+    "shard": ("drop", "PUT .*/data/shard-000000.tar"),
+    "manifest": ("reset", "PUT .*/data/manifest.json"),
+    "lease": ("503", "PUT .*/run/lease/00000001.json"),
+    "save": ("hang", "PUT .*/step-0000000[06]/part-"),
+    "read": ("refused", "GET .*/data/shard-000000.tar"),
+    "log": ("drop", "PUT .*/run/metrics.jsonl"),
+    "resume": ("drop", "GET .*/step-00000006/part-"),
+    "final save": ("503", "PUT .*/step-00000010/COMMIT.json"),
+    "completion": ("hang", "PUT .*/run/DONE.json"),
+    "evaluation": ("reset", "GET .*/step-00000010/part-"),
+    "features": ("drop", "GET .*/data/shard-000000.tar"),
+    "scores": ("refused", "PUT .*/run/eval.json"),
+    "registration": ("503", "GET .*/step-00000010/part-"),
+    "version": ("hang", "PUT .*/versions/v0001/COMMIT.json"),
+    "champion": ("drop", "PUT .*/champion/00000001.json"),
+}
+"""Kind of outage and the request that it begins with, in the order of a pipeline."""
+STAGES = {"shard": 2, "train": 4, "resumed": 3, "eval": 3, "register": 3}
+"""Commands of a pipeline, and how many phases of PHASES each has."""
+
+
+def run_pipeline(
+    place: str, images: Path, patch: pytest.MonkeyPatch, before: Callable[[str], None]
+) -> dict[str, float]:
+    """Run each command, after `before`; the training is stopped at step 6 and resumed. Return their seconds."""
+    recipe, data, out = tiny_recipe("train.epochs=2"), f"{place}/data", f"{place}/run"
+    options, seconds = Options(data=data, out=out), {}
+
+    def stopped() -> None:
+        with pytest.MonkeyPatch.context() as steps:
+            steps.setattr(Trainer, "_step", Trainer._step)  # restored at the end
+            with pytest.raises(PreemptedError):
+                train_paced(World(), recipe, options, SignalAt(6, 0, signal.SIGTERM))
+
+    commands: dict[str, Callable[[], object]] = {
+        "shard": lambda: command(patch, "shard", images, data, "--processes", 1),
+        "train": stopped,
+        "resumed": lambda: train(recipe, options, World()),
+        "eval": lambda: command(patch, "eval", out, "--data", data, "--test", data),
+        "register": lambda: command(patch, "register", out, "--registry", f"{place}/registry", "--min-gain", -1),
+    }
+    for name, run in commands.items():
+        before(name)
+        started = time.monotonic()
+        assert run() in (0, None) or name == "resumed"
+        seconds[name] = time.monotonic() - started
+    return seconds
+
+
+@pytest.mark.parametrize("away_s", [1.2, pytest.param(15, marks=pytest.mark.slow)])
+def test_an_outage_in_every_phase_of_the_pipeline_changes_nothing(
+    quick: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away_s: float
 ) -> None:
-    recipe, images = tiny_recipe("train.epochs=2"), tmp_path / "images"
-    folder_of_classes(images, classes=3, images=14, width=24, height=20)
-    quiet, shards = str(tmp_path / "quiet"), str(tmp_path / "shards")
-    assert command(monkeypatch, "shard", images, shards, "--processes", 1) == 0
-    train(recipe, Options(data=shards, out=quiet), World())
-    assert command(monkeypatch, "eval", quiet, "--data", shards, "--test", shards) == 0
+    """Each outage begins with a request of its phase. With 15 s the time that was lost is printed."""
+    images = folder_of_classes(tmp_path / "images", classes=3, images=14, width=24, height=20)
     monkeypatch.setenv("PIRL_CACHE_GB", "0")
+    monkeypatch.setattr("pirl.training.saver.FINAL_SAVE_PAUSE_S", 0.3)
     with FaultyS3(os.environ["AWS_ENDPOINT_URL"]) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        data, out, registry = f"{quick}/data", f"{quick}/run", f"{quick}/registry"
-        server.fail_at(6, kind, 1.5)
-        assert command(monkeypatch, "shard", images, data, "--processes", 1) == 0
-        server.fail_at(20, kind, 1.5)
-        train(recipe, Options(data=data, out=out), World())
-        server.fail_at(8, kind, 1.5)
-        assert command(monkeypatch, "eval", out, "--data", data, "--test", data) == 0
-        server.fail_at(8, kind, 1.5)
-        assert command(monkeypatch, "register", out, "--registry", registry, "--min-gain", -1) in (0, 1)
-        assert server.faults[kind] >= 4
-    digest = ShardReader(shards).manifest.digest
-    assert ShardReader(data).manifest.digest == digest
-    assert_same_bits(final(out), final(quiet))
-    assert scores(out) == scores(quiet)
-    assert open_storage(out).exists("gate.json")
+        phases, counts = list(PHASES.values()), dict(STAGES)
+
+        def fail(stage: str) -> None:
+            assert not server.armed, "an outage of the command before did not happen"
+            for _ in range(counts.pop(stage)):
+                kind, request = phases.pop(0)
+                server.fail_on(request, kind, away_s)
+
+        quiet = run_pipeline(f"{quick}/quiet", images, monkeypatch, lambda _: None)
+        disturbed = run_pipeline(f"{quick}/away", images, monkeypatch, fail)
+        assert not server.armed
+        assert not phases
+    for name, seconds in disturbed.items():
+        print(f"{name}: {STAGES[name]} outages of {away_s:g} s, lost {seconds - quiet[name]:.1f} s")
+    runs = [f"{quick}/{name}/run" for name in ("quiet", "away")]
+    digests = [ShardReader(f"{quick}/{name}/data").manifest.digest for name in ("quiet", "away")]
+    assert digests[0] == digests[1]
+    assert_same_bits(*map(final, runs))
+    assert scores(runs[0]) == scores(runs[1])
+    quiet_run, away_run = (open_storage(run) for run in runs)
+    for name in ("steps", "images_seen"):
+        assert quiet_run.read_json("DONE.json")[name] == away_run.read_json("DONE.json")[name]
+    assert [line["step"] for line in read_lines(away_run, "metrics.jsonl")] == [10]
+    champions = [open_registry(f"{quick}/{name}/registry").get("pirl").version for name in ("quiet", "away")]
+    assert champions == ["v0001", "v0001"]
 
 
 def test_a_command_without_patience_ends_shortly_and_continues_when_it_is_repeated(
@@ -323,6 +384,43 @@ def test_a_command_without_patience_ends_shortly_and_continues_when_it_is_repeat
         assert server.requests["PUT"] > before
     assert command(monkeypatch, "shard", images, tmp_path / "shards", "--processes", 1) == 0
     assert ShardReader(f"{quick}/data").manifest.digest == ShardReader(tmp_path / "shards").manifest.digest
+
+
+@pytest.mark.parametrize(
+    ("data", "patience_s", "timeout_s", "ranks_s", "loading_s"),
+    [
+        ("s3", "", 60, 466, 436),  # 180 s of patience, 4 tries of 60 s and the pauses between them
+        ("s3", "", 1000, 1000, 500),
+        ("s3", "20", 60, 306, 276),
+        ("file", "", 60, 60, 30),
+    ],
+)
+def test_ranks_wait_for_each_other_longer_than_for_storage(
+    bucket: str,  # noqa: F811
+    shards: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    data: str,
+    patience_s: str,
+    timeout_s: float,
+    ranks_s: float,
+    loading_s: float,
+) -> None:
+    """No rank and no loading process counts as stalled while it waits for a storage that is unavailable."""
+    for name in ("PIRL_S3_ATTEMPTS", "PIRL_S3_CONNECT_TIMEOUT_S", "PIRL_S3_READ_TIMEOUT_S"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIRL_STORAGE_PATIENCE_S", patience_s)
+    monkeypatch.setenv("RANK", "0")
+    if data == "s3":
+        for name in open_storage(shards).list():
+            open_storage(f"{bucket}/data").write_bytes(name, open_storage(shards).read_bytes(name))
+    uri = f"{bucket}/data" if data == "s3" else shards
+    (tmp_path / "tiny.toml").write_text(TINY)
+    spec = training(tmp_path / "tiny.toml", uri, tmp_path / "run", timeout_s=timeout_s)
+    assert rank_timeout_s(spec) == ranks_s
+    assert (f"longer than --timeout-s {timeout_s:g}" in capfd.readouterr().out) == (ranks_s > timeout_s)
+    assert Loader(uri, tiny_recipe(), World(timeout_s=timeout_s), 1).limit_s == loading_s
 
 
 # ---- settings

@@ -9,6 +9,9 @@ from typing import Any
 from pirl import logs
 from pirl.errors import UsageError
 
+CONNECT_TIMEOUT_S = 5.0
+READ_TIMEOUT_S = 60.0
+
 _lock = threading.Lock()
 _clients: dict[float | None, tuple[int, Any]] = {}
 _retries = 0
@@ -37,8 +40,8 @@ def _make_client(timeout_s: float | None) -> Any:
 
     config = Config(
         retries={"mode": "standard", "total_max_attempts": attempts() if timeout_s is None else 1},
-        connect_timeout=timeout_s or setting("PIRL_S3_CONNECT_TIMEOUT_S", 5.0),
-        read_timeout=timeout_s or setting("PIRL_S3_READ_TIMEOUT_S", 60.0),
+        connect_timeout=timeout_s or setting("PIRL_S3_CONNECT_TIMEOUT_S", CONNECT_TIMEOUT_S),
+        read_timeout=timeout_s or setting("PIRL_S3_READ_TIMEOUT_S", READ_TIMEOUT_S),
         max_pool_connections=32,
         tcp_keepalive=True,
     )
@@ -122,3 +125,12 @@ def setting(name: str, default: float) -> float:
 def attempts() -> int:
     """Return the tries of one request, the first one included."""
     return max(1, int(setting("PIRL_S3_ATTEMPTS", 4)))
+
+
+def longest_request_s() -> float:
+    """Return the seconds until a request that gets no answer has failed, with all its tries and pauses."""
+    tries = attempts()
+    one = max(
+        setting("PIRL_S3_CONNECT_TIMEOUT_S", CONNECT_TIMEOUT_S), setting("PIRL_S3_READ_TIMEOUT_S", READ_TIMEOUT_S)
+    )
+    return tries * one + 2.0**tries

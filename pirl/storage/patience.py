@@ -15,6 +15,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from pirl import logs
 from pirl.errors import PirlError, StorageNotFoundError, UsageError
+from pirl.storage.client import longest_request_s
 
 SETTING = "PIRL_STORAGE_PATIENCE_S"
 DEFAULT_S = 180.0
@@ -86,6 +87,11 @@ def patience_s() -> float:
     if not 0 <= seconds < float("inf"):
         raise UsageError(f"{SETTING} is not a number of seconds: {text!r}", f"unset it for the default, {DEFAULT_S:g}")
     return seconds
+
+
+def longest_wait_s(uri: str) -> float:
+    """Return the longest that a request of the storage at `uri` waits for an answer; 0 for a local one."""
+    return patience_s() + longest_request_s() if uri.startswith("s3://") else 0.0
 
 
 def _limit_s(storage: Patient) -> float:

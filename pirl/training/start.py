@@ -8,17 +8,21 @@ from collections.abc import Sequence
 from ..errors import UsageError
 from ..extras import require
 from ..launch import default_processes, run_ranks
+from ..logs import info
 from ..metrics import check_port
 from ..outputs import check_run_output
 from ..run import Run
 from ..shards import Manifest
 from ..storage import open_storage
+from ..storage.patience import longest_wait_s
 from ..text import count
 from ..world import start_world, stop_world
 from .loop import train
 from .spec import TrainingSpec
 from .state import check_same_run
 from .workers import with_workers
+
+STORAGE_MARGIN_S = 30.0  # between an error of storage and the report of a rank that does not answer
 
 
 def plan(spec: TrainingSpec) -> list[str]:
@@ -44,6 +48,18 @@ def plan(spec: TrainingSpec) -> list[str]:
     ]
 
 
+def rank_timeout_s(spec: TrainingSpec) -> float:
+    """Return how long a rank waits for another one: longer than that one may wait for an unavailable storage."""
+    wait_s = max(longest_wait_s(uri) for uri in (spec.data, spec.out))
+    least_s = wait_s + STORAGE_MARGIN_S if wait_s else 0.0
+    if least_s > spec.timeout_s and os.environ.get("RANK") == "0":
+        info(
+            f"ranks wait {least_s:g} s for each other, longer than --timeout-s {spec.timeout_s:g}: a request to "
+            f"storage may take {wait_s:g} s (PIRL_STORAGE_PATIENCE_S, PIRL_S3_READ_TIMEOUT_S)"
+        )
+    return max(spec.timeout_s, least_s)
+
+
 def start(arguments: Sequence[str]) -> int:
     """Train by the JSON file that is the only argument: as one rank under `torchrun`, else as all of this machine.
 
@@ -58,7 +74,7 @@ def start(arguments: Sequence[str]) -> int:
     if "RANK" not in os.environ:
         plan(spec)  # a mistake costs nothing as long as no process is started
         return run_ranks("pirl.train", arguments, spec.processes)
-    world = start_world(spec.timeout_s)
+    world = start_world(rank_timeout_s(spec))
     try:
         train(spec.recipe, with_workers(spec, world), world)
     finally:
