@@ -37,7 +37,7 @@ from .kind import SPEC_HASH, Object, Phase
 from .pod import build_job, differences, is_same
 from .settings import JobSettings
 from .state import Clocks, State, observe
-from .watch import LogStream, Progress
+from .watch import LogStream, Progress, queue_reason
 
 REPORT_S = 60.0  # between two lines on a state that lasts
 
@@ -181,12 +181,17 @@ class Launcher:
             if state is State.FAILED:
                 raise self._failed(verdict.message if verdict else "")
             if clocks.read_at - reported_at > REPORT_S:
-                info(f"launcher: {state.value}, {duration(clocks.in_state)}; {self.progress}")
+                info(f"launcher: {state.value}, {duration(clocks.in_state)}; {self._news(state)}")
                 reported_at = clocks.read_at
             self._check_settings()
             self._check_start(clocks, pods)
             self._check_progress(clocks, pods)
             time.sleep(self.poll_s)
+
+    def _news(self, state: State) -> Any:
+        if state is not State.SUSPENDED:
+            return self.progress
+        return f"queue {self.settings.queue}: {self._retry(partial(queue_reason, self.cluster, self.name))}"
 
     def _read(self) -> tuple[Object | None, list[Object]]:
         """Return the job, if it is still this launcher's, and its pods."""
@@ -259,7 +264,7 @@ class Launcher:
         return TrainingError("\n  ".join([what, *self._last_ends()]), next(bad, self._kubectl("describe")))
 
     def _lost(self) -> TrainingError:
-        if self._is_complete():
+        if self._retry(self.program.is_complete):
             return TrainingError(f"job {self.name} is gone, the run is complete", "run the same command again")
         return TrainingError(
             f"job {self.name} was deleted by somebody else, at {self.progress}",
@@ -268,14 +273,11 @@ class Launcher:
 
     def _require_completion(self) -> None:
         """Raise without the completion marker: a job has succeeded as soon as any of its pods has."""
-        if not self._is_complete():
+        if not self._retry(self.program.is_complete):
             raise TrainingError(
                 f"job {self.name} has succeeded, but the completion marker in {self.program.out} is missing",
                 f"do image and launcher have the same version, and the same storage? {self._kubectl('describe')}",
             )
-
-    def _is_complete(self) -> bool:
-        return self._retry(self.program.is_complete)
 
     def _kubectl(self, verb: str) -> str:
         return f"kubectl {verb} {self.kind.command} {self.name} -n {self.settings.namespace}"

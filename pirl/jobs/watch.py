@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from typing import Any
 
@@ -57,6 +58,16 @@ class Progress:
 
     def __str__(self) -> str:
         return self.program.describe(self.last) if "step" in self.last else "no step yet"
+
+
+def queue_reason(cluster: Cluster, name: str) -> str:
+    """Return why the job `name` waits in its queue, in Kueue's words; it is in the events of the job's Workload."""
+    created = [re.search(r"Workload: \S*?([^/\s]+)$", event.get("message", "")) for event in cluster.events(name)]
+    workloads = [match[1] for match in created if match]
+    waiting = ("Pending", "Evicted", "Preempted", "EvictedDueToPreempted")
+    events = cluster.events(workloads[-1]) if workloads else []
+    messages = [event["message"] for event in events if event.get("reason", "") in waiting]
+    return messages[-1] if messages else "no reason reported yet"
 
 
 class LogStream:
