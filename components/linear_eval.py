@@ -36,7 +36,7 @@ def linear_eval(
             program.update()
         result = program.result()
         if isinstance(result, Evaluation):
-            for trunk in ("pretrained", "random"):
+            for trunk in ("pretrained", "random"):  # last in the name: the UI sorts, and compares what is adjacent
                 for name, scores in getattr(result, trunk).items():
-                    metrics.log_metric(f"{trunk}_{name}_top1", scores.top1.mean)
+                    metrics.log_metric(f"{name}_top1_{trunk}", scores.top1.mean)
     return run

@@ -7,16 +7,27 @@ from components.step import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def shard(
-    source: str, root: str, run: str, split: str, train_data: str = "", processes: int = 2, options: str = ""
+    source: str,
+    root: str,
+    run: str,
+    split: str,
+    train_data: str = "",
+    processes: int = 2,
+    options: str = "",
+    backend: str = "local",
+    job: str = "",
 ) -> str:
     """Shard `source` (a folder, a list of files, or fashion-mnist:SPLIT) to ROOT/data/SPLIT; return that URI.
 
     `options` (`pirl shard --help`) are NAME=VALUE items separated by blanks. The classes of test images are compared
-    with those of the shards `train_data` before anything is written.
+    with those of the shards `train_data` before anything is written, and the account's rights are checked where
+    `backend` starts a job later on.
     """
     from components.step import step
+    from pirl.backends import open_backend
     from pirl.logs import info, progress
     from pirl.outputs import check_shards_output
+    from pirl.settings import items_of
     from pirl.shards import (
         Manifest,
         compare_classes,
@@ -29,6 +40,7 @@ def shard(
     from pirl.storage import open_storage
 
     with step(f"{root}/runs/{run}", f"shard-{split}"):
+        open_backend(backend, items_of(job)).require_access()
         own = sharding_options(options)
         images = open_source(source, own)
         out = check_shards_output(f"{root}/data/{split}", images)

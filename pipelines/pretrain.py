@@ -67,8 +67,9 @@ def pirl_pretrain(
     `evaluation` (its options) and `job` (settings of the jobs that train and evaluate, where `backend` has jobs) are
     NAME=VALUE items separated by blanks.
     """
-    train = shard(source=train_source, root=root, run=run, split="train", options=source_options)
-    test = shard(source=test_source, root=root, run=run, split="test", train_data=train.output, options=source_options)
+    where = {"root": root, "run": run, "options": source_options}
+    train = shard(source=train_source, split="train", backend=backend, job=job, **where)
+    test = shard(source=test_source, split="test", train_data=train.output, **where)
     train_to_register(
         train,
         test,

@@ -41,6 +41,10 @@ class Backend(ABC):
         """Raise if programs here cannot see this URI."""
 
     @abstractmethod
+    def require_access(self) -> None:
+        """Raise if this account may not start programs here; asked before work that a start has to follow."""
+
+    @abstractmethod
     def check(self, program: Program) -> list[str]:
         """Raise if the program cannot run here, else return what it would do, in a few lines. Start nothing."""
 
@@ -78,6 +82,9 @@ class LocalBackend(Backend):
 
     def check_location(self, option: str, uri: str) -> None:
         """Accept every URI."""
+
+    def require_access(self) -> None:
+        """Accept every account."""
 
     def check(self, program: Program) -> list[str]:
         """Check the program."""
@@ -144,6 +151,12 @@ class ClusterBackend(Backend):
 
         if not open_storage(uri).shared:
             raise UsageError(f"--{option} {uri} is on this machine, where pods cannot see it", "use s3://bucket/prefix")
+
+    def require_access(self) -> None:
+        """Raise without the rights of a launcher, or where no kind of job is served."""
+        from .jobs.cluster import Cluster
+
+        Cluster(self.settings.namespace, self.kind).require_rights()
 
     def check(self, program: Program) -> list[str]:
         """Check the program, and that pods can see what it reads and writes."""

@@ -51,6 +51,7 @@ class KubernetesServer(ThreadingHTTPServer):
         self.logs: dict[str, str] = {}
         self.unavailable = ""
         self.suspends = False
+        self.forbidden: set[tuple[str, str]] = set()  # (verb, resource) that reviews of rights deny
         self.denials: list[str] = []  # of the webhook of the next jobs
         self.failed = 0
         self.requests: list[str] = []
@@ -124,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         parts, query = url.path.strip("/").split("/"), parse_qs(url.query)
         if "namespaces" not in parts or parts[1] == "authorization.k8s.io":
-            self.of_cluster(parts)
+            self.of_cluster(parts, body)
             return
         plural, rest = parts[parts.index("namespaces") + 2], parts[parts.index("namespaces") + 3 :]
         core = parts[0] == "api"
@@ -136,12 +137,14 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_DELETE = do_PATCH = handle_any
 
-    def of_cluster(self, parts: list[str]) -> None:
+    def of_cluster(self, parts: list[str], body: Any) -> None:
         """Answer for the version, the types of a group, the rights of an account, or a list over all namespaces."""
         if parts == ["version"]:
             self.answer(200, {"gitVersion": "v1.34.4"})
         elif self.command == "POST":
-            self.answer(201, {"status": {"allowed": True}})
+            right = body["spec"]["resourceAttributes"]
+            allowed = (right["verb"], right["resource"]) not in self.server.forbidden
+            self.answer(201, {"status": {"allowed": allowed}})
         elif len(parts) == 3 and parts[0] == "apis":
             served = [plural for plural in self.server.served if f"{plural}.{parts[1]}" in GROUPS]
             self.answer(200 if served else 404, {"resources": [{"name": plural} for plural in served], "message": "no"})

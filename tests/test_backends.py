@@ -35,6 +35,9 @@ class Notebook(Backend):
     def check_location(self, option: str, uri: str) -> None:
         pass
 
+    def require_access(self) -> None:
+        pass
+
     def check(self, program: Program) -> list[str]:
         return ["noted"]
 

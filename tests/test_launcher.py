@@ -17,11 +17,13 @@ from kubernetes_server import SUSPENDED, WAYS, KubernetesServer, kubernetes  # n
 from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401 fixtures
 
 import pirl
+from pirl.backends import open_backend
 from pirl.errors import PirlError, StorageError, TrainingError, UsageError
 from pirl.jobs import JobSettings, job_settings
 from pirl.jobs.cluster import Cluster, ForbiddenError
 from pirl.jobs.kind import JobKind, Object, Operator, Phase, Resource, Verdict, true_conditions
 from pirl.jobs.launcher import Launcher
+from pirl.jobs.pod import job_name
 from pirl.jobs.pytorchjob import PyTorchJob
 from pirl.jobs.trainjob import JOBSET, TrainJob
 from pirl.storage import open_storage
@@ -430,8 +432,14 @@ def test_a_queue_that_nothing_manages_is_an_error(scene: Scene) -> None:
 def test_a_queue_that_kueue_manages(scene: Scene) -> None:
     """The job waits suspended, for longer than pods may wait, and runs when it is admitted."""
     scene.server.suspends = True
+    for about, reason, message in (
+        (job_name(scene.program.out), "CreatedWorkload", "Created Workload: pirl/job-pirl-run-1f2e3"),
+        ("job-pirl-run-1f2e3", "Pending", "couldn't assign flavors to pod set node: insufficient unused quota for cpu"),
+    ):
+        scene.server.events.append({"involvedObject": {"name": about}, "reason": reason, "message": message})
     with scene.launched(queue="team", start_s=0.2):
         scene.saying("launcher: suspended")
+        scene.saying("queue team: couldn't assign flavors to pod set node: insufficient unused quota for cpu")
         time.sleep(0.5)
         (job,) = scene.server.all(scene.words.plural)
         SUSPENDED[scene.words.plural](job["spec"])["suspend"] = False
@@ -439,6 +447,27 @@ def test_a_queue_that_kueue_manages(scene: Scene) -> None:
         scene.saying("launcher: running")
         scene.succeed()
     assert scene.error is None
+
+
+@pytest.mark.parametrize("scene", [PYTORCHJOB, TRAINJOB], ids=lambda words: words.kind.name, indirect=True)
+def test_an_account_without_the_rights_is_refused_before_the_sharding(
+    scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from components.shard import shard
+
+    backend = scene.words.kind.name
+    scene.server.forbidden = {("create", scene.words.plural), ("get", "pods")}
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit):
+        shard.python_func(
+            source="nothing", root=str(out), run="r", split="train", backend=backend, job="namespace=pirl"
+        )
+    shown = capsys.readouterr().err
+    assert f"lacks rights of a launcher in namespace pirl: create {scene.words.plural}" in shown
+    assert "overlays/kfp-default-account" in shown
+    assert not (out / "data").exists()
+    scene.server.forbidden = set()
+    open_backend(backend).require_access()
 
 
 def test_a_refusal_survives_a_pickle() -> None:

@@ -32,7 +32,8 @@ OVERLAYS = sorted(path.name for path in (MANIFESTS / "overlays").iterdir())
 VERSION = __version__.replace("+", "-")
 WORLD = ("nodes", "gpus", "processes")
 BUILT_IN = {"Namespace", "ServiceAccount", "Role", "RoleBinding", "ConfigMap", "NetworkPolicy"}
-NEED_CRDS = {"kueue": {"ResourceFlavor", "ClusterQueue", "LocalQueue"}, "monitoring": {"PodMonitor", "PrometheusRule"}}
+QUEUES = {"ResourceFlavor", "ClusterQueue", "LocalQueue"}
+NEED_CRDS = {"kueue": QUEUES, "kueue-v1beta1": QUEUES, "monitoring": {"PodMonitor", "PrometheusRule"}}
 
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 
@@ -233,6 +234,16 @@ class TestBuilt:
             assert binding["subjects"] == [
                 {"kind": "ServiceAccount", "name": account["name"], "namespace": account["namespace"]}
             ]
+
+    def test_the_default_account_of_kfp_gets_the_launchers_role_alone(self) -> None:
+        (binding,) = built("kfp-default-account")
+        assert (binding["kind"], binding["metadata"]["namespace"]) == ("RoleBinding", "pirl")
+        assert (binding["roleRef"]["kind"], binding["roleRef"]["name"]) == ("Role", next(iter(of_kind("Role"))))
+        assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "pipeline-runner", "namespace": "kubeflow"}]
+
+    @pytest.mark.parametrize(("overlay", "version"), [("kueue", "v1beta2"), ("kueue-v1beta1", "v1beta1")])
+    def test_the_queue_in_the_version_that_is_served(self, overlay: str, version: str) -> None:
+        assert {document["apiVersion"] for document in built(overlay)} == {f"kueue.x-k8s.io/{version}"}
 
     def test_a_schedule_does_not_overlap_itself(self) -> None:
         spec = next(document for document in built("cron") if document["kind"] == "CronJob")["spec"]

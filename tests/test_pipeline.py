@@ -16,8 +16,10 @@ import pytest
 import yaml
 from conftest import TINY
 from images import folder_of_classes
-from kfp import local
+from kfp import dsl, local
 
+from components.register import register
+from components.report import report
 from components.shard import shard
 from pipelines.compiled import compiled
 from pipelines.local import require_steps, run_local
@@ -26,7 +28,7 @@ from pirl import __version__
 from pirl.errors import PirlError, UsageError
 from pirl.jobs.settings import SECRET_NAMES
 from pirl.registry import open_registry
-from pirl.storage import Storage
+from pirl.storage import Storage, open_storage
 
 STEPS = {"shard-train", "shard-test", "pretrain", "linear_eval", "gate", "report"}
 
@@ -102,6 +104,24 @@ def test_registering_again_gives_the_same_version(promoted: Storage, arguments: 
     before = promoted.read_json("registered.json")
     assert register_run(promoted.uri, f"{arguments['root']}/registry", "pirl").version == before["version"]
     assert len(open_registry(f"{arguments['root']}/registry").versions("pirl")) == 1
+
+
+def test_the_artifacts_are_what_the_ui_renders(promoted: Storage, arguments: dict[str, Any], tmp_path: Path) -> None:
+    places = {name: str(tmp_path / name) for name in ("page", "summary", "card", "trunk")}
+    data = {f"{split}_data": f"{arguments['root']}/data/{split}" for split in ("train", "test")}
+    page, summary = dsl.HTML(uri=places["page"]), dsl.Markdown(uri=places["summary"])
+    where = report.python_func(run=promoted.uri, **data, verdict="", page=page, summary=summary)
+    assert Path(page.path).read_text() == open_storage(where.rpartition("/")[0]).read_bytes("report.html").decode()
+    text = Path(summary.path).read_text()
+    assert text.startswith("# tiny\n\n**Registered as pirl v0001**")
+    assert "| Nearest neighbours" in text
+    for reason in promoted.read_json("gate.json")["reasons"]:
+        assert f"- {reason}" in text
+    trunk, card = dsl.Model(uri=places["trunk"]), dsl.Markdown(uri=places["card"])
+    given = {"run": promoted.uri, "root": arguments["root"], "model": "pirl"}
+    version = register.python_func(**given, trunk=trunk, card=card)
+    assert trunk.metadata == {"version": "v0001", "uri": version}
+    assert Path(card.path).read_text() == open_storage(version).read_bytes("README.md").decode()
 
 
 def test_a_step_that_was_skipped_silently_is_an_error(promoted: Storage) -> None:

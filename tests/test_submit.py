@@ -163,6 +163,15 @@ def test_a_dry_run_changes_nothing(pirl: Pirl, server: KfpServer, monkeypatch: p
     assert code == 0
     assert "to be uploaded first" in shown
     assert 'root = "s3://bucket/pirl"' in shown
+    assert "image of the steps: localhost/pirl-python-steps" in shown
+    assert "account of the steps" not in shown
+    job = ["backend=trainjob", "job=image=registry.example.com/trainer:7"]
+    code, shown = pirl("submit", "pirl-pretrain", *ARGUMENTS, *job, "--step", "image=r.io/steps:7", "--dry-run")
+    assert code == 0, shown
+    assert "image of the steps: r.io/steps:7\nimage of the job: registry.example.com/trainer:7\n" in shown
+    assert "kfp-default-account" in shown
+    code, shown = pirl("submit", "pirl-pretrain", *ARGUMENTS, *job, "--service-account", "pirl-launcher", "--dry-run")
+    assert "account of the steps: pirl-launcher\n" in shown
     assert {request.split()[0] for request in server.requests} == {"GET"}
     monkeypatch.delenv("KFP_ENDPOINT")
     assert pirl("submit", "pirl-pretrain", *ARGUMENTS, "--dry-run")[0] == 0

@@ -20,6 +20,7 @@ from .submit import (
     Upload,
     connect,
     print_plan,
+    print_pods,
     resolve,
 )
 
@@ -77,6 +78,7 @@ test_source=s3://bucket/test root=s3://bucket/pirl
     version, values = resolve(backend, pipeline, arguments or [], step, upload, dry_run)
     if dry_run:
         print_plan(f"would schedule {name} at {six}:", pipeline, version, values)
+        print_pods(pipeline, values, step, service_account)
         return
     done = backend.schedule(name, version, values, six, experiment, service_account)
     console.print(f"{name}: {done}, {six}, version {version.name}")

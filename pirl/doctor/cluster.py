@@ -15,12 +15,14 @@ from ..errors import PirlError
 from ..jobs import JobSettings
 from ..jobs.cluster import AbsentError, Cluster, ClusterError, ForbiddenError, UnavailableError
 from ..jobs.diagnose import Trouble, ends, troubles
-from ..jobs.kind import JobKind, Object, Resource, Right
+from ..jobs.kind import JobKind, Object, Resource
 from ..jobs.pod import build_job
 from ..text import duration
 from .check import Check
 
 ACCOUNT = "pirl-launcher"
+KFP_ACCOUNTS = {"kubeflow:pirl-launcher": "kfp", "kubeflow:pipeline-runner": "kfp-default-account"}
+"""Accounts of KFP's steps, and the overlay that gives each the launcher's role."""
 PERMANENT_S = 15.0
 POLL_S = 1.0
 KUEUE = "kueue.x-k8s.io"
@@ -40,7 +42,7 @@ def cluster_checks(kinds: Sequence[JobKind], settings: JobSettings, root: str) -
     except ClusterError as error:
         yield Check("API server", "bad", error.what, error.hint or "is it up, and is KUBECONFIG right?")
         return
-    for checks in (_operators, _rights, _gpus, _queue):
+    for checks in (_operators, _rights, _kfp_accounts, _gpus, _queue):
         try:
             yield from checks(survey, settings)
         except ClusterError as error:
@@ -90,25 +92,6 @@ class Survey(Cluster):
         except ForbiddenError:
             return None
         return items[0]["spec"]["template"]["spec"]["containers"][0]["image"] if items else ""
-
-    def may(self, right: Right, account: str = "") -> bool | None:
-        """Return whether this account, or a service account of the namespace, has a right in it."""
-        from kubernetes import client
-
-        api = client.AuthorizationV1Api(self.client)
-        resource, _, subresource = right.resource.partition("/")
-        attributes = {"namespace": self.namespace, "verb": right.verb, "group": right.group, "resource": resource}
-        spec: Object = {"resourceAttributes": {**attributes, "subresource": subresource}}
-        try:
-            if account:
-                spec["user"] = f"system:serviceaccount:{self.namespace}:{account}"
-                body = {"metadata": {"namespace": self.namespace}, "spec": spec}
-                answer = self._call(api.create_namespaced_local_subject_access_review, self.namespace, body)
-            else:
-                answer = self._call(api.create_self_subject_access_review, {"spec": spec})
-        except ForbiddenError:
-            return None
-        return bool(answer["status"]["allowed"])
 
     def gpus(self) -> list[int] | None:
         """Return the allocatable GPUs of each node."""
@@ -169,6 +152,20 @@ def _rights(survey: Survey, _: JobSettings) -> Iterator[Check]:
         yield Check("rights", "bad", f"{subject} may not {', '.join(missing)}", "kubectl apply -f manifests/")
     else:
         yield Check("rights", "ok", f"{subject} has all the rights of a launcher")
+
+
+def _kfp_accounts(survey: Survey, _: JobSettings) -> Iterator[Check]:
+    """Check which of the two accounts of KFP's steps may start jobs: that of the overlay, and KFP's default."""
+    rights = survey.kind.rights
+    for account, overlay in KFP_ACCOUNTS.items():
+        answers = [survey.may(right, account) for right in rights]
+        name = f"steps as {account}"
+        if None in answers:
+            yield Check(name, "note", "this account may not ask for the rights of others", "run it as an administrator")
+        elif all(answers):
+            yield Check(name, "ok", "has all the rights of a launcher")
+        else:
+            yield Check(name, "note", "may not start jobs", f"kubectl apply -k manifests/overlays/{overlay}")
 
 
 def _gpus(survey: Survey, settings: JobSettings) -> Iterator[Check]:

@@ -13,12 +13,13 @@ from typing import Any
 
 from ..errors import PirlError
 from .diagnose import time_of
-from .kind import SPEC_HASH, TTL, JobKind, Object, Phase, Resource, conditions, container_name, owner
+from .kind import SPEC_HASH, TTL, JobKind, Object, Phase, Resource, Right, conditions, container_name, owner
 
 TIMEOUT_S = (5, 20)  # to connect, and without a byte
 RIGHTS_HINT = (
     "`kubectl apply -f manifests/` gives these rights to the service account pirl-launcher; for KFP's steps, "
-    "`kubectl apply -k manifests/overlays/kfp` and `pirl submit --service-account pirl-launcher`"
+    "`kubectl apply -k manifests/overlays/kfp` and `pirl submit --service-account pirl-launcher`, or, for KFP's own "
+    "account, `kubectl apply -k manifests/overlays/kfp-default-account`"
 )
 
 
@@ -143,6 +144,37 @@ class Cluster:
             )
         except (AbsentError, _RefusedError):  # no container yet, or not any more
             return ""
+
+    def may(self, right: Right, account: str = "") -> bool | None:
+        """Return whether this account, or a service account NAME or NAMESPACE:NAME, has a right in the namespace.
+
+        None if this account may not ask that.
+        """
+        from kubernetes import client
+
+        api = client.AuthorizationV1Api(self.client)
+        resource, _, subresource = right.resource.partition("/")
+        attributes = {"namespace": self.namespace, "verb": right.verb, "group": right.group, "resource": resource}
+        spec: Object = {"resourceAttributes": {**attributes, "subresource": subresource}}
+        try:
+            if account:
+                name = account if ":" in account else f"{self.namespace}:{account}"
+                spec["user"] = f"system:serviceaccount:{name}"
+                body = {"metadata": {"namespace": self.namespace}, "spec": spec}
+                answer = self._call(api.create_namespaced_local_subject_access_review, self.namespace, body)
+            else:
+                answer = self._call(api.create_self_subject_access_review, {"spec": spec})
+        except ForbiddenError:
+            return None
+        return bool(answer["status"]["allowed"])
+
+    def require_rights(self) -> None:
+        """Raise `ForbiddenError` where this account lacks a right of a launcher."""
+        missing = [str(right) for right in self.kind.rights if self.may(right) is False]
+        if missing:
+            raise ForbiddenError(
+                f"this account lacks rights of a launcher in namespace {self.namespace}: {', '.join(missing)}"
+            )
 
     def _path(self, resource: Resource) -> tuple[str, str, str, str]:
         return resource.group, resource.version, self.namespace, resource.plural

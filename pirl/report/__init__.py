@@ -23,7 +23,7 @@ from pirl.report.sheet import Example, draw_views, views_sheet, write_preview
 from pirl.run import REPORT, Run
 from pirl.shards import Manifest, ShardReader
 
-__all__ = ["render_report", "views_sheet", "write_preview", "write_report"]
+__all__ = ["render_report", "save_report", "views_sheet", "write_preview", "write_report"]
 
 EXAMPLES = 8
 
@@ -46,9 +46,13 @@ def write_report(run: str, train_data: str, test_data: str | None = None) -> str
 
     Neighbours need `test_data`. `StorageNotFoundError` if the run does not exist, `DataError` without shards.
     """
-    folder = Run.at(run)
-    folder.require_writable(REPORT)
-    return folder.save_report(render_report(run, train_data, test_data))
+    Run.at(run).require_writable(REPORT)
+    return save_report(run, render_report(run, train_data, test_data))
+
+
+def save_report(run: str, page: str) -> str:
+    """Write the page into the run as `report.html`; return its URI."""
+    return Run.at(run).save_report(page)
 
 
 def render_report(run: str, train_data: str, test_data: str | None = None) -> str:
