@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import select
 import signal
 import threading
@@ -12,26 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pirl import __version__, logs
-from pirl.errors import PirlError, StorageError, UsageError
+from pirl import logs
+from pirl.errors import PirlError, StorageError
+from pirl.jobs.steps import STEPS_IMAGE
 from pirl.launch import die_with_parent
 from pirl.metrics import peak_memory_bytes, task
 from pirl.results import StepRecord
 from pirl.run import Run
 
-IMAGE = os.environ.get("PIRL_STEPS_IMAGE", f"localhost/pirl-python-steps:{__version__.replace('+', '-')}")
-"""Compiled into the pipeline; the name holds "python" because the local runner asks for it."""
-
-
-def require_image(image: str = IMAGE) -> None:
-    """Raise `UsageError` unless the steps have an image."""
-    if not re.fullmatch(r"[^\s@:/][^\s]*", image):
-        raise UsageError(
-            f"PIRL_STEPS_IMAGE is {image!r}, expected the name of an image",
-            "name the image of the steps, or unset the variable for this version's own",
-        )
-
-
+IMAGE = STEPS_IMAGE
 SECRET_DIR = "/etc/pirl/storage"
 """Folder of the Secret with the storage's credentials in a step's pod; each key is a file."""
 SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_REGION")

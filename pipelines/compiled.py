@@ -11,11 +11,11 @@ from typing import Any
 import yaml
 from kfp import compiler
 
-from components.step import require_image
 from pipelines.cluster import StepSettings, write_settings
 from pipelines.pretrain import pirl_pretrain
 from pipelines.retrain import pirl_retrain
 from pirl import __version__
+from pirl.jobs.steps import require_image
 
 PIPELINES = {"pirl-pretrain": pirl_pretrain, "pirl-retrain": pirl_retrain}
 

@@ -17,9 +17,10 @@ from typing import Any
 
 from kfp import local
 
-from components.step import RUNNER, require_image
+from components.step import RUNNER
 from pipelines.pretrain import pirl_pretrain
 from pirl.errors import PirlError, UsageError
+from pirl.jobs.steps import require_image
 from pirl.run import Run, Workspace
 from pirl.storage import Storage
 

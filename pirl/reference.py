@@ -14,6 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from .config import Recipe
 from .jobs import JobSettings
+from .jobs.steps import StepSettings
 from .shards.spec import ShardingOptions
 from .training.spec import Options
 
@@ -75,20 +76,13 @@ def markdown() -> str:
         "## Settings of a pipeline's steps",
         "Pods of the steps on KFP, fixed when the pipeline is compiled: `--step name=value` of `pirl compile`, "
         "`submit` and `schedule`, or all of them in `PIRL_STEP`.",
-        table(fields(step_settings())),
+        table(fields(StepSettings)),
         "## Environment variables",
         "The usual variables of AWS tools hold for S3.",
         "| variable | meaning |\n|---|---|\n"
         + "\n".join(f"| `{name}` | {text} |" for name, text in ENVIRONMENT.items()),
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def step_settings() -> type[BaseModel]:
-    """Return the model of the steps' settings; the package `pipelines` is not a part of the library."""
-    from pipelines.cluster import StepSettings
-
-    return StepSettings
 
 
 def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
