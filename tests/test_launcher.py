@@ -26,6 +26,7 @@ from pirl.jobs.launcher import Launcher
 from pirl.jobs.pod import job_name
 from pirl.jobs.pytorchjob import PyTorchJob
 from pirl.jobs.trainjob import JOBSET, TrainJob
+from pirl.jobs.watch import queue_reason
 from pirl.storage import open_storage
 
 POLL_S = 0.02
@@ -437,9 +438,12 @@ def test_a_queue_that_kueue_manages(scene: Scene) -> None:
         ("job-pirl-run-1f2e3", "Pending", "couldn't assign flavors to pod set node: insufficient unused quota for cpu"),
     ):
         scene.server.events.append({"involvedObject": {"name": about}, "reason": reason, "message": message})
-    with scene.launched(queue="team", start_s=0.2):
+    with scene.launched(queue="team", start_s=0.2) as launcher:
         scene.saying("launcher: suspended")
         scene.saying("queue team: couldn't assign flavors to pod set node: insufficient unused quota for cpu")
+        admitted = {"involvedObject": {"name": "job-pirl-run-1f2e3"}, "reason": "Admitted", "message": "Admitted"}
+        scene.server.events.append({**admitted, "lastTimestamp": "2026-12-01T02:27:22Z"})
+        assert "not started" in queue_reason(launcher.cluster, launcher.name)
         time.sleep(0.5)
         (job,) = scene.server.all(scene.words.plural)
         SUSPENDED[scene.words.plural](job["spec"])["suspend"] = False

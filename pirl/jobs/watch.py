@@ -64,10 +64,14 @@ def queue_reason(cluster: Cluster, name: str) -> str:
     """Return why the job `name` waits in its queue, in Kueue's words; it is in the events of the job's Workload."""
     created = [re.search(r"Workload: \S*?([^/\s]+)$", event.get("message", "")) for event in cluster.events(name)]
     workloads = [match[1] for match in created if match]
-    waiting = ("Pending", "Evicted", "Preempted", "EvictedDueToPreempted")
+    reasons = re.compile("Pending|Evicted.*|Preempted|Admitted")
     events = cluster.events(workloads[-1]) if workloads else []
-    messages = [event["message"] for event in events if event.get("reason", "") in waiting]
-    return messages[-1] if messages else "no reason reported yet"
+    events = [event for event in events if reasons.fullmatch(event.get("reason", ""))]
+    if not events:
+        return "no reason reported yet"
+    if events[-1]["reason"] == "Admitted":  # Kueue 0.17 cannot start the job of a Trainer before 2.2
+        return "admitted, but not started -> check that the versions of Kueue and the operator fit"
+    return str(events[-1]["message"])
 
 
 class LogStream:
