@@ -21,7 +21,7 @@ def linear_eval(
     `options` (`pirl eval --help`) and `job` (settings of the job, on a cluster) are NAME=VALUE items separated by
     blanks. The gate reads the protocol fast. `kfp_run` is the id of the KFP run, a label of the job.
     """
-    from components.step import step
+    from components.step import labels_of, step
     from pirl.backends import prepare_evaluation
     from pirl.results import Evaluation
 
@@ -30,7 +30,7 @@ def linear_eval(
             run, data=train_data, test=test_data, options=options, backend=backend, job=job
         )
         if program.result() is None:
-            if code := chosen.run(program, {"pirl.dev/kfp-run": kfp_run} if kfp_run else {}):
+            if code := chosen.run(program, labels_of(kfp_run)):
                 raise SystemExit(code)
         else:
             program.update()

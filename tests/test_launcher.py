@@ -440,7 +440,7 @@ def test_a_queue_that_kueue_manages(scene: Scene) -> None:
         scene.server.events.append({"involvedObject": {"name": about}, "reason": reason, "message": message})
     with scene.launched(queue="team", start_s=0.2) as launcher:
         scene.saying("launcher: suspended")
-        scene.saying("queue team: couldn't assign flavors to pod set node: insufficient unused quota for cpu")
+        scene.saying("in its queue: couldn't assign flavors to pod set node: insufficient unused quota for cpu")
         admitted = {"involvedObject": {"name": "job-pirl-run-1f2e3"}, "reason": "Admitted", "message": "Admitted"}
         scene.server.events.append({**admitted, "lastTimestamp": "2026-12-01T02:27:22Z"})
         assert "not started" in queue_reason(launcher.cluster, launcher.name)

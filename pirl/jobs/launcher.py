@@ -189,9 +189,8 @@ class Launcher:
             time.sleep(self.poll_s)
 
     def _news(self, state: State) -> Any:
-        if state is not State.SUSPENDED:
-            return self.progress
-        return f"queue {self.settings.queue}: {self._retry(partial(queue_reason, self.cluster, self.name))}"
+        waits = state is State.SUSPENDED
+        return self._retry(partial(queue_reason, self.cluster, self.name)) if waits else self.progress
 
     def _read(self) -> tuple[Object | None, list[Object]]:
         """Return the job, if it is still this launcher's, and its pods."""
@@ -219,12 +218,11 @@ class Launcher:
         """Fail on pods that have not started for too long."""
         if clocks.state not in (State.PENDING, State.RESTARTING):
             return
-        wait = self.settings
         present = self._troubles(pods)
         permanent = [trouble for trouble in present if trouble.permanent]
         clocks.permanent = clocks.permanent + clocks.turn if permanent else 0.0
-        if clocks.permanent > wait.pull_s or clocks.in_state > wait.start_s:
-            waited = clocks.permanent if clocks.permanent > wait.pull_s else clocks.in_state
+        if clocks.permanent > self.settings.pull_s or clocks.in_state > self.settings.start_s:
+            waited = clocks.permanent if clocks.permanent > self.settings.pull_s else clocks.in_state
             what = f"job {self.name} is {clocks.state.value} for {duration(waited)}"
             hint = (permanent or present)[0].hint if present else self._kubectl("describe")
             raise TrainingError("\n  ".join([what, *map(str, permanent or present or self._last_ends())]), hint)

@@ -68,10 +68,10 @@ def queue_reason(cluster: Cluster, name: str) -> str:
     events = cluster.events(workloads[-1]) if workloads else []
     events = [event for event in events if reasons.fullmatch(event.get("reason", ""))]
     if not events:
-        return "no reason reported yet"
+        return "in its queue: no reason reported yet"
     if events[-1]["reason"] == "Admitted":  # Kueue 0.17 cannot start the job of a Trainer before 2.2
         return "admitted, but not started -> check that the versions of Kueue and the operator fit"
-    return str(events[-1]["message"])
+    return f"in its queue: {events[-1]['message']}"
 
 
 class LogStream:
