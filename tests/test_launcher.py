@@ -434,7 +434,11 @@ def test_a_queue_that_kueue_manages(scene: Scene) -> None:
     """The job waits suspended, for longer than pods may wait, and runs when it is admitted."""
     scene.server.suspends = True
     for about, reason, message in (
-        (job_name(scene.program.out), "CreatedWorkload", "Created Workload: pirl/job-pirl-run-1f2e3"),
+        (
+            job_name(scene.program.out, scene.program.module),
+            "CreatedWorkload",
+            "Created Workload: pirl/job-pirl-run-1f2e3",
+        ),
         ("job-pirl-run-1f2e3", "Pending", "couldn't assign flavors to pod set node: insufficient unused quota for cpu"),
     ):
         scene.server.events.append({"involvedObject": {"name": about}, "reason": reason, "message": message})
