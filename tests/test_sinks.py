@@ -82,7 +82,7 @@ def of_wandb(run: Path) -> Curve:
 
     curve: Curve = {}
     ids = set()
-    for path in sorted((run / "sinks" / "wandb").rglob("run-*.wandb"), key=lambda path: path.stat().st_mtime):
+    for path in sorted((run / "sinks" / "wandb").rglob("run-*.wandb")):  # folders are named by their time
         if path.parent.is_symlink():
             continue
         ids.add(path.name)
@@ -96,6 +96,16 @@ def of_wandb(run: Path) -> Curve:
 
 
 READERS: dict[str, Callable[[Path], Curve]] = {"tensorboard": of_tensorboard, "mlflow": of_mlflow, "wandb": of_wandb}
+
+
+def read_back(name: str, run: Path, complete: Callable[[Curve], bool]) -> Curve:
+    """The curve once it is complete: the process of Weights & Biases writes its last lines after `finish` returned."""
+    deadline = time.monotonic() + 60
+    while not complete(curve := READERS[name](run)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return curve
+
+
 installed = [name for name in extras.SINKS if not extras.missing(name)]
 
 
@@ -121,8 +131,8 @@ def test_a_resumed_run_is_one_curve(name: str, tmp_path: Path) -> None:
     if name == "wandb":
         time.sleep(1.1)  # it names its folder by the second, and a process does not restart within one
     log_steps(tmp_path / "run", [name], 3, 6, "done")
-    curve = READERS[name](tmp_path / "run")
-    assert curve == {1: 1.0, 2: 2.0, 3: 3.0, 4: 34.0, 5: 35.0, 6: 36.0}
+    expected = {1: 1.0, 2: 2.0, 3: 3.0, 4: 34.0, 5: 35.0, 6: 36.0}
+    assert read_back(name, tmp_path / "run", lambda curve: curve == expected) == expected
 
 
 def test_a_training_feeds_several_at_once(tmp_path: Path, shards: str) -> None:
@@ -133,7 +143,7 @@ def test_a_training_feeds_several_at_once(tmp_path: Path, shards: str) -> None:
     expected = {line["step"]: line["loss"] for line in Run.at(str(tmp_path / "run")).record().metrics}
     assert len(expected) == 5
     for name in installed:
-        curve = READERS[name](tmp_path / "run")
+        curve = read_back(name, tmp_path / "run", lambda curve: curve.keys() == expected.keys())
         assert curve.keys() == expected.keys()
         assert all(math.isclose(curve[step], expected[step], rel_tol=1e-4) for step in expected)
 
