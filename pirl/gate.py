@@ -1,8 +1,8 @@
 """The gate between an evaluation and the registry, and the way of a run through it.
 
-A run may become the champion if its backbone beats its own initial weights, and does not fall behind the champion on
-the same images. A champion that was measured on other images is evaluated on those of the run. The decision names what
-it was asked, and counts for that alone.
+A run may become the champion if its backbone beats its own initial weights, and the champion on the same images. A
+champion that was measured on other images is evaluated on those of the run. The decision names what it was asked, and
+counts for that alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from pirl import __version__, logs
+from pirl.collapse import collapse
 from pirl.errors import DataError, RegistryError, StorageError, UsageError, did_you_mean
+from pirl.gains import Gain, caveats, labels_text, score_text
 from pirl.logs import info
 from pirl.outputs import check_registry
 from pirl.registry import CHAMPION, TRUNK, Registry, Version, open_registry
@@ -38,8 +40,8 @@ def decide(
     """Return whether a run may become a champion, with every reason; written to its `gate.json` but for a dry run.
 
     The trunk must beat its own initial weights in `metric` by more than `min_gain` (0.01 is a point of top-1) and than
-    the spread of both; a negative `min_gain` asks for that alone. Its features must not have collapsed. It must not
-    fall behind the champion on the same images.
+    the errors of both; a negative `min_gain` asks for that alone. Neither its features nor the training's embeddings
+    may have collapsed. It must beat the champion on the same images: a tie keeps the champion.
     """
     check_question(metric, min_gain)
     folder = run if isinstance(run, Run) else Run.at(run)
@@ -50,6 +52,9 @@ def decide(
         )
     champion = find_champion(open_registry(registry), model)
     promote, reasons = _gain(evaluation, metric, min_gain)
+    doubts = _doubts(folder, evaluation)
+    promote = promote and not doubts
+    reasons += [*doubts, *caveats(evaluation)]
     if champion and not is_same_run(champion, folder, evaluation):
         better, reason = _compare(folder, evaluation, champion, metric, dry_run, progress)
         promote = promote and better
@@ -112,19 +117,31 @@ def is_same_run(version: Version, run: Run, evaluation: Evaluation) -> bool:
 
 
 def _gain(evaluation: Evaluation, metric: str, min_gain: float) -> tuple[bool, list[str]]:
-    """Return whether the gain over random weights is enough, and the reasons."""
-    trained, random = evaluation.pretrained[metric].top1, evaluation.random[metric].top1
-    gain, noise = trained.mean - random.mean, trained.std + random.std
-    needed = max(min_gain, noise) if min_gain >= 0 else min_gain
-    enough = gain > needed
-    reasons = [
-        f"{metric} top-1 is {trained}, with random weights {random}: {100 * gain:+.2f} points, "
-        f"{'' if enough else 'not '}more than {100 * needed:.2f}, {'the spread' if needed == noise else 'asked for'}"
+    """Return whether the gain over random weights is enough, and the reason."""
+    gain = Gain(
+        metric, "top1", evaluation.pretrained[metric].top1, evaluation.random[metric].top1, evaluation.test_images
+    )
+    needed = max(min_gain, gain.spread) if min_gain >= 0 else min_gain
+    enough = gain.gain > needed
+    labels = f" ({labels_text(evaluation)})" if metric == "linear_1pct" else ""
+    trained, random = (score_text(side, gain.images) for side in (gain.pretrained, gain.random))
+    return enough, [
+        f"{metric}{labels} top-1 is {trained} %, with random weights {random} %: {100 * gain.gain:+.2f} points, "
+        f"{'' if enough else 'not '}more than {100 * needed:.2f}, "
+        f"{'the errors of both' if needed == gain.spread else 'asked for'}"
     ]
+
+
+def _doubts(run: Run, evaluation: Evaluation) -> list[str]:
+    """Return the reasons for which no gain counts."""
+    doubts = []
     if "pretrained" in evaluation.collapsed:
-        reasons.append("the features have collapsed: they are the same for all training images")
-        enough = False
-    return enough, reasons
+        doubts.append("the features have collapsed: they are the same for all training images")
+    if evaluation.train_data and evaluation.train_data == evaluation.test_data:
+        doubts.append("training and test images of the evaluation are the same")
+    if reason := collapse((run.record().metrics or [{}])[-1]):
+        doubts.append(reason)
+    return doubts
 
 
 def _compare(
@@ -135,7 +152,7 @@ def _compare(
     dry_run: bool,
     progress: Callable[[str], None],
 ) -> tuple[bool, str]:
-    """Return whether a run does not fall behind the champion on the same images, and a sentence about it."""
+    """Return whether a run beats the champion on the same images, and a sentence about it."""
     other = champion.evaluation
     where = ""
     if other is None or not _comparable(other, evaluation):
@@ -143,9 +160,10 @@ def _compare(
         where = ", measured on the same images now"
     if metric not in other.pretrained:
         return False, f"the champion {champion.version} was not measured by {metric}"
-    before = other.pretrained[metric].top1
-    better = evaluation.pretrained[metric].top1.mean >= before.mean
-    return better, f"the champion {champion.version} has {before}{where}" + ("" if better else ", more")
+    before, now = other.pretrained[metric].top1.mean, evaluation.pretrained[metric].top1
+    champions = f"{score_text(other.pretrained[metric].top1, other.test_images)} %"
+    outcome = "" if now.mean > before else ", as many" if now.mean == before else ", more"
+    return now.mean > before, f"the champion {champion.version} has {champions}{where}{outcome}"
 
 
 def _comparable(one: Evaluation, other: Evaluation) -> bool:

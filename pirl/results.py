@@ -7,6 +7,7 @@ older version did not write their defaults.
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -84,6 +85,18 @@ class Score(Content):
     def __str__(self) -> str:
         return f"{score(self.mean, self.std)} %"
 
+    def error(self, images: int) -> float:
+        """Return the standard error of the rate on `images` test images: spread of the runs and sampling error.
+
+        The `std` of one run holds the sampling error already. A rate of 0 or 1 has an error too: one success and one
+        failure are added (Agresti and Coull). 0 images: unknown, so `std` alone.
+        """
+        if images < 1:
+            return self.std
+        share = (self.mean * images + 1) / (images + 2)
+        sampling = math.sqrt(share * (1 - share) / (images + 2))
+        return math.hypot(self.std, sampling) if len(self.runs) > 1 else max(self.std, sampling)
+
 
 class Scores(Content):
     """The rates of one probe."""
@@ -113,6 +126,15 @@ class ProbeSettings(Content):
     neighbours: int = 20
 
 
+class FewLabels(Content):
+    """Labels of the probe with few labels."""
+
+    labels: int
+    least: int
+    most: int
+    """Of one class."""
+
+
 class Evaluation(Versioned):
     """`eval.json`: the probes of a frozen backbone, next to those of the same backbone with its initial weights.
 
@@ -138,6 +160,12 @@ class Evaluation(Versioned):
     classes: list[str] = []
     untested: list[str] = []
     """Classes without a test image."""
+    few_labels: FewLabels | None = None
+    """Absent in folders of version 0.1."""
+    shared_images: int = 0
+    """Test images that are training images too, by size and checksum."""
+    unfinished: str = ""
+    """The run's progress when it was evaluated, where its training was not finished."""
     protocol: ProbeSettings = ProbeSettings()
     pretrained: dict[str, Scores] = {}
     random: dict[str, Scores] = {}

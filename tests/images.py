@@ -85,12 +85,14 @@ def bomb_png(width: int = 20_000, height: int = 20_000) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(kind, content) for kind, content in chunks)
 
 
-def folder_of_classes(root: Path, classes: int = 3, images: int = 4, width: int = 64, height: int = 48) -> Path:
-    """A tree in ImageFolder form: class0/000.jpg ... with `images` JPEGs per class."""
+def folder_of_classes(
+    root: Path, classes: int = 3, images: int = 4, width: int = 64, height: int = 48, first: int = 0
+) -> Path:
+    """A tree in ImageFolder form: class0/000.jpg ... with `images` JPEGs per class; other ones for another `first`."""
     for c in range(classes):
         (root / f"class{c}").mkdir(parents=True)
         for i in range(images):
-            (root / f"class{c}" / f"{i:03d}.jpg").write_bytes(jpeg(c * images + i, width, height))
+            (root / f"class{c}" / f"{i:03d}.jpg").write_bytes(jpeg(first + c * images + i, width, height))
     return root
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -94,6 +95,7 @@ def _rank(
         **env,
     }
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, where it is ignored
     code = 0
     try:
         world: World = start_world(timeout_s=float(env.get("TIMEOUT_S", 60)))

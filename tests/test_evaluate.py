@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import IMAGES, pirl_train, shards_of, tiny_recipe, warned
-from images import folder_of_classes, picture
+from images import folder_of_classes, jpeg, picture
 from torchvision import transforms
 
 from pirl.checkpoint import Checkpoints
@@ -41,8 +41,9 @@ from pirl.evaluate.neighbours import vote
 from pirl.evaluate.probe import Pair, as_json, bank_neighbours, few_labels, probe, score_probes, spread
 from pirl.evaluate.sgd import Standardised, train_probes
 from pirl.evaluate.spec import EvaluationOptions, EvaluationSpec
+from pirl.gains import caveats, labels_text
 from pirl.model import build_model, weights_digest
-from pirl.results import PROBES, Evaluation, ProbeSettings, Scores
+from pirl.results import PROBES, Evaluation, FewLabels, ProbeSettings, Score, Scores
 from pirl.run import Run, split_checkpoint_uri
 from pirl.shards import ShardReader
 from pirl.storage import open_storage
@@ -311,7 +312,50 @@ def run(shards: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def test_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     root = tmp_path_factory.mktemp("test")
-    return shards_of(folder_of_classes(root / "images", classes=3, images=5, width=20, height=24), root / "s")
+    return shards_of(
+        folder_of_classes(root / "images", classes=3, images=5, width=20, height=24, first=500), root / "s"
+    )
+
+
+def test_leaked_test_images_are_counted_or_refused(run: str, shards: str, test_shards: str, tmp_path: Path) -> None:
+    """Equal sets, a copy in other folders, and three training images among others."""
+    with pytest.raises(UsageError, match="training and test images are the same"):
+        evaluate(run, shards, shards, QUICK)
+    folder = folder_of_classes(tmp_path / "leak", classes=3, images=IMAGES // 3, width=24, height=20)
+    for path in sorted(folder.rglob("*.jpg"))[1::2]:
+        path.unlink()
+    with pytest.raises(UsageError, match="all 21 test images"):
+        evaluate(run, shards, shards_of(folder, tmp_path / "copies"), QUICK)
+    for index, path in enumerate(sorted(folder.rglob("*.jpg"))[3:]):
+        path.write_bytes(jpeg(9000 + index, 24, 20))
+    leaked = evaluate(run, shards, shards_of(folder, tmp_path / "some"), QUICK)
+    assert (leaked.shared_images, leaked.test_images) == (3, 21)
+    assert "3 of 21 test images are training images too (14.29 %)" in " ".join(caveats(leaked))
+    clean = evaluate(run, shards, test_shards, QUICK)
+    assert clean.shared_images == 0
+    assert clean.few_labels == FewLabels(labels=3, least=1, most=1)
+    assert labels_text(clean) == "1 label per class (7.14 %)"
+    assert clean.unfinished == ""
+
+
+def test_an_evaluation_before_the_end_of_a_training_names_its_progress(run: str, shards: str, test_shards: str) -> None:
+    early = evaluate(f"{run}/checkpoints/step-00000000", shards, test_shards, QUICK)
+    assert early.unfinished == "epoch 0.00 of 2"
+    assert any("epoch 0.00 of 2" in line for line in caveats(early))
+
+
+@pytest.mark.parametrize(
+    ("score", "images", "error"),
+    [
+        (Score(mean=0.5, std=0.0, runs=[0.5, 0.5, 0.5]), 100, 0.0495),  # no spread of the seeds: the sampling error
+        (Score(mean=0.5, std=0.03, runs=[0.5, 0.47, 0.53]), 100, 0.0579),
+        (Score(mean=0.5, std=0.05, runs=[0.5]), 100, 0.05),  # of one run, `std` is the sampling error
+        (Score(mean=1.0, std=0.0, runs=[1.0]), 46, 0.0206),  # all of 46 are not all of everything
+        (Score(mean=0.5, std=0.01), 0, 0.01),  # version 0.1 did not record the number
+    ],
+)
+def test_an_error_has_the_sampling_error_of_the_test_images(score: Score, images: int, error: float) -> None:
+    assert score.error(images) == pytest.approx(error, abs=1e-4)
 
 
 def without_seconds(result: Evaluation) -> Evaluation:
@@ -537,18 +581,18 @@ def test_a_run_is_evaluated_once(
     assert again == first.model_copy(update={"test_uri": open_storage(moved).uri})
     assert Run.at(str(folder)).evaluation() == again
     assert len(calls) == 1
-    evaluate_run(str(folder), shards, shards)
+    evaluate_run(str(folder), test_shards, shards)
     assert len(calls) == 2
     evaluation = Run.at(str(folder)).evaluation()
     assert evaluation
     assert evaluation.test_data == ShardReader(shards).manifest.digest
     Run.at(str(folder)).save_evaluation(evaluation.model_copy(update={"commit": "another training's"}))
-    evaluate_run(str(folder), shards, shards)
+    evaluate_run(str(folder), test_shards, shards)
     assert len(calls) == 3
     (folder / "eval.json").write_text("{")
     with warned("evaluated again"):
-        evaluate_run(str(folder), shards, shards)
-    named = evaluate_run(f"{folder}/checkpoints/step-00000000", shards, shards)
+        evaluate_run(str(folder), test_shards, shards)
+    named = evaluate_run(f"{folder}/checkpoints/step-00000000", test_shards, shards)
     assert named.checkpoint == "step-00000000"
     assert Run.at(str(folder)).evaluation() == named
     assert not list((folder / "checkpoints").rglob("eval.json"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -20,6 +21,7 @@ from pirl.errors import EXIT_USAGE, CheckpointError, RegistryError, UsageError
 from pirl.evaluate import load_trunk
 from pirl.evaluate.fast import applied
 from pirl.evaluate.probe import FAST
+from pirl.gains import score_text
 from pirl.gate import RejectedError, decide, register_run
 from pirl.memory import MemoryBank
 from pirl.model import build_model, weights_digest
@@ -52,7 +54,7 @@ def evaluate(run: Run, pretrained: float, random: float = 0.1, std: float = 0.0,
         commit=commit.sha256,
         weights=weights_digest(trunk.state_dict()),
         train_data="images",
-        test_data="images",
+        test_data="test images",
         protocol=applied(FAST, tiny_recipe()),
         pretrained=scores(pretrained, std),
         random=scores(random, std),
@@ -131,7 +133,12 @@ def test_the_gain_over_random_weights_decides(
 
 
 @pytest.mark.parametrize(
-    ("before", "promoted", "reason"), [(0.65, True, "v0001 has 65.00"), (0.75, False, "v0001 has 75.00 ± 0.00 %, more")]
+    ("before", "promoted", "reason"),
+    [
+        (0.65, True, "v0001 has 65.00"),
+        (0.75, False, "v0001 has 75.00 ± 0.00 %, more"),
+        (0.70, False, "v0001 has 70.00 ± 0.00 %, as many"),  # a tie keeps the champion
+    ],
 )
 def test_a_better_champion_on_the_same_images_stays(
     tmp_path: Path, registry: str, before: float, promoted: bool, reason: str
@@ -148,6 +155,46 @@ def test_collapsed_features_do_not_pass(tmp_path: Path, registry: str) -> None:
     decision = decide(run, registry, "m", min_gain=-1)
     assert not decision.promote
     assert any("collapsed" in reason for reason in decision.reasons)
+
+
+@pytest.mark.parametrize(
+    ("own", "drawn", "collapsed"),
+    [(0.947, 0.928, True), (0.80, 0.05, False), (0.01, 0.0, False), (0.70, 0.65, False)],
+)
+def test_a_collapsed_training_does_not_pass(
+    tmp_path: Path, registry: str, own: float, drawn: float, collapsed: bool
+) -> None:
+    run = finished(tmp_path / "run", 0.70)
+    line = {"step": 5, "pos_similarity": own, "neg_similarity": drawn, "embedding_std": 0.262}
+    run.storage.write_bytes("metrics.jsonl", json.dumps(line).encode())
+    decision = decide(run, registry, "m", min_gain=-1)
+    assert decision.promote is not collapsed
+    assert any("spread 0.262" in reason for reason in decision.reasons) is collapsed
+
+
+def test_the_sampling_error_of_the_test_images_counts(tmp_path: Path, registry: str) -> None:
+    """39 and 34 of 46 images: five more, which 46 images cannot show."""
+    few = decide(finished(tmp_path / "few", 39 / 46, 34 / 46, test_images=46), registry, "m")
+    assert not few.promote
+    assert "+10.87 points, not more than" in few.reasons[0]
+    assert any("only 46 test images" in reason for reason in few.reasons)
+    assert decide(finished(tmp_path / "many", 39 / 46, 34 / 46, test_images=4600), registry, "m").promote
+
+
+@pytest.mark.parametrize(
+    ("changes", "promoted", "reason"),
+    [
+        ({"test_data": "images"}, False, "training and test images of the evaluation are the same"),
+        ({"shared_images": 12, "test_images": 400}, True, "12 of 400 test images are training images too (3.00 %)"),
+        ({"unfinished": "epoch 7.00 of 20"}, True, "before the end of the training: epoch 7.00 of 20"),
+    ],
+)
+def test_doubts_about_an_evaluation_are_reasons(
+    tmp_path: Path, registry: str, changes: dict[str, Any], promoted: bool, reason: str
+) -> None:
+    decision = decide(finished(tmp_path / "run", 0.9, **changes), registry, "m")
+    assert decision.promote is promoted
+    assert any(reason in each for each in decision.reasons)
 
 
 @pytest.mark.parametrize("min_gain", [math.nan, math.inf, -math.inf])
@@ -184,7 +231,10 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, registry: str) -> None:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     root = tmp_path_factory.mktemp("gate-data")
-    folders = (folder_of_classes(root / split, classes=3, images=n, width=24, height=20) for split, n in SPLITS.items())
+    folders = (
+        folder_of_classes(root / split, classes=3, images=n, width=24, height=20, first=99 * n)
+        for split, n in SPLITS.items()
+    )
     train, test = (shards_of(folder, root / f"shards-{split}") for folder, split in zip(folders, SPLITS))
     return train, test
 
@@ -213,8 +263,8 @@ def test_a_champion_of_other_images_is_evaluated_on_those_of_the_run(
     assert kept
     assert kept.weights == open_registry(registry).get("m").lineage.weights
     assert kept.pretrained["linear_1pct"].top1.mean > 0
-    expected = kept.pretrained["linear_1pct"].top1
-    assert decision.reasons[1] == f"the champion v0001 has {expected}, measured on the same images now, more"
+    expected = score_text(kept.pretrained["linear_1pct"].top1, kept.test_images)
+    assert decision.reasons[-1] == f"the champion v0001 has {expected} %, measured on the same images now, more"
     assert decide(worse, registry, "m", min_gain=-1, progress=lines.append) == decision
     assert len(lines) == 1  # it is measured once
     better = finished(tmp_path / "better", 1.0, random=0.0, seed=2, **measured_on(data))
@@ -255,7 +305,7 @@ def test_the_name_of_the_run_and_the_working_folder_do_not_matter(
     tmp_path: Path, registry: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finished(tmp_path / "a" / "run", 0.7, seed=1)
-    finished(tmp_path / "b" / "run", 0.7, seed=2)
+    finished(tmp_path / "b" / "run", 0.8, seed=2)
     versions = []
     for folder in ("a", "b"):
         monkeypatch.chdir(tmp_path / folder)

@@ -14,7 +14,7 @@ ROOT = Path(pirl.__file__).parent
 ORDER = (
     "errors extras text logs settings sections config storage world launch | shards views order data loader | "
     "model negatives twister memory rowsums terms loss optim | "
-    "checkpoint results run runs comparison outputs metrics training train plan | "
+    "checkpoint results gains collapse run runs comparison outputs metrics training train plan | "
     "evaluate export report | registry embedding gate | programs jobs backends | retraining reference doctor api cli"
 )
 POSITION = {name: index for index, name in enumerate(ORDER.replace("|", "").split())}

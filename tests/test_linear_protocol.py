@@ -501,11 +501,9 @@ def save_run(folder: Path, recipe: Recipe, **changes: float) -> str:
     return run.uri
 
 
-@pytest.fixture(scope="module")
-def colours(tmp_path_factory: pytest.TempPathFactory) -> str:
+def two_colours(root: Path, seed: int) -> str:
     """URI of 24 images of two colours, which any layer can tell apart."""
-    root = tmp_path_factory.mktemp("colours")
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for name, colour in (("blue", (40, 60, 200)), ("red", (200, 60, 40))):
         (root / "images" / name).mkdir(parents=True)
         for i in range(12):
@@ -514,11 +512,18 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> str:
     return shards_of(root / "images", root / "shards")
 
 
-def test_a_separable_set_is_learned(colours: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """URIs of training and of test images."""
+    root = tmp_path_factory.mktemp("colours")
+    return two_colours(root / "train", 0), two_colours(root / "test", 1)
+
+
+def test_a_separable_set_is_learned(colours: tuple[str, str], tmp_path: Path) -> None:
     run = save_run(tmp_path / "run", tiny_recipe())
     said: list[str] = []
     protocol = ZooProtocol(epochs=8, batch_size=8, base_lr=1.0)
-    result = evaluate_layers(run, colours, colours, protocol, Execution(progress=Progress(said.append)))
+    result = evaluate_layers(run, *colours, protocol, Execution(progress=Progress(said.append)))
     assert list(result["top1"]) == list(HEADS)
     assert {name for name, share in result["top1"].items() if share < 1} <= {"res5avg"}  # nothing scales its features
     assert set(result["top5"].values()) == {1.0}  # of two classes
@@ -530,7 +535,7 @@ def test_a_separable_set_is_learned(colours: str, tmp_path: Path) -> None:
     path = tmp_path / "run" / "eval_zoo.json"
     assert json.loads(path.read_text()) == result
     assert result["checkpoint"] == "step-00000000"
-    assert result["train_data"] == result["test_data"] == ShardReader(colours).manifest.digest
+    assert [result["train_data"], result["test_data"]] == [ShardReader(uri).manifest.digest for uri in colours]
     assert (result["train_images"], result["classes"]) == (24, ["blue", "red"])
     assert result["protocol"]["batch_size"] == 8
     assert result["protocol"]["heads"]["res5avg"] == {
@@ -547,22 +552,26 @@ def test_a_separable_set_is_learned(colours: str, tmp_path: Path) -> None:
     ]
 
     before = path.stat().st_mtime_ns
-    assert evaluate_layers(f"{run}/checkpoints/step-00000000", colours, colours, protocol) == result
+    assert evaluate_layers(f"{run}/checkpoints/step-00000000", *colours, protocol) == result
     assert path.stat().st_mtime_ns == before  # the same for the same is kept
-    other = evaluate_layers(run, colours, colours, ZooProtocol(epochs=1))
+    other = evaluate_layers(run, *colours, ZooProtocol(epochs=1))
     assert len(other["epochs"]) == 1
     assert path.stat().st_mtime_ns != before
 
 
-def test_what_cannot_be_evaluated(colours: str, shards: str, other_shards: str, tmp_path: Path) -> None:
+def test_what_cannot_be_evaluated(colours: tuple[str, str], shards: str, other_shards: str, tmp_path: Path) -> None:
     run = save_run(tmp_path / "run", tiny_recipe())
-    one = shards_of(folder_of_classes(tmp_path / "one", classes=1, images=1), tmp_path / "one-shards")
+    one, two = (
+        shards_of(folder_of_classes(tmp_path / f"of-{count}", classes=1, images=count), tmp_path / f"shards-{count}")
+        for count in (1, 2)
+    )
     cases: list[tuple[type[Exception], str, tuple[str, str, str]]] = [
         (UsageError, "has no labels", (run, other_shards, shards)),
         (UsageError, "has no labels", (run, shards, other_shards)),
-        (DataError, "2 classes that training does not have: blue, red", (run, shards, colours)),
-        (DataError, "batch norm needs two", (run, one, one)),
-        (CheckpointError, "no checkpoint", (str(tmp_path / "nothing"), shards, shards)),
+        (DataError, "2 classes that training does not have: blue, red", (run, shards, colours[0])),
+        (DataError, "batch norm needs two", (run, one, two)),
+        (UsageError, "training and test images are the same", (run, shards, shards)),
+        (CheckpointError, "no checkpoint", (str(tmp_path / "nothing"), shards, colours[0])),
     ]
     for kind, what, arguments in cases:
         with pytest.raises(kind, match=what):
@@ -571,18 +580,18 @@ def test_what_cannot_be_evaluated(colours: str, shards: str, other_shards: str, 
         ZooProtocol(epochs=0)
     broken = save_run(tmp_path / "broken", tiny_recipe(), trunk__layer3__0__bn2__running_var=-1.0)
     with pytest.raises(TrainingError, match=r"loss of res4, res5, res5avg_bn, res5avg is not finite in epoch 1"):
-        evaluate_layers(broken, colours, colours, ZooProtocol(epochs=1))
+        evaluate_layers(broken, *colours, ZooProtocol(epochs=1))
     assert not (tmp_path / "broken" / "eval_zoo.json").exists()
     assert not (tmp_path / "run" / "eval_zoo.json").exists()
 
 
 def test_the_command(
-    colours: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    colours: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = save_run(tmp_path / "run", tiny_recipe())
 
     def pirl_eval(*arguments: str) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pirl", "eval", run, "--data", colours, "--test", colours, *arguments])
+        monkeypatch.setattr(sys, "argv", ["pirl", "eval", run, "--data", colours[0], "--test", colours[1], *arguments])
         with pytest.raises(SystemExit) as exit:
             cli.main()
         return exit.value.code or 0, *capfd.readouterr()

@@ -40,7 +40,7 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
     """A folder in which somebody did all that the document says, with a key in the environment; and what was said."""
     folder = tmp_path_factory.mktemp("operations")
     folder_of_classes(folder / "train", classes=2, images=24, width=24, height=20)
-    folder_of_classes(folder / "test", classes=2, images=8, width=24, height=20)
+    folder_of_classes(folder / "test", classes=2, images=8, width=24, height=20, first=5000)
     (folder / "tiny.toml").write_text(TINY)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     known = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "PIRL_", "KUBE"))}

@@ -39,7 +39,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (root / "tiny.toml").write_text(TINY)
     return {
         "train_source": str(folder_of_classes(root / "train", classes=3, images=8, width=24, height=20)),
-        "test_source": str(folder_of_classes(root / "test", classes=3, images=2, width=24, height=20)),
+        "test_source": str(folder_of_classes(root / "test", classes=3, images=2, width=24, height=20, first=99)),
         "root": str(root / "out"),
         "run": "tiny",
         "recipe": str(root / "tiny.toml"),

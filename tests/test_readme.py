@@ -31,7 +31,7 @@ COMMANDS = [*commands(README), *commands(ROOT / "docs" / "guide.md")]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     folder_of_classes(folder / "photos" / "train", classes=4, images=320, width=40, height=30)
-    folder_of_classes(folder / "photos" / "test", classes=4, images=10, width=40, height=30)
+    folder_of_classes(folder / "photos" / "test", classes=4, images=10, width=40, height=30, first=5000)
     vissl_files.write(
         folder / "model_final_checkpoint_phase199.torch", vissl_files.checkpoint("r50-200ep-linear", random=True)
     )

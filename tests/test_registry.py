@@ -445,7 +445,7 @@ class TestModelCard:
         card = model_card({"name": "pirl-demo", "version": "v0001", "run_id": "run-1", **RECORD})
         assert card.startswith("# pirl-demo v0001\n")
         assert "- data digest: `abc123`" in card
-        assert "| linear, all labels, top-1 | 85.12 ± 0.11 | 71.00 ± 0.20 |" in card
+        assert "| linear, all labels, top-1 | 85.12 ± 0.37 | 71.00 ± 0.45 |" in card
         assert "| nearest neighbours, top-1 | 80.00 ± 0.40 | not measured |" in card
         assert "one data set only (60,000 labelled training images, 10,000 test images)" in card
         assert "feedbeef" in card

@@ -26,6 +26,7 @@ from pirl.errors import ConfigError, DataError, StorageNotFoundError, UsageError
 from pirl.evaluate import Protocol, centre_crop, evaluate, extract, load_trunk
 from pirl.evaluate import nearest as nearest_rows
 from pirl.export import trunk_bytes
+from pirl.gains import score_text
 from pirl.model import build_model
 from pirl.order import epoch_order
 from pirl.report import neighbours as neighbours_module
@@ -33,7 +34,7 @@ from pirl.report import render_report, views_sheet, write_preview, write_report
 from pirl.report.charts import MOST_POINTS, Line, line_chart, number, short, thinned, ticks
 from pirl.report.neighbours import choose_queries, find_neighbours
 from pirl.report.sheet import draw_views
-from pirl.results import Evaluation
+from pirl.results import Evaluation, Score
 from pirl.run import Run
 from pirl.shards import ShardReader, decode_image
 from pirl.storage import open_storage
@@ -157,7 +158,7 @@ def changed(run: Path, out: Path, **files: Any) -> Path:
 
 def fake_evaluation(run: Path, gains: dict[str, float], std: float = 0.005) -> dict[str, Any]:
     """The run's eval.json with other rates: 50 % at random, and that much more pretrained."""
-    result = json.loads((run / "eval.json").read_text())
+    result = json.loads((run / "eval.json").read_text()) | {"test_images": 10_000}
     for probe, gain in gains.items():
         result["random"][probe]["top1"] = {"mean": 0.5, "std": std, "runs": []}
         result["pretrained"][probe]["top1"] = {"mean": 0.5 + gain, "std": std, "runs": []}
@@ -195,7 +196,8 @@ def test_header_and_verdict(page: Page, evaluated: Path, data: tuple[str, str]) 
     manifest = ShardReader(data[0]).manifest
     assert "Registered as m & m v0007" in page.text("verdict")
     assert "it was good <enough>" in page.text("verdict")
-    assert "Pretraining " in page.text("verdict")
+    assert "in points over random weights: linear, all labels" in page.text("verdict")
+    assert "only 12 test images" in page.text("results").lower()
     assert f"2 epochs, {done['steps']} steps, {done['images_seen']} images seen" in told
     assert manifest.digest[:12] in told
     assert f"pirl-pipeline {done['version']}" in told
@@ -217,7 +219,7 @@ def test_the_table_is_eval_json(page: Page, evaluated: Path) -> None:
     for probe, rate in rows:
         sides = [result[side][probe][rate] for side in ("pretrained", "random")]
         gain = 100 * (sides[0]["mean"] - sides[1]["mean"])
-        cells = [f"{100 * side['mean']:.2f} ± {100 * side['std']:.2f}" for side in sides]
+        cells = [score_text(Score.model_validate(side), result["test_images"]) for side in sides]
         cells.append(f"{gain:+.2f}".replace("-", "\N{MINUS SIGN}"))
         at = told.index(f"{rate.replace('top', 'top-')} {' '.join(cells)}", at)  # in this order
     assert "all 42 labels" in told
@@ -447,9 +449,9 @@ def test_other_data_is_said(trained: Path, other_shards: str) -> None:
     [
         ({"linear": 0.02, "linear_1pct": 0.05, "knn": 0.03}, "Pretraining helped, in points", "good"),
         ({"linear": 0.004, "linear_1pct": 0.05, "knn": 0.03}, "Pretraining helped in part", "open"),
-        ({"linear": -0.05, "linear_1pct": 0.05, "knn": 0.03}, "Pretraining helped in part", "bad"),
-        ({"linear": 0.004, "linear_1pct": 0.0, "knn": -0.003}, "Pretraining did not help", "bad"),
-        ({"linear": -0.02, "linear_1pct": -0.05, "knn": -0.03}, "Pretraining did not help", "bad"),
+        ({"linear": -0.05, "linear_1pct": 0.05, "knn": 0.03}, "Pretraining helped in part and hurt in part", "bad"),
+        ({"linear": 0.004, "linear_1pct": 0.0, "knn": -0.003}, "No difference is shown by 10,000 test images", "open"),
+        ({"linear": -0.02, "linear_1pct": -0.05, "knn": -0.03}, "Pretraining hurt", "bad"),
     ],
 )
 def test_verdicts(
@@ -465,7 +467,8 @@ def test_verdicts(
     assert tone in page.find("p", "helped")[0]["class"].split()
     for gain in gains.values():
         text = f"{100 * gain:+.2f}".replace("-", "\N{MINUS SIGN}")
-        assert text + (", within the spread" if abs(gain) <= 0.01 else "") in page.text("verdict")
+        decision = "no difference shown" if abs(gain) <= 0.01 else "helped" if gain > 0 else "hurt"
+        assert f"{text} ({decision})" in page.text("verdict")
 
 
 def test_top5_of_few_classes_is_left_out(evaluated: Path, data: tuple[str, str], tmp_path: Path) -> None:

@@ -5,20 +5,20 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from ..backends import open_backend
+from ..collapse import collapse
 from ..config import Recipe, load_recipe
 from ..errors import PirlError
 from ..evaluate.spec import options_like
 from ..run import REPORT, Run, Workspace
 from ..settings import join_items
-from ..shards import untested_notes
 from ..shards.spec import ShardingOptions
 from ..storage import local_path, open_storage
-from ..text import count, score
+from ..text import count
 from ..training.spec import TrainingOptions
-from .app import DEFAULT_ROOT, DRY_RUN_HELP, BackendName, JobItems, Overrides, app, console, show_table
+from .app import DEFAULT_ROOT, DRY_RUN_HELP, BackendName, JobItems, Overrides, app, console
+from .evaluate import show_gains
 from .options import options_of
 
 
@@ -145,19 +145,9 @@ def show_result(run: Run) -> None:
     result, gate, registered = run.evaluation(), run.gate(), run.registered()
     if result is None or gate is None:
         raise PirlError(f"{run.uri} has no evaluation or no decision of the gate", "run the same command again")
-    table = Table(title="top-1 of the frozen trunk, in %")
-    for column in ("", "pretrained", "random weights", "gain"):
-        table.add_column(column, justify="left" if not column else "right")
-    labels = {"linear": "linear, all labels", "linear_1pct": "linear, 1 % of the labels", "knn": "nearest neighbours"}
-    for key, label in labels.items():
-        trained, random = result.pretrained[key].top1, result.random[key].top1
-        scores = (score(side.mean, side.std) for side in (trained, random))
-        table.add_row(label, *scores, f"{100 * (trained.mean - random.mean):+.2f}")
-    show_table(table)
-    for name in result.collapsed:
-        console.print(f"the features of the {name} trunk have collapsed: they are the same for all training images")
-    for note in untested_notes(result.untested):
-        console.print(note)
+    show_gains(result)
+    if reason := collapse((run.record().metrics or [{}])[-1]):
+        console.print(reason)
     console.print("seconds: " + ", ".join(f"{step.step} {step.seconds:.0f}" for step in run.steps()))
     if gate.promote and registered:
         console.print(f"registered as {registered.model} {registered.version}: {registered.uri}")

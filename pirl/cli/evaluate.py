@@ -15,9 +15,10 @@ from rich.table import Table
 from .. import logs
 from ..backends import prepare_evaluation
 from ..evaluate.spec import EvaluationOptions
+from ..gains import caveats, gains, row_title, score_text
 from ..results import Evaluation
 from ..shards import untested_notes
-from ..text import count, percent
+from ..text import count
 from .app import DRY_RUN_HELP, BackendName, JobItems, Json, app, console, show_table
 from .options import options_of
 
@@ -82,16 +83,38 @@ def stdout_to_stderr() -> Iterator[None]:
 
 def show_scores(result: Evaluation) -> None:
     """Print the scores of the protocols fast and bank."""
-    for trunk, scores in (("pretrained", result.pretrained), ("random", result.random)):
-        if scores:
-            rates = [f"{name} {percent(score.top1.mean)} %" for name, score in scores.items()]
-            console.print(f"{trunk}: {', '.join(rates)}")
-        if trunk in result.collapsed:
-            console.print(f"{trunk}: the features have collapsed: they are the same for all training images")
-    for note in untested_notes(result.untested):
-        console.print(note)
+    if result.pretrained:
+        show_gains(result)
     if bank := result.bank:
-        console.print(f"memory bank: knn {percent(bank.top1.mean)} % among its {count(bank.rows, 'row')}")
+        rate = score_text(bank.top1, result.test_images)
+        console.print(f"memory bank: knn {rate} % among its {count(bank.rows, 'row')}")
+    if not result.pretrained:
+        show_caveats(result)
+
+
+def show_gains(result: Evaluation) -> None:
+    """Print the table of an evaluation, a decision for each line, and what the numbers cannot show."""
+    table = Table(title="top-1 of the frozen trunk, in %")
+    for column in ("", "pretrained", "random weights", "gain", "pretraining"):
+        table.add_column(column, justify="left" if column in ("", "pretraining") else "right")
+    for gain in gains(result):
+        if gain.rate == "top1":
+            sides = (score_text(side, gain.images) for side in (gain.pretrained, gain.random))
+            table.add_row(row_title(gain.probe, result), *sides, f"{100 * gain.gain:+.2f}", gain.decision)
+    show_table(table)
+    console.print(
+        f"\N{PLUS-MINUS SIGN}: standard error, of the probe's seeds and of {count(result.test_images, 'test image')}; "
+        "a gain counts where it exceeds both errors together"
+    )
+    show_caveats(result)
+
+
+def show_caveats(result: Evaluation) -> None:
+    """Print what an evaluation cannot show, and the backbones whose features have collapsed."""
+    for name in result.collapsed:
+        console.print(f"the features of the {name} trunk have collapsed: they are the same for all training images")
+    for line in [*untested_notes(result.untested), *caveats(result)]:
+        console.print(f"note: {line}")
 
 
 def show_layers(result: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +31,12 @@ from pirl.evaluate.probe import (
     as_json,
     bank_neighbours,
     check_labels,
+    count_few,
+    count_shared,
     embed,
     few_labels,
     probe,
+    require_distinct,
 )
 from pirl.model import PIRL, Trunk, build_model, weights_digest
 from pirl.results import BankScores, Evaluation, ProbeSettings
@@ -63,6 +67,8 @@ def evaluate(
     header = result_header(recipe, train, test, protocol, model.trunk, commit)
     trunks = {"pretrained": model.trunk, "random": build_model(recipe).trunk.eval()}
     result, pairs = probe_trunks(trunks, recipe, (train, test), header, protocol, execution, run)
+    rows = recipe.rows(len(train)) if commit.data_digest == header.train_data else len(memory)
+    result = result.model_copy(update={"unfinished": _unfinished(run, commit, recipe, rows)})
     if commit.data_digest == header.train_data:
         bank = _ask_bank(model, memory, train_data, recipe, pairs["pretrained"].test, header, protocol, execution)
         result = result.model_copy(update={"bank": bank})
@@ -92,6 +98,19 @@ def _ask_bank(
     """Return the scores of the memory bank's rows on the features of the test images."""
     embedded, classes = embed(model, test), len(header.classes)
     return bank_neighbours(memory, train_data, recipe, embedded, classes, protocol, execution.world, execution.progress)
+
+
+def _unfinished(run: Run, commit: Commit, recipe: Recipe, rows: int) -> str:
+    """Return the progress of a training that has not reached its end at a checkpoint; "" where it has."""
+    completion = run.completion()
+    if completion and (completion.imported or completion.checkpoint_name == commit.name):
+        return ""
+    cursor, epochs = commit.cursor, recipe.train.epochs
+    if not rows:  # a rank that holds no row of a bank of other images
+        return f"step {cursor.step}"
+    if cursor.step >= epochs * recipe.steps_per_epoch(rows):
+        return ""
+    return f"epoch {cursor.epoch + cursor.samples / rows:.2f} of {epochs}"
 
 
 def probe_trunks(
@@ -215,6 +234,8 @@ def result_header(
         test_images=len(test),
         classes=classes,
         untested=test.match_classes(classes),
+        few_labels=count_few(train.labels(), protocol.label_share),
+        shared_images=count_shared(train, test),
         protocol=applied(protocol, recipe),
     )
 
@@ -230,8 +251,7 @@ def evaluate_run(uri: str, train_data: str, test_data: str, execution: Execution
     world = execution.world
     kept = kept_evaluation(run, train_data, test_data) if world.is_main else None
     if before := world.broadcast_object(kept):
-        locations = {"train_uri": open_storage(train_data).uri, "test_uri": open_storage(test_data).uri}
-        result = before.model_copy(update=locations)
+        result = before.model_copy(update=_update(before, train_data, test_data))
         if result != before and world.is_main:
             run.save_evaluation(result)
         return result
@@ -242,6 +262,16 @@ def evaluate_run(uri: str, train_data: str, test_data: str, execution: Execution
         run.save_evaluation(result)
         run.discard_evaluation_parts("fast")
     return result
+
+
+def _update(before: Evaluation, train_data: str, test_data: str) -> dict[str, Any]:
+    """Return the fields of a kept result that are of the places, or that an older version did not count."""
+    update: dict[str, Any] = {"train_uri": open_storage(train_data).uri, "test_uri": open_storage(test_data).uri}
+    if before.few_labels is None:
+        readers = ShardReader(train_data), ShardReader(test_data)
+        share = before.protocol.label_share
+        update |= {"few_labels": count_few(readers[0].labels(), share), "shared_images": count_shared(*readers)}
+    return update
 
 
 def kept_evaluation(run: Run, train_data: str, test_data: str) -> Evaluation | None:
@@ -267,7 +297,9 @@ def kept_bank(run: Run, train_data: str, test_data: str) -> Evaluation | None:
 def _is_of(result: Evaluation, run: Run, train_data: str, test_data: str) -> bool:
     """Return whether a result is of the run's checkpoint, of this data, and by this protocol and section `eval`."""
     commit = run.commit()
-    digests = [Manifest.load(open_storage(uri)).digest for uri in (train_data, test_data)]
+    manifests = [Manifest.load(open_storage(uri)) for uri in (train_data, test_data)]
+    require_distinct(*manifests)
+    digests = [manifest.digest for manifest in manifests]
     same = [result.checkpoint, result.commit, result.train_data, result.test_data]
     settings = result.protocol.model_dump(mode="json")
     own = applied(FAST, run.recipe()).model_dump(mode="json")

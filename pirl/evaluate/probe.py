@@ -26,8 +26,8 @@ from pirl.evaluate.neighbours import vote
 from pirl.evaluate.progress import Progress
 from pirl.evaluate.sgd import Standardised, train_probes
 from pirl.model import PIRL
-from pirl.results import BankScores, Score, Scores
-from pirl.shards import ShardReader, check_same_decoding, listed
+from pirl.results import BankScores, FewLabels, Score, Scores
+from pirl.shards import Manifest, ShardReader, check_same_decoding, listed
 from pirl.world import World
 
 log = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ def check_labels(train: ShardReader, test: ShardReader) -> list[str]:
     Classes are matched by name. DataError naming those that only the test images have; a warning names those without a
     test image.
     """
+    require_distinct(train.manifest, test.manifest)
     check_same_decoding(train.manifest, test.manifest)
     for reader in (train, test):
         if reader.manifest.classes is None:
@@ -97,6 +98,34 @@ def check_labels(train: ShardReader, test: ShardReader) -> list[str]:
     if absent := test.match_classes(train.manifest.classes):
         log.warning("%s has no image of %s: they count for nothing", test.storage.uri, listed(absent))
     return train.manifest.classes
+
+
+def require_distinct(train: Manifest, test: Manifest) -> None:
+    """Raise `UsageError` where training and test images are the same data set."""
+    if train.digest == test.digest:
+        raise UsageError(
+            f"training and test images are the same: both have the digest {train.digest[:12]}",
+            "name test images that the classifier is not trained on",
+        )
+
+
+def count_shared(train: ShardReader, test: ShardReader) -> int:
+    """Return how many test images are training images too, by size and checksum: from the indexes, no image is read.
+
+    0 where the shards of either have no checksums (version 0.1). `UsageError` where all of them are.
+    """
+    keys = []
+    for reader in (test, train):
+        if (checksums := reader.checksums()) is None:
+            return 0
+        keys.append(reader.sizes() << 32 | checksums)
+    shared = int(np.isin(*keys).sum())
+    if shared == len(test):
+        raise UsageError(
+            f"all {shared:,} test images of {test.storage.uri} are training images too",
+            "name test images that the classifier is not trained on",
+        )
+    return shared
 
 
 def probe(
@@ -190,6 +219,17 @@ def spread(runs: list[float]) -> Score:
     return Score(mean=float(np.mean(runs)), std=float(np.std(runs, ddof=1)) if len(runs) > 1 else 0.0, runs=runs)
 
 
+def few_of(members: int, share: float) -> int:
+    """Return how many labels of a class of `members` images the probe with few labels has."""
+    return max(1, round(share * members))
+
+
+def count_few(labels: np.ndarray, share: float) -> FewLabels:
+    """Return how many of the (n,) labels the probe with few labels has."""
+    counts = [few_of(int(members), share) for members in np.unique(labels, return_counts=True)[1]]
+    return FewLabels(labels=sum(counts), least=min(counts), most=max(counts))
+
+
 def few_labels(labels: Tensor, share: float, seed: int) -> Tensor:
     """Return the ids of a share of each class, at least one image, drawn by `seed`."""
     generator = torch.Generator().manual_seed(seed)
@@ -197,6 +237,6 @@ def few_labels(labels: Tensor, share: float, seed: int) -> Tensor:
     order = labels.argsort(stable=True)
     _, counts = labels.unique(return_counts=True)
     for members in order.split(counts.tolist()):
-        count = max(1, round(share * len(members)))
+        count = few_of(len(members), share)
         chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
     return torch.cat(chosen)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pirl.text import score
+from pirl.gains import caveats, row_title, score_text
+from pirl.results import Evaluation, Score
 
 
 def model_card(record: Mapping[str, Any]) -> str:
@@ -45,11 +46,13 @@ def _measured(metrics: Mapping[str, Any]) -> str:
     pretrained, initial = metrics.get("pretrained") or {}, metrics.get("random") or {}
     if not pretrained:
         return "Nothing: this version was registered without an evaluation."
+    evaluation = Evaluation.model_validate({"checkpoint": "", "train_data": "", "test_data": "", **metrics})
     rows = ["| probe of the frozen trunk | pretrained | random weights |", "|---|---|---|"]
     for probe, rates in pretrained.items():
         for rate, value in rates.items():
-            label = f"{_PROBES.get(probe, probe)}, {rate.replace('top', 'top-')}"
-            rows.append(f"| {label} | {_percent(value)} | {_percent(initial.get(probe, {}).get(rate))} |")
+            label = f"{row_title(probe, evaluation)}, {rate.replace('top', 'top-')}"
+            sides = (_percent(side, evaluation) for side in (value, initial.get(probe, {}).get(rate)))
+            rows.append(f"| {label} | {' | '.join(sides)} |")
     size = ", ".join(
         f"{metrics[key]:,} {what}"
         for key, what in (("train_images", "labelled training images"), ("test_images", "test images"))
@@ -57,19 +60,17 @@ def _measured(metrics: Mapping[str, Any]) -> str:
     )
     return (
         "\n".join(rows)
-        + "\n\nPercent of test images whose class was found: mean ± standard deviation over the probe's "
-        "seeds, or ± standard error where there is one run. The random column is the same network before training: "
-        "only the difference was learned. The pretraining itself was run once, so its own spread is unknown.\n\n"
-        f"Evaluated on one data set only{f' ({size})' if size else ''}, digest of its test split "
+        + "\n\nPercent of test images whose class was found: mean ± standard error, of the probe's seeds and of the "
+        "test images. The random column is the same network before training: only the difference was learned. The "
+        "pretraining itself was run once, so its own spread is unknown.\n\n"
+        + "".join(f"{line[0].upper()}{line[1:]}.\n\n" for line in caveats(evaluation))
+        + f"Evaluated on one data set only{f' ({size})' if size else ''}, digest of its test split "
         f"`{metrics.get('test_data', 'unknown')}`. The figures are no forecast for other data."
     )
 
 
-_PROBES = {"linear": "linear, all labels", "linear_1pct": "linear, 1 % of the labels", "knn": "nearest neighbours"}
-
-
-def _percent(value: Mapping[str, Any] | None) -> str:
-    return score(value["mean"], value["std"]) if value else "not measured"
+def _percent(value: Mapping[str, Any] | None, evaluation: Evaluation) -> str:
+    return score_text(Score.model_validate(value), evaluation.test_images) if value else "not measured"
 
 
 def _loading(config: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -95,11 +94,11 @@ class Registry:
         latest = catalogue.pointer(model, LATEST)
         if latest is not None and order(latest) >= order(version):
             return
-        for attempt in itertools.count():
+        while True:
             moves = catalogue.moves(model)
             if ask and not ask():
                 return
-            if not ask and attempt and order(catalogue.pointer(model, CHAMPION) or "") > order(version):
+            if not ask and order(catalogue.pointer(model, CHAMPION) or "") > order(version):
                 return
             catalogue.gate(model, version)
             if catalogue.move_champion(model, version, moves):

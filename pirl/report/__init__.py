@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 from pirl.data import CropDataset
 from pirl.errors import CheckpointError
+from pirl.gains import caveats, gains
 from pirl.order import epoch_order
 from pirl.report.charts import MOST_POINTS
-from pirl.report.facts import RunFacts, curves, header, rates, read_run, scale, verdict
+from pirl.report.facts import TITLES, RunFacts, curves, header, read_run, row_detail, scale, verdict
 from pirl.report.neighbours import Neighbours, find_neighbours
 from pirl.report.page import render
 from pirl.report.sheet import Example, draw_views, views_sheet, write_preview
@@ -72,7 +73,7 @@ def render_report(run: str, train_data: str, test_data: str | None = None) -> st
             nearest = find_neighbours(run, train, test)
         except CheckpointError as error:
             why_not = f"No checkpoint can be read: {error.what}."
-    rows = rates(facts.evaluation) if facts.evaluation else []
+    rows = gains(facts.evaluation) if facts.evaluation else []
     return render(
         "report.html.j2",
         run=facts,
@@ -82,6 +83,9 @@ def render_report(run: str, train_data: str, test_data: str | None = None) -> st
         train=DataSet(train.storage.uri, train.manifest),
         other_data=other_data(facts, train, test),
         rates=rows,
+        titles=TITLES,
+        detail=row_detail,
+        caveats=caveats(facts.evaluation) if facts.evaluation else [],
         scale=scale(rows) if rows else None,
         most_points=MOST_POINTS,
         curves=curves(facts),

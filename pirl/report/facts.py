@@ -10,15 +10,26 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from pirl.checkpoint import Checkpoints, Commit
+from pirl.collapse import collapse
 from pirl.config import Recipe
 from pirl.errors import CheckpointError, StorageError
+from pirl.gains import Gain, gains, labels_text, row_title
 from pirl.report.charts import Chart, Line, line_chart, number, ticks
-from pirl.results import Completion, Evaluation, GateDecision, Registered, Score, StepRecord
+from pirl.results import Completion, Evaluation, GateDecision, Registered, StepRecord
 from pirl.run import Run
 from pirl.text import count, duration
 
 T = TypeVar("T")
-PROBES = {"linear": "Linear classifier", "linear_1pct": "Linear, few labels", "knn": "Nearest neighbours"}
+TITLES = {"linear": "Linear classifier", "linear_1pct": "Linear, few labels", "knn": "Nearest neighbours"}
+
+
+def row_detail(probe: str, evaluation: Evaluation) -> str:
+    """Return how a probe was trained, for the second line of its title."""
+    return {
+        "linear": f"all {evaluation.train_images:,} labels",
+        "linear_1pct": labels_text(evaluation),
+        "knn": f"{evaluation.protocol.neighbours} neighbours vote",
+    }.get(probe, "")
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,11 @@ class RunFacts:
     """Why the evaluation is not of the newest checkpoint; empty where it is."""
     problems: tuple[str, ...] = ()
     """Of the files that could not be read and are left out."""
+
+    @property
+    def collapsed(self) -> str:
+        """Why the last logged interval shows a collapse; empty where it does not."""
+        return collapse(self.metrics[-1]) if self.metrics else ""
 
     @property
     def data_digest(self) -> str | None:
@@ -132,65 +148,23 @@ def _helped(run: RunFacts) -> tuple[str, str]:
     if not run.evaluation:
         started = "is finished" if run.done else "is not finished"
         return "open", f"Not evaluated yet, so nothing is known about its use. Training {started}."
-    rows = [row for row in rates(run.evaluation) if row.rate == "top1"]
-    gains = "; ".join(f"{row.title[0].lower()}{row.title[1:]} ({row.detail}) {row.gain_text}" for row in rows)
+    rows = [row for row in gains(run.evaluation) if row.rate == "top1"]
+    texts = [f"{row_title(row.probe, run.evaluation)} {points(row.gain)} ({row.decision})" for row in rows]
+    rates = f"in points over random weights: {'; '.join(texts)}."
     if "pretrained" in run.evaluation.collapsed:
-        return "bad", f"The features have collapsed: they are the same for all training images. Rates: {gains}."
+        return "bad", f"The features have collapsed: they are the same for all training images, {rates}"
+    if reason := run.collapsed:
+        return "bad", f"{reason[0].upper()}{reason[1:]}; {rates}"
     better, worse = ([row for row in rows if row.tone == tone] for tone in ("good", "bad"))
-    if len(better) == len(rows):
-        return "good", f"Pretraining helped, in points over random weights: {gains}."
-    if better:
-        return ("bad" if worse else "open"), f"Pretraining helped in part, in points over random weights: {gains}."
-    return "bad", f"Pretraining did not help, in points over random weights: {gains}."
-
-
-@dataclass(frozen=True)
-class Rate:
-    """One line of the results: top-1 or top-5 of one probe, as shares of 1."""
-
-    probe: str
-    rate: str
-    title: str
-    detail: str
-    pretrained: Score
-    random: Score
-
-    @property
-    def gain(self) -> float:
-        return self.pretrained.mean - self.random.mean
-
-    @property
-    def tone(self) -> str:
-        """good or bad where the difference exceeds both spreads together (the gate's rule), else open."""
-        if abs(self.gain) <= self.pretrained.std + self.random.std:
-            return "open"
-        return "good" if self.gain > 0 else "bad"
-
-    @property
-    def gain_text(self) -> str:
-        return points(self.gain) + (", within the spread" if self.tone == "open" else "")
-
-
-def rates(evaluation: Evaluation) -> list[Rate]:
-    """Return the lines of the table. Top-5 of five classes or fewer is always 100 % and left out."""
-    details = {
-        "linear": f"all {evaluation.train_images:,} labels",
-        "linear_1pct": f"{evaluation.protocol.label_share * 100:g}\N{NO-BREAK SPACE}% of the labels",
-        "knn": f"{evaluation.protocol.neighbours} neighbours vote",
-    }
-    few = len(evaluation.classes) <= 5
-    pairs = [
-        (probe, rate, score, evaluation.random[probe].rates().get(rate))
-        for probe, scores in evaluation.pretrained.items()
-        if probe in evaluation.random
-        for rate, score in scores.rates().items()
-        if not (few and rate == "top5")
-    ]
-    return [
-        Rate(probe, rate, PROBES.get(probe, probe), details.get(probe, ""), score, random)
-        for probe, rate, score, random in pairs
-        if random
-    ]
+    if not better and not worse:
+        return "open", f"No difference is shown by {count(run.evaluation.test_images, 'test image')}, {rates}"
+    if worse:
+        return "bad", f"Pretraining {'helped in part and hurt in part' if better else 'hurt'}, {rates}"
+    return (
+        ("good", f"Pretraining helped, {rates}")
+        if len(better) == len(rows)
+        else ("open", f"Pretraining helped in part, {rates}")
+    )
 
 
 @dataclass(frozen=True)
@@ -208,9 +182,14 @@ class Scale:
         return round(100 * 100 * abs(share) / (self.high - self.low), 3)
 
 
-def scale(rows: list[Rate]) -> Scale:
+def scale(rows: list[Gain]) -> Scale:
     """Return an axis that holds all rates with their spreads. It need not start at 0: it carries dots, not bars."""
-    ends = [100 * (side.mean + sign * side.std) for r in rows for side in (r.pretrained, r.random) for sign in (-1, 1)]
+    ends = [
+        100 * (side.mean + sign * side.error(row.images))
+        for row in rows
+        for side in (row.pretrained, row.random)
+        for sign in (-1, 1)
+    ]
     marks = ticks(min(ends), max(ends), 4)
     low, high = marks[0], marks[-1]
     return Scale(low, high, [(100 * (mark - low) / (high - low), number(mark, marks)) for mark in marks])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pirl.report.facts import rates, read_run, verdict
+from pirl.gains import gains, row_title, score_text
+from pirl.report.facts import points, read_run, verdict
 from pirl.run import Run
 from pirl.text import duration
 
@@ -14,14 +15,15 @@ def run_summary(uri: str) -> str:
     parts = [f"# {uri.rstrip('/').rpartition('/')[2]}", f"**{judgement.title}**", judgement.helped]
     if judgement.reasons:
         parts.append("\n".join(f"- {reason}" for reason in judgement.reasons))
-    if rows := rates(run.evaluation) if run.evaluation else []:
+    if evaluation := run.evaluation:
         table = [
-            "| probe of the frozen backbone | rate | pretrained | random weights | gain |",
-            "|---|---|---|---|---|",
+            "| probe of the frozen backbone | rate | pretrained | random weights | gain | pretraining |",
+            "|---|---|---|---|---|---|",
         ]
-        for row in rows:
-            title = f"{row.title}, {row.detail}" if row.detail else row.title
-            table.append(f"| {title} | {row.rate} | {row.pretrained} | {row.random} | {row.gain_text} |")
+        for row in gains(evaluation):
+            sides = (score_text(side, row.images) for side in (row.pretrained, row.random))
+            title = row_title(row.probe, evaluation)
+            table.append(f"| {title} | {row.rate} | {' | '.join(sides)} | {points(row.gain)} | {row.decision} |")
         parts.append("\n".join(table))
     if run.steps:
         parts.append("Steps: " + ", ".join(f"{step.step} {duration(step.seconds)}" for step in run.steps))

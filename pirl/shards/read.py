@@ -18,7 +18,7 @@ from pirl.errors import DataError, StorageNotFoundError
 from pirl.shards.cache import BlockCache
 from pirl.shards.fashion import cache_root
 from pirl.shards.images import decode_image
-from pirl.shards.index import HINT, UNKNOWN, Record, ShardIndexes, max_open
+from pirl.shards.index import HAS_CHECKSUMS, HINT, UNKNOWN, Record, ShardIndexes, max_open
 from pirl.shards.labels import match_classes
 from pirl.shards.manifest import Manifest, Shard
 from pirl.shards.remote import Ahead, RemoteShards, Span
@@ -156,6 +156,12 @@ class ShardReader:
     def sizes(self) -> np.ndarray:
         """Return the bytes of all encoded images, int64 (N,), from the indexes."""
         return self._column("size")
+
+    def checksums(self) -> np.ndarray | None:
+        """Return the CRC-32 of all encoded images, int64 (N,), from the indexes; None where shards have none (0.1)."""
+        if not all(self._indexes.open(number).flags & HAS_CHECKSUMS for number in range(len(self.manifest.shards))):
+            return None
+        return self._column("crc32")
 
     def name(self, id: int) -> str:
         """Return the file name that the image had, relative to its folder. Never to be used as a path to write to."""

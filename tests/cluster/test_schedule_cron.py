@@ -82,7 +82,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
     place, objects = make_place(NAMESPACE, tmp_path)
     images = tmp_path / "photos"
     folder_of_classes(images / "train", classes=3, images=14, width=24, height=20)
-    folder_of_classes(images / "test", classes=3, images=5, width=24, height=20)
+    folder_of_classes(images / "test", classes=3, images=5, width=24, height=20, first=5000)
     recipe = (tmp_path / "tiny.toml").read_text()
     (images / "tiny.toml").write_text(recipe.replace("epochs = 3", "epochs = 60"))
     for folder in (tmp_path, *tmp_path.parents[:2]):
