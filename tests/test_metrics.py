@@ -23,6 +23,7 @@ from pirl.metrics.prometheus import mean_row_age
 from pirl.metrics.table import LABELS, METRICS, TRAINING, markdown
 from pirl.run import Run
 from pirl.storage import open_storage
+from pirl.training import loop
 from pirl.training.loop import train
 from pirl.training.spec import Options
 from pirl.training.start import plan
@@ -249,7 +250,7 @@ def test_a_kind_of_sink_is_one_line_and_never_harms_a_training(
             self.losses.append(values["loss"])
 
     monkeypatch.setitem(metrics.SINKS, "toy", Toy)
-    monkeypatch.setattr(metrics.open_log, "__defaults__", ((*metrics.ALWAYS, "toy"),))
+    monkeypatch.setattr(loop, "ALWAYS", (*metrics.ALWAYS, "toy"))
     out = str(tmp_path / "run")
     with warned("metrics sink Toy failed and is left out") if fails_in else nullcontext():
         train(tiny_recipe("train.epochs=1"), Options(data=shards, out=out, log_every=1, workers=0), World())
