@@ -10,10 +10,15 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from conftest import shards_of
+from images import folder_of_classes
 
 from pirl import cli
 from pirl.config import Recipe, load_recipe
 from pirl.optim import learning_rate
+from pirl.training.loop import train
+from pirl.training.spec import Options
+from pirl.world import World
 
 GOLDEN = Path(__file__).parent / "data" / "recipes"
 IMAGENET = 1_281_167
@@ -183,3 +188,11 @@ def test_another_number_of_ranks_rescales_as_the_reference_does(
     text = shown(monkeypatch, capsys, "recipes", "--ranks", str(ranks))
     assert f"train.batch_size={32 * ranks}" in text
     assert "proportional to the global batch" in text
+
+
+def test_photos_are_learned_from_fifty_images(tmp_path: Path) -> None:
+    shards = shards_of(folder_of_classes(tmp_path / "photos", classes=2, images=25), tmp_path / "shards")
+    completion = train(
+        load_recipe("photos", ["train.epochs=1"]), Options(data=shards, out=str(tmp_path / "run")), World()
+    )
+    assert completion.steps == 1
