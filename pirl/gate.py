@@ -231,7 +231,7 @@ def register_run(uri: str, registry: str, model: str) -> Version:
     completion, decision = _ready(run, evaluation)
     target = open_registry(registry)
     check_registry(registry)
-    before = _registered_before(target, model, evaluation)
+    before = _registered_before(target, model, run, evaluation)
     if before and before.gated and not target.is_newer(before):
         return _note(run, registry, before)
     decision = _decide_again(run, evaluation, registry, model, decision)
@@ -278,12 +278,26 @@ def _decide_again(run: Run, evaluation: Evaluation, registry: str, model: str, d
     return decide(run, registry, model, metric, min_gain)
 
 
-def _registered_before(registry: Registry, model: str, evaluation: Evaluation) -> Version | None:
-    """Return the version of these weights, wherever the run's folder was when it was registered."""
-    if not evaluation.weights or not registry.has(model):
-        return None
-    same = (version for version in registry.versions(model) if version.lineage.weights == evaluation.weights)
-    return next(same, None)
+def _registered_before(registry: Registry, model: str, run: Run, evaluation: Evaluation) -> Version | None:
+    """Return the version of these weights, wherever the run's folder was when it was registered.
+
+    Version 0.1 recorded no digest of the weights, and its files have other bytes: the weights themselves are compared.
+    """
+    for version in registry.versions(model) if registry.has(model) else []:
+        weights, origin = version.lineage.weights, version.record["run_id"] == run.uri
+        if weights == evaluation.weights if weights else origin and _holds(version, run, evaluation):
+            return version
+    return None
+
+
+def _holds(version: Version, run: Run, evaluation: Evaluation) -> bool:
+    """Return whether a version has the weights of the checkpoint that was evaluated."""
+    from pirl.evaluate import load_trunk
+    from pirl.model import weights_digest
+    from pirl.registry.load import load_version
+
+    trunk = load_trunk(Run(run.storage, evaluation.checkpoint_name))[2]
+    return load_version(version)[2] == weights_digest(trunk.state_dict())
 
 
 def _content(

@@ -382,6 +382,25 @@ def test_an_evaluation_of_version_0_1_is_taken_by_the_name_of_its_checkpoint(tmp
     assert register_run(run.uri, registry, "m").lineage.weights == weights_digest(load_trunk(run)[2].state_dict())
 
 
+def test_a_run_that_version_0_1_registered_stays_that_version(tmp_path: Path, registry: str) -> None:
+    """It recorded no digest of the weights, and wrote its files without today's metadata."""
+    from safetensors.torch import save
+
+    new = champion(registry, 0.7)
+    weights = registered_weights(new)
+    record = {key: new.record[key] for key in ("lineage", "config", "metrics", "gate")}
+    record["lineage"] = {key: value for key, value in record["lineage"].items() if key not in ("weights", "commit")}
+    shutil.rmtree(tmp_path / "registry")
+    run = Run.at(str(tmp_path / "champion-1"))
+    first = open_registry(registry).register(
+        "m", run_id=run.uri, files={"trunk.safetensors": save(weights)}, record=record, promote=True
+    )
+    assert register_run(run.uri, registry, "m") == first
+    other = finished(tmp_path / "other", 0.8, seed=2)
+    assert decide(other, registry, "m").promote
+    assert register_run(other.uri, registry, "m").version == "v0002"
+
+
 # ---- a decision counts for what was asked
 
 
