@@ -66,8 +66,8 @@ def keep_up_to_date(retraining: Retraining, dry_run: bool = False) -> int:
     `dry_run` prints what would be done, as far as possible without making shards.
     """
     check_question(retraining.metric, retraining.min_gain)
-    retraining.backend.check_location("root", retraining.root)
     if not dry_run:
+        retraining.backend.check_location("root", retraining.root)
         retraining.backend.require_access()
     own = retraining.source_options
     named = {"train": retraining.train_source, "test": retraining.test_source}

@@ -64,7 +64,7 @@ def test_rights_that_are_missing(place: Place) -> None:
 
 
 def test_gpus_and_a_queue_that_are_not_there(place: Place) -> None:
-    code, found = doctor(place, as_launcher=False, gpus=7, queue="nowhere")
+    code, found = doctor(place, as_launcher=False, gpus=7, cpu="7", queue="nowhere")
     assert code == 1
     assert found["GPUs"]["state"] == "bad"
     assert "asked for: 4 x 7" in found["GPUs"]["finding"]
