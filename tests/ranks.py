@@ -95,7 +95,8 @@ def _rank(
         **env,
     }
     torch.set_num_threads(1)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, where it is ignored
+    for number in (signal.SIGHUP, signal.SIGQUIT):  # ignored where the tests run in the background of a shell
+        signal.signal(number, signal.SIG_DFL)
     code = 0
     try:
         world: World = start_world(timeout_s=float(env.get("TIMEOUT_S", 60)))

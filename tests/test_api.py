@@ -317,7 +317,7 @@ def test_the_examples_of_the_page_work(
 ) -> None:
     pytest.importorskip("sklearn")
     folder_of_classes(tmp_path / "photos" / "train", classes=2, images=64, width=40, height=30)
-    folder_of_classes(tmp_path / "photos" / "test", classes=2, images=6, width=40, height=30)
+    folder_of_classes(tmp_path / "photos" / "test", classes=2, images=6, width=40, height=30, first=900)
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "python.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)

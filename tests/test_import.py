@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGES, TINY
+from conftest import IMAGES, TINY, shards_of
+from images import folder_of_classes
 from torch import Tensor, nn
 from torchvision.models import resnet18, resnet50
 from vissl_files import (
@@ -454,7 +455,8 @@ def test_without_its_data_a_training_is_not_continued_but_evaluated(
     assert refused.code == 2
     assert "unknown" in refused.err
     quick = Protocol(seeds=(0,), epochs=1, min_steps=20, batch_size=16)
-    result = evaluate(str(tmp_path / "run"), shards, shards, quick)
+    test = shards_of(folder_of_classes(tmp_path / "test", classes=3, images=4, first=900), tmp_path / "test-shards")
+    result = evaluate(str(tmp_path / "run"), shards, test, quick)
     assert 0 <= result.pretrained["knn"].top1.mean <= 1
 
 

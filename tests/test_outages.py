@@ -22,7 +22,7 @@ from typing import Any
 import boto3
 import certificates
 import pytest
-from conftest import TINY, tiny_recipe, training
+from conftest import TINY, shards_of, tiny_recipe, training
 from faulty_s3 import OUTAGES, FaultyS3
 from images import folder_of_classes
 from paced import SignalAt, train_paced
@@ -302,7 +302,7 @@ STAGES = {"shard": 2, "train": 4, "resumed": 3, "eval": 3, "register": 3}
 
 
 def run_pipeline(
-    place: str, images: Path, patch: pytest.MonkeyPatch, before: Callable[[str], None]
+    place: str, images: Path, test: str, patch: pytest.MonkeyPatch, before: Callable[[str], None]
 ) -> dict[str, float]:
     """Run each command, after `before`; the training is stopped at step 6 and resumed. Return their seconds."""
     recipe, data, out = tiny_recipe("train.epochs=2"), f"{place}/data", f"{place}/run"
@@ -318,7 +318,7 @@ def run_pipeline(
         "shard": lambda: command(patch, "shard", images, data, "--processes", 1),
         "train": stopped,
         "resumed": lambda: train(recipe, options, World()),
-        "eval": lambda: command(patch, "eval", out, "--data", data, "--test", data),
+        "eval": lambda: command(patch, "eval", out, "--data", data, "--test", test),
         "register": lambda: command(patch, "register", out, "--registry", f"{place}/registry", "--min-gain", -1),
     }
     for name, run in commands.items():
@@ -335,6 +335,7 @@ def test_an_outage_in_every_phase_of_the_pipeline_changes_nothing(
 ) -> None:
     """Each outage begins with a request of its phase. With 15 s the time that was lost is printed."""
     images = folder_of_classes(tmp_path / "images", classes=3, images=14, width=24, height=20)
+    test = shards_of(folder_of_classes(tmp_path / "test", classes=3, images=4, first=900), tmp_path / "test-shards")
     monkeypatch.setenv("PIRL_CACHE_GB", "0")
     monkeypatch.setattr("pirl.training.saver.FINAL_SAVE_PAUSE_S", 0.3)
     with FaultyS3(os.environ["AWS_ENDPOINT_URL"]) as server:
@@ -347,8 +348,8 @@ def test_an_outage_in_every_phase_of_the_pipeline_changes_nothing(
                 kind, request = phases.pop(0)
                 server.fail_on(request, kind, away_s)
 
-        quiet = run_pipeline(f"{quick}/quiet", images, monkeypatch, lambda _: None)
-        disturbed = run_pipeline(f"{quick}/away", images, monkeypatch, fail)
+        quiet = run_pipeline(f"{quick}/quiet", images, test, monkeypatch, lambda _: None)
+        disturbed = run_pipeline(f"{quick}/away", images, test, monkeypatch, fail)
         assert not server.armed
         assert not phases
     for name, seconds in disturbed.items():

@@ -114,7 +114,7 @@ def test_the_artifacts_are_what_the_ui_renders(promoted: Storage, arguments: dic
     assert Path(page.path).read_text() == open_storage(where.rpartition("/")[0]).read_bytes("report.html").decode()
     text = Path(summary.path).read_text()
     assert text.startswith("# tiny\n\n**Registered as pirl v0001**")
-    assert "| Nearest neighbours" in text
+    assert "| nearest neighbours |" in text
     for reason in promoted.read_json("gate.json")["reasons"]:
         assert f"- {reason}" in text
     trunk, card = dsl.Model(uri=places["trunk"]), dsl.Markdown(uri=places["card"])
