@@ -69,16 +69,16 @@ def report_outcome(work: Callable[[], int]) -> int:
         return leave(f"rank {os.environ['RANK']} lost another rank: {error}", EXIT_FAILURE, follows=True)
 
 
-def exit_process(main: Callable[[], int]) -> NoReturn:
-    """Run `main` and end this process with its exit code; a rank ends without finalizing the interpreter.
+def exit_process(work: Callable[[], int]) -> NoReturn:
+    """Report the outcome of `work` and end this process; a rank ends without finalizing the interpreter.
 
     A thread of gloo releases the tensors of the last collective some time after it has completed, and needs the GIL for
     it. A thread that waits for the GIL of an interpreter under finalization aborts the process (signal 6).
     """
     if "RANK" not in os.environ:
-        sys.exit(main())
+        sys.exit(report_outcome(work))
     try:
-        exit_code = main()
+        exit_code = report_outcome(work)
     except BaseException:
         traceback.print_exc()
         exit_code = EXIT_FAILURE

@@ -7,16 +7,9 @@ one rank.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
-from .launch import exit_process, report_outcome
+from .launch import exit_process
 from .training.start import start
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train by the JSON file of a specification; return the exit code."""
-    return report_outcome(lambda: start(sys.argv[1:] if argv is None else argv))
-
-
 if __name__ == "__main__":
-    exit_process(main)
+    exit_process(lambda: start(sys.argv[1:]))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from pirl.errors import PreemptedError, TrainingError, UsageError
-from pirl.launch import exit_process, report_outcome
+from pirl.launch import exit_process
 from pirl.world import start_world
 
 
@@ -61,4 +61,4 @@ class Late:
 
 
 if __name__ == "__main__":
-    exit_process(lambda: report_outcome(lambda: main(sys.argv[1])))
+    exit_process(lambda: main(sys.argv[1]))

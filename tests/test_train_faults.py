@@ -185,7 +185,7 @@ def test_a_bug_ends_a_training_with_loading_processes(shards: str, tiny_toml: Pa
     path = tmp_path / "training.json"
     path.write_text(training(tiny_toml, shards, tmp_path / "run", workers=2).to_json())
     broken = "import pirl.train, pirl.training.loop as loop; loop.train_step = lambda *_: 1 / 0"
-    program = f"{broken}; pirl.train.main(['{path}'])"
+    program = f"{broken}; pirl.launch.exit_process(lambda: pirl.training.start.start(['{path}']))"
     env = os.environ | {"RANK": "0", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 from pirl.evaluate.start import start
-from pirl.launch import report_outcome
+from pirl.launch import exit_process
 
 if __name__ == "__main__":
-    sys.exit(report_outcome(lambda: start(sys.argv[1:])))
+    exit_process(lambda: start(sys.argv[1:]))
