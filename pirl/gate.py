@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from pirl import __version__, logs
+from pirl import __version__
 from pirl.collapse import collapse
-from pirl.errors import DataError, RegistryError, StorageError, UsageError, did_you_mean
+from pirl.errors import DataError, RegistryError, UsageError, did_you_mean
 from pirl.gains import Gain, caveats, labels_text, score_text
 from pirl.logs import info
 from pirl.outputs import check_registry
@@ -180,16 +180,12 @@ def _champion_evaluation(
     run: Run, evaluation: Evaluation, champion: Version, dry_run: bool, progress: Callable[[str], None]
 ) -> Evaluation:
     """Return the scores of the champion's trunk on the images of an evaluation; kept in the run's folder."""
-    from pirl.evaluate import evaluate_trunk  # it loads torch, which most decisions do not need
+    from pirl.evaluate.fast import evaluate_trunk, read_kept  # it loads torch, which most decisions do not need
     from pirl.registry.load import load_version
 
     _require_shards(run, evaluation)
     recipe, trunk, weights = load_version(champion)
-    try:
-        kept = run.champion_evaluation()
-    except StorageError as error:
-        logs.warn(f"evaluated again: {error.what}")
-        kept = None
+    kept = read_kept(run.champion_evaluation)
     if kept and kept.weights == weights and _comparable(kept, evaluation):
         return kept
     progress(f"evaluating the champion {champion.model} {champion.version} on the same images")
@@ -279,19 +275,20 @@ def _decide_again(run: Run, evaluation: Evaluation, registry: str, model: str, d
 
 
 def _registered_before(registry: Registry, model: str, run: Run, evaluation: Evaluation) -> Version | None:
-    """Return the version of these weights, wherever the run's folder was when it was registered.
-
-    Version 0.1 recorded no digest of the weights, and its files have other bytes: the weights themselves are compared.
-    """
-    for version in registry.versions(model) if registry.has(model) else []:
-        weights, origin = version.lineage.weights, version.record["run_id"] == run.uri
-        if weights == evaluation.weights if weights else origin and _holds(version, run, evaluation):
-            return version
-    return None
+    """Return the version of these weights, wherever the run's folder was when it was registered."""
+    versions = registry.versions(model) if registry.has(model) else []
+    return next((version for version in versions if _holds(version, run, evaluation)), None)
 
 
 def _holds(version: Version, run: Run, evaluation: Evaluation) -> bool:
-    """Return whether a version has the weights of the checkpoint that was evaluated."""
+    """Return whether a version has the weights of the checkpoint that was evaluated.
+
+    Version 0.1 recorded no digest of the weights, and its files have other bytes: the weights themselves are compared.
+    """
+    if version.lineage.weights:
+        return version.lineage.weights == evaluation.weights
+    if version.record["run_id"] != run.uri:
+        return False
     from pirl.evaluate import load_trunk
     from pirl.model import weights_digest
     from pirl.registry.load import load_version

@@ -101,7 +101,7 @@ def run_ranks(module: str, arguments: Sequence[str], processes: int | None) -> i
     flags = [] if "PET_NPROC_PER_NODE" in os.environ else [f"--nproc-per-node={processes or default_processes()}"]
     if "PET_RDZV_BACKEND" not in os.environ and "PET_MASTER_ADDR" not in os.environ:
         flags += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--local-addr=127.0.0.1"]
-    flags.append(f"--signals-to-handle={','.join(number.name for number in _handled_signals())}")
+    flags.append(f"--signals-to-handle={','.join(number.name for number in handled_signals())}")
     settings = torchrun.parse_args([*flags, "-m", module, *arguments])
     per_node = torchrun.determine_local_world_size(settings.nproc_per_node)
     with tempfile.TemporaryDirectory(prefix="pirl-") as folder, _restored_process():
@@ -140,8 +140,8 @@ def _report_failure(error: ChildFailedError | SignalException, folder: Path) -> 
     return EXIT_FAILURE
 
 
-def _handled_signals() -> list[signal.Signals]:
-    """Stop signals that this process does not ignore."""
+def handled_signals() -> list[signal.Signals]:
+    """Return the stop signals that this process does not ignore."""
     return [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 

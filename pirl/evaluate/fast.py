@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,7 +34,6 @@ from pirl.evaluate.probe import (
     count_few,
     count_shared,
     embed,
-    few_labels,
     probe,
     require_distinct,
 )
@@ -136,7 +135,7 @@ def probe_trunks(
     pairs = {name: Pair(sets[0][name], sets[1][name]) for name in trunks}
     scores, collapsed = probe(pairs, len(header.classes), protocol, world, progress)
     train = next(iter(pairs.values())).train
-    update = {**scores, "collapsed": collapsed, "ranks": world.size, **_bounds(train, protocol)}
+    update = {**scores, "collapsed": collapsed, "ranks": world.size, **_bounds(train, header, protocol)}
     return header.model_copy(update=update), pairs
 
 
@@ -150,9 +149,10 @@ def _parts_name(trunks: Mapping[str, Trunk], recipe: Recipe, header: Evaluation)
     return "fast-" + hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _bounds(train: Features, protocol: Protocol) -> dict[str, object]:
+def _bounds(train: Features, header: Evaluation, protocol: Protocol) -> dict[str, object]:
     """Return the steps of the probes, the precision of the features, and what a large data set has changed."""
-    images = {"linear": len(train.y), "linear_1pct": len(few_labels(train.y, protocol.label_share, 0))}
+    assert header.few_labels is not None
+    images = {"linear": len(train.y), "linear_1pct": header.few_labels.labels}
     steps = {name: protocol.steps(number) for name, number in images.items()}
     differences = []
     for name, number in images.items():
@@ -276,22 +276,23 @@ def _update(before: Evaluation, train_data: str, test_data: str) -> dict[str, An
 
 def kept_evaluation(run: Run, train_data: str, test_data: str) -> Evaluation | None:
     """Return the run's evaluation if it is of the same checkpoint, data, protocol and section `eval`."""
-    try:
-        before = run.evaluation()
-    except StorageError as error:
-        logs.warn(f"evaluated again: {error.what}")
-        return None
+    before = read_kept(run.evaluation)
     return before if before and before.pretrained and _is_of(before, run, train_data, test_data) else None
 
 
 def kept_bank(run: Run, train_data: str, test_data: str) -> Evaluation | None:
     """Return the run's result of the protocol bank if it is of the same checkpoint, data and section `eval`."""
+    before = read_kept(run.bank_evaluation)
+    return before if before and _is_of(before, run, train_data, test_data) else None
+
+
+def read_kept(read: Callable[[], Evaluation | None]) -> Evaluation | None:
+    """Return an earlier result; None, with a warning, where it cannot be read."""
     try:
-        before = run.bank_evaluation()
+        return read()
     except StorageError as error:
         logs.warn(f"evaluated again: {error.what}")
         return None
-    return before if before and _is_of(before, run, train_data, test_data) else None
 
 
 def _is_of(result: Evaluation, run: Run, train_data: str, test_data: str) -> bool:

@@ -10,20 +10,18 @@ from typing import Any
 
 from .. import logs
 from ..errors import PirlError, PreemptedError, UsageError
-from ..launch import STOP_SIGNALS, default_processes, run_ranks
+from ..launch import default_processes, handled_signals, run_ranks
 from ..metrics import Telemetry, check_port
 from ..run import Run
 from ..shards import Manifest
 from ..storage import open_storage
 from ..text import count
-from ..training.workers import available_cores
+from ..training.workers import cores_for_loading
 from ..world import World, report_stragglers, start_world, stop_world
 from .apply import apply_protocol
 from .execution import Execution
 from .progress import Progress
 from .spec import EvaluationSpec
-
-MOST_WORKERS = 8
 
 
 def plan(spec: EvaluationSpec) -> list[str]:
@@ -72,8 +70,7 @@ def workers(given: int) -> int:
     """Return the loading processes of a rank: as given, or the cores that the ranks of this machine leave, dealt."""
     if given >= 0:
         return given
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(MOST_WORKERS, max(0, available_cores() - ranks) // ranks)
+    return cores_for_loading(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def progress_of(spec: EvaluationSpec, world: World) -> Progress:
@@ -104,8 +101,7 @@ def stopping() -> Iterator[None]:
             "run the same command again: it continues from what was saved",
         )
 
-    numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in numbers}
+    before = {number: signal.signal(number, stop) for number in handled_signals()}
     try:
         yield
     finally:

@@ -20,11 +20,15 @@ def loading_processes(recipe: Recipe, ranks: int, local_ranks: int) -> int:
 
     `ranks` are those of the whole training, which share its batch. A loading process needs two slots of a rank's crops.
     """
-    cores = max(0, available_cores() - local_ranks) // local_ranks
     share = -(-recipe.train.batch_size // ranks)
     views = recipe.views
     slot = 3 * share * (views.image_size**2 + views.patches * views.patch_size**2)
-    return max(0, min(cores, MOST, (_free_shared_memory() // local_ranks // slot - 1) // 2))
+    return max(0, min(cores_for_loading(local_ranks), (_free_shared_memory() // local_ranks // slot - 1) // 2))
+
+
+def cores_for_loading(local_ranks: int) -> int:
+    """Return the cores left by the ranks of this machine, divided by them: 0 to 8."""
+    return min(MOST, max(0, available_cores() - local_ranks) // local_ranks)
 
 
 def with_workers(spec: TrainingSpec, world: World) -> TrainingSpec:
