@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 from benchmarks.harness import machine
 from pirl.config import load_recipe
-from pirl.evaluate import evaluate_trunk, load_trunk, spread
+from pirl.evaluate import evaluate_trunk, load_trunk
+from pirl.evaluate.probe import spread
 from pirl.model import memory_format
 from pirl.results import Completion
 from pirl.shards import open_source, write_shards

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -9,9 +10,15 @@ import numpy as np
 import pytest
 from conftest import tiny_recipe
 
+import benchmarks
 from benchmarks import g8_checkpoint, g9_resume
 from benchmarks.g4_negatives import Sides
 from benchmarks.harness import Result, compare, finish
+
+
+@pytest.mark.parametrize("path", sorted(Path(benchmarks.__file__).parent.glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_a_benchmark_can_be_imported(path: Path) -> None:
+    assert importlib.import_module(f"benchmarks.{path.stem}")
 
 
 def measure(tmp_path: Path, order: list[str], required: float, same: bool = True) -> Result:
