@@ -89,6 +89,16 @@ def exit_process(work: Callable[[], int]) -> NoReturn:
     os._exit(exit_code)
 
 
+def only_argument(module: str, command: str, arguments: Sequence[str]) -> str:
+    """Return the path of the specification, which is the only argument of `python -m MODULE`."""
+    if len(arguments) == 1:
+        return arguments[0]
+    raise UsageError(
+        f"python -m {module} takes one argument, the JSON file of a specification: {len(arguments)} given",
+        f"use `{command}`; with --dry-run --json it prints such a file",
+    )
+
+
 def run_ranks(module: str, arguments: Sequence[str], processes: int | None) -> int:
     """Start the ranks of this machine as `torchrun` does, wait for them and return the exit code.
 

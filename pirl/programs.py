@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from .errors import UsageError
 from .evaluate.progress import describe
@@ -67,10 +67,32 @@ class Program(Command, Protocol):
 
 
 @dataclass(frozen=True)
-class Training:
+class Specified:
+    """Common part of the programs whose only argument is the JSON file of a specification."""
+
+    spec: TrainingSpec | EvaluationSpec
+    json_name: ClassVar[str]
+
+    @property
+    def processes(self) -> int:
+        """Ranks on this machine."""
+        return self.spec.processes
+
+    def file(self) -> tuple[str, str]:
+        """Return the specification, without the number of processes: it is the backend's."""
+        return self.json_name, self.spec.model_copy(update={"processes": 0}).to_json()
+
+    def arguments(self, path: str) -> list[str]:
+        """Return the only argument, the path of the specification."""
+        return [path]
+
+
+@dataclass(frozen=True)
+class Training(Specified):
     """Pretraining by a recipe: `python -m pirl.train`."""
 
     spec: TrainingSpec
+    json_name: ClassVar[str] = "training.json"
     module: str = "pirl.train"
     record: str = METRICS
 
@@ -85,11 +107,6 @@ class Training:
         return self.spec.out
 
     @property
-    def processes(self) -> int:
-        """Ranks on this machine."""
-        return self.spec.processes
-
-    @property
     def locations(self) -> Mapping[str, str]:
         """URIs of shards and run."""
         return {"data": self.spec.data, "out": self.spec.out}
@@ -97,14 +114,6 @@ class Training:
     def plan(self) -> list[str]:
         """Check recipe, data and run, and return what would be done."""
         return plan(self.spec)
-
-    def file(self) -> tuple[str, str]:
-        """Return the specification, without the number of processes: it is the backend's."""
-        return "training.json", self.spec.model_copy(update={"processes": 0}).to_json()
-
-    def arguments(self, path: str) -> list[str]:
-        """Return the only argument, the path of the specification."""
-        return [path]
 
     def is_complete(self) -> bool:
         """Return whether the completion marker exists; raise if it names another recipe or other data."""
@@ -136,10 +145,11 @@ class Training:
 
 
 @dataclass(frozen=True)
-class EvaluationProgram:
+class EvaluationProgram(Specified):
     """Evaluation of a run by a protocol: `python -m pirl.evaluate`."""
 
     spec: EvaluationSpec
+    json_name: ClassVar[str] = "evaluation.json"
     module: str = "pirl.evaluate"
     record: str = EVALUATION_PROGRESS
 
@@ -154,11 +164,6 @@ class EvaluationProgram:
         return split_checkpoint_uri(self.spec.run)[0]
 
     @property
-    def processes(self) -> int:
-        """Ranks on this machine."""
-        return self.spec.processes
-
-    @property
     def locations(self) -> Mapping[str, str]:
         """URIs of run and shards."""
         return {"run": self.spec.run, "data": self.spec.data, "test": self.spec.test}
@@ -168,14 +173,6 @@ class EvaluationProgram:
         from .evaluate.start import plan as plan_evaluation
 
         return plan_evaluation(self.spec)
-
-    def file(self) -> tuple[str, str]:
-        """Return the specification, without the number of processes: it is the backend's."""
-        return "evaluation.json", self.spec.model_copy(update={"processes": 0}).to_json()
-
-    def arguments(self, path: str) -> list[str]:
-        """Return the only argument, the path of the specification."""
-        return [path]
 
     def is_complete(self) -> bool:
         """Return whether the run has the result of this checkpoint, data and protocol."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import logs
 from ..errors import PirlError, PreemptedError, UsageError
-from ..launch import default_processes, handled_signals, run_ranks
+from ..launch import default_processes, handled_signals, only_argument, run_ranks
 from ..metrics import Telemetry, check_port
 from ..run import Run
 from ..shards import Manifest
@@ -48,12 +48,7 @@ def start(arguments: Sequence[str]) -> int:
 
     Return the exit code.
     """
-    if len(arguments) != 1:
-        raise UsageError(
-            f"python -m pirl.evaluate takes one argument, the JSON file of a specification: {len(arguments)} given",
-            "use `pirl eval`; with --dry-run --json it prints such a file",
-        )
-    spec = EvaluationSpec.read(arguments[0])
+    spec = EvaluationSpec.read(only_argument("pirl.evaluate", "pirl eval", arguments))
     if "RANK" not in os.environ:
         plan(spec)
         return run_ranks("pirl.evaluate", arguments, spec.processes)

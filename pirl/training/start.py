@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from ..errors import UsageError
 from ..extras import require
-from ..launch import default_processes, run_ranks
+from ..launch import default_processes, only_argument, run_ranks
 from ..logs import info
 from ..metrics import check_port
 from ..outputs import check_run_output
@@ -65,12 +64,7 @@ def start(arguments: Sequence[str]) -> int:
 
     Returns the exit code.
     """
-    if len(arguments) != 1:
-        raise UsageError(
-            f"python -m pirl.train takes one argument, the JSON file of a specification: {len(arguments)} given",
-            "use `pirl train`; with --dry-run --json it prints such a file",
-        )
-    spec = TrainingSpec.read(arguments[0])
+    spec = TrainingSpec.read(only_argument("pirl.train", "pirl train", arguments))
     if "RANK" not in os.environ:
         plan(spec)  # a mistake costs nothing as long as no process is started
         return run_ranks("pirl.train", arguments, spec.processes)
