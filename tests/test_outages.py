@@ -109,7 +109,7 @@ def test_every_request_is_repeated_until_storage_answers(
     threads = [
         threading.Thread(target=lambda k=k, call=call: answers.update({k: call()})) for k, call in enumerate(calls)
     ]
-    with outage(server, kind, 1.5):
+    with outage(server, kind, 6 if kind == "hang" else 1.5):  # a request that hangs fails after a second at the soonest
         for thread in threads:
             thread.start()
     for thread in threads:
