@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Commit, Cursor
+from ..collapse import collapse
 from ..config import Recipe
 from ..data import Share
 from ..errors import TrainingError
 from ..loader import Loader
-from ..logs import info
+from ..logs import info, warn
 from ..loss import StepLoss
 from ..metrics import Log
 from ..metrics.clock import StepClock
@@ -44,6 +45,7 @@ class Meter:
         self._saving = self._history
         """The step whose state is being saved, or was last."""
         self.sums = torch.zeros(5, device=world.device)
+        self._collapsed = False
         self.start_at(Cursor())
 
     def start_at(self, cursor: Cursor) -> None:
@@ -94,7 +96,9 @@ class Meter:
             raise self.not_finite(means[0])
         if self.world.is_main:
             spread = float(embeddings.float().std(0).mean() * math.sqrt(embeddings.shape[1]))
-            self._print(self._line(cursor, rate, means, spread, elapsed), elapsed)
+            line = self._line(cursor, rate, means, spread, elapsed)
+            self._print(line, elapsed)
+            self._watch_collapse(line)
         self._reset()
 
     def _line(self, cursor: Cursor, rate: float, means: list[float], spread: float, elapsed: float) -> dict[str, float]:
@@ -125,6 +129,15 @@ class Meter:
             f"waited {(1 - self._compute_s / elapsed) * 100:.0f}%  ETA {eta}",
             **line,
         )
+
+    def _watch_collapse(self, line: dict[str, float]) -> None:
+        """Warn once when the embeddings collapse; a registered model would be refused by the gate."""
+        reason = collapse(line)
+        if reason and not self._collapsed:
+            step = int(line["step"])
+            self.log.event("collapse", step=step, reason=reason)
+            warn(f"step {step}: {reason}; look at the images with `pirl preview`, or lower optim.base_lr")
+        self._collapsed = bool(reason)
 
     def not_finite(self, *losses: float, where: str = "") -> TrainingError:
         """Return the error for non-finite losses, or for a non-finite state that was to be saved (`where`).
