@@ -67,12 +67,12 @@ def our_batches(shards: Path, recipe: Recipe, photometric: bool) -> Iterator[Any
     views, seed = recipe.views, recipe.train.seed
     for epoch, _, _, batch in Loader(str(shards), recipe, World(), WORKERS).batches(0, 0):
         if not photometric:
-            yield batch.images, batch.patches
+            yield batch.images, batch.elements
             continue
         ids = batch.ids.numpy()
         yield tuple(
             apply_photometrics(pixels, draw_photometrics(views, seed, epoch, ids, elements), views)
-            for pixels, elements in ((batch.images, [0]), (batch.patches, range(1, 1 + views.patches)))
+            for pixels, elements in ((batch.images, [0]), (batch.elements, range(1, 1 + views.grid**2)))
         )
 
 
@@ -120,10 +120,10 @@ def check(shards: Path, recipe: Recipe) -> None:
     for row, image in enumerate(images):
         crops.append(F.resized_crop(image, *geometry.image_box[row].tolist(), [224, 224]))
         assert np.array_equal(np.asarray(crops[-1]), batch.images[row].numpy())
-        source = np.asarray(F.resized_crop(image, *geometry.patch_box[row].tolist(), [255, 255]))
-        for place, number in enumerate(geometry.permutation[row].tolist()):
-            x, y = 85 * np.array(divmod(number, 3)) + geometry.patch_jitter[row][:, number // 3, number % 3]
-            assert np.array_equal(source[y : y + 64, x : x + 64], batch.patches[9 * row + place].numpy())
+        source = np.asarray(F.resized_crop(image, *geometry.places.box[row].tolist(), [255, 255]))
+        for place, number in enumerate(geometry.places.permutation[row].tolist()):
+            x, y = 85 * np.array(divmod(number, 3)) + geometry.places.jitter[row][:, number // 3, number % 3]
+            assert np.array_equal(source[y : y + 64, x : x + 64], batch.elements[9 * row + place].numpy())
     params = draw_photometrics(views, recipe.train.seed, 0, ids, [0])
     ours = apply_photometrics(batch.images, params, views)
     for row, image in enumerate(crops):

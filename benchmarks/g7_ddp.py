@@ -30,6 +30,7 @@ from pirl.model import build_model, memory_format
 from pirl.optim import build_optimizer, set_learning_rate
 from pirl.training.state import TrainState
 from pirl.training.step import train_step, warm_up_ddp
+from pirl.views import open_pretext
 from pirl.world import World, start_world, stop_world
 
 RANKS = 2
@@ -69,10 +70,10 @@ class Training:
             warm_up_ddp(self.network, recipe, world)
         self.mine = recipe.train.batch_size // RANKS
         generator = torch.Generator().manual_seed(world.rank)
-        views = recipe.views
+        views, elements = recipe.views, open_pretext(recipe.views).shape
         self.pixels = [
             torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-            for shape in ((self.mine, *views.image_shape), (self.mine * views.patches, *views.patch_shape[1:]))
+            for shape in ((self.mine, *views.image_shape), (self.mine * elements[0], *elements[1:]))
         ]
         self.number = 0
 

@@ -63,7 +63,7 @@ class Inputs:
         views = self.recipe.views
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randn(batch, 3, views.image_size, views.image_size, generator=generator).to(self.device)
-        patches = torch.randn(batch * views.patches, 3, views.patch_size, views.patch_size, generator=generator)
+        patches = torch.randn(batch * views.grid**2, 3, views.patch_size, views.patch_size, generator=generator)
         self.patches = patches.to(self.device)
         self.ids = torch.randperm(scale.images, generator=generator)[:batch].to(self.device)
         self.model = build_model(self.recipe).to(self.device)

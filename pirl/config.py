@@ -32,7 +32,7 @@ from .sections import (
 from .settings import Settings, all_at_once, describe, read_items
 
 NOT_LEARNED = {"format", "name", "description", "published_top1", "eval"}
-NEW_KEYS = [("train", "order"), ("loss", "shared_negatives"), ("memory", "precision")]
+NEW_KEYS = [("views", "pretext"), ("train", "order"), ("loss", "shared_negatives"), ("memory", "precision")]
 """Keys that version 0.1 did not have; their defaults are what it did."""
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from .config import Recipe
 from .order import open_order
 from .shards import ShardReader, decode_pixels, image_size
-from .views import crop, draw_geometry, uniforms
+from .views import crop, draw_geometry, open_pretext, uniforms
 from .world import World
 
 NEGATIVES_STREAM = 251  # of the counter-based random numbers, and 252; see `views` and `order` for others
@@ -37,8 +37,8 @@ class Batch(NamedTuple):
     """(B,) int64 image ids in the data set; rows and ids are equal unless the recipe uses fewer images."""
     images: Tensor
     """(B, S, S, 3) uint8 crops."""
-    patches: Tensor
-    """(B * patches, P, P, 3) uint8, sample-major, each sample's in permuted order."""
+    elements: Tensor
+    """(B * elements, P, P, 3) uint8, sample-major: the second views."""
 
 
 class Share(NamedTuple):
@@ -71,7 +71,7 @@ def epoch_shares(recipe: Recipe, rows: int, epoch: int, world: World, start: int
 
 
 def negative_seeds(seed: int, epoch: int, ids: np.ndarray, view: int) -> Tensor:
-    """Return (B,) int64 seeds from which each image's negatives are drawn: view 0 patches, 1 image."""
+    """Return (B,) int64 seeds from which each image's negatives are drawn: view 0 the second, 1 the image."""
     draws = uniforms(seed, epoch, ids, NEGATIVES_STREAM + view, 1)[:, 0]
     return torch.from_numpy((draws * 2.0**53).astype(np.int64))
 
@@ -100,12 +100,12 @@ class CropDataset(Dataset[Batch]):
         epoch, rows = index
         cfg = self.recipe.views
         images = torch.empty(len(rows), *cfg.image_shape, dtype=torch.uint8)
-        patches = torch.empty(len(rows), *cfg.patch_shape, dtype=torch.uint8)
-        self.fill(epoch, rows, images, patches)
-        return self.batch(rows, images, patches)
+        elements = torch.empty(len(rows), *open_pretext(cfg).shape, dtype=torch.uint8)
+        self.fill(epoch, rows, images, elements)
+        return self.batch(rows, images, elements)
 
-    def fill(self, epoch: int, rows: np.ndarray, images: Tensor, patches: Tensor) -> None:
-        """Write the crops of `rows` into (B, S, S, 3) and (B, patches, P, P, 3) uint8."""
+    def fill(self, epoch: int, rows: np.ndarray, images: Tensor, elements: Tensor) -> None:
+        """Write the crops of `rows` into (B, S, S, 3) and (B, elements, P, P, 3) uint8."""
         ids, cfg = self.image_ids(rows).tolist(), self.recipe.views
         unread = [id for id in ids if id not in self._decoded]
         read = dict(zip(unread, self.reader.read_many(unread)))
@@ -117,13 +117,13 @@ class CropDataset(Dataset[Batch]):
             for id, source in zip(ids, sources)
         ]
         geometry = draw_geometry(cfg, self.recipe.train.seed, epoch, np.array(ids), np.array(sizes, np.int64))
-        for row, out in enumerate(zip(images.numpy(), patches.numpy())):
+        for row, out in enumerate(zip(images.numpy(), elements.numpy())):
             crop(self._pixels(ids[row], sources[row]), geometry, row, cfg, out)
 
-    def batch(self, rows: np.ndarray, images: Tensor, patches: Tensor) -> Batch:
+    def batch(self, rows: np.ndarray, images: Tensor, elements: Tensor) -> Batch:
         """Return crops that `fill` has written, with their rows and ids."""
         ids = self.image_ids(rows)
-        return Batch(torch.from_numpy(rows.copy()), torch.from_numpy(ids.copy()), images, patches.flatten(0, 1))
+        return Batch(torch.from_numpy(rows.copy()), torch.from_numpy(ids.copy()), images, elements.flatten(0, 1))
 
     def _pixels(self, id: int, source: bytes | np.ndarray) -> np.ndarray:
         """Return (H, W, 3) uint8, valid until the next call."""

@@ -25,6 +25,7 @@ from .errors import DataError, PirlError
 from .launch import STOP_SIGNALS
 from .order import open_order
 from .storage.patience import longest_wait_s
+from .views import open_pretext
 from .world import World
 
 MOST_SORTED = 10_000_000  # rows whose order is sorted without a warning
@@ -45,7 +46,7 @@ class Slots(Dataset[None]):
         cfg = crops.recipe.views
         self.crops = crops
         self.images = torch.empty((slots, most, *cfg.image_shape), dtype=torch.uint8).share_memory_()
-        self.patches = torch.empty((slots, most, *cfg.patch_shape), dtype=torch.uint8).share_memory_()
+        self.elements = torch.empty((slots, most, *open_pretext(cfg).shape), dtype=torch.uint8).share_memory_()
 
     def __getitem__(self, index: tuple[int, np.ndarray, int]) -> None:
         epoch, rows, slot = index
@@ -55,7 +56,7 @@ class Slots(Dataset[None]):
         return self.crops.batch(rows, *self._views(rows, slot))
 
     def _views(self, rows: np.ndarray, slot: int) -> tuple[Tensor, Tensor]:
-        return self.images[slot, : len(rows)], self.patches[slot, : len(rows)]
+        return self.images[slot, : len(rows)], self.elements[slot, : len(rows)]
 
 
 class ErrorsAsValues(Dataset[Any]):
@@ -134,7 +135,9 @@ class LoadingProcesses:
         self.slots = workers * PREFETCH + 1  # batches that are under way, and the one that is in use
         most = -(-dataset.recipe.train.batch_size // world.size)
         self.shared = Slots(dataset, self.slots, most)
-        self.pins = Pins([self.shared.images, self.shared.patches], self.slots) if world.device.type == "cuda" else None
+        self.pins = (
+            Pins([self.shared.images, self.shared.elements], self.slots) if world.device.type == "cuda" else None
+        )
         _start_server()
         self._loader = DataLoader(
             ErrorsAsValues(self.shared),

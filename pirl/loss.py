@@ -43,6 +43,7 @@ class StepLoss:
 
     loss: Tensor
     patches: Tensor
+    """Term of the second views: the patches of the paper's jigsaw."""
     images: Tensor
     positive: Tensor
     """Mean cosine similarity of the image view to its own row."""

@@ -1,16 +1,17 @@
-"""The network: one ResNet trunk, a head for the patches and a head for the image (paper, section 3.1 and figure 3)."""
+"""The network: one ResNet trunk, a head for either view (paper, section 3.1 and figure 3)."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from .config import ModelConfig, Recipe
+from .config import ModelConfig, Recipe, ViewsConfig
+from .heads import mlp
+from .views import open_pretext
 
 PLANES = (64, 128, 256, 512)
 
@@ -67,56 +68,28 @@ def memory_format(trunk: Trunk) -> torch.memory_format:
     return torch.channels_last if trunk.conv1.out_channels >= 16 else torch.contiguous_format
 
 
-def mlp(sizes: list[int], relu: str) -> nn.Sequential:
-    """Return linear layers between `sizes`, with a ReLU after "every" one, after the "hidden" ones, or after "none"."""
-    layers: list[nn.Module] = []
-    for index, (inside, out) in enumerate(pairwise(sizes)):
-        layers.append(nn.Linear(inside, out))
-        if relu == "every" or (relu == "hidden" and index < len(sizes) - 2):
-            layers.append(nn.ReLU())
-    return nn.Sequential(*layers)
-
-
-class PatchHead(nn.Module):
-    """g(.) of the paper: each patch is projected, the projections are concatenated in their shuffled order."""
-
-    def __init__(self, features: int, config: ModelConfig, patches: int) -> None:
-        super().__init__()
-        dim = config.embedding_dim
-        if config.head == "linear":
-            self.project = mlp([features, dim], relu="none")
-        else:
-            self.project = mlp([features, features, dim], relu="every")
-        self.combine = nn.Linear(patches * dim, dim)
-        self.patches = patches
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (B, dim) for (B * patches, features)."""
-        x = self.project(x)
-        return self.combine(x.reshape(len(x) // self.patches, -1))
-
-
 class PIRL(nn.Module):
     """Trunk and heads. Embeddings come out as the heads give them: the loss normalises."""
 
-    def __init__(self, config: ModelConfig, patches: int = 9) -> None:
+    def __init__(self, config: ModelConfig, views: ViewsConfig = ViewsConfig()) -> None:  # noqa: B008 (frozen)
         super().__init__()
         self.trunk = Trunk(config)
         features = self.trunk.features
-        self.patch_head = PatchHead(features, config, patches)
+        self.patch_head = open_pretext(views).head(features, config)  # its name in every checkpoint
         if config.head == "linear":
             self.image_head = mlp([features, config.embedding_dim], relu="none")
         else:
             self.image_head = mlp([features, features, config.embedding_dim], relu=config.image_head_relu)
 
-    def forward(self, images: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Return two (B, dim) embeddings of (B, 3, S, S) images and (B * patches, 3, P, P) patches, sample-major.
+    def forward(self, images: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:
+        """Return two (B, dim) embeddings, of the second views and of the images.
 
-        Two separate passes, patches first: batch norm sees the two kinds apart, and its running statistics mix them.
+        Takes (B, 3, S, S) images and (B * elements, 3, P, P) elements of their second views, sample-major. Two separate
+        passes, the elements first: batch norm sees the two kinds apart, and its running statistics mix them.
         """
-        patch_embedding = self.patch_head(self.trunk(patches))
+        second_embedding = self.patch_head(self.trunk(elements))
         image_embedding = self.image_head(self.trunk(images))
-        return patch_embedding, image_embedding
+        return second_embedding, image_embedding
 
 
 def build_model(recipe: Recipe) -> PIRL:
@@ -126,7 +99,7 @@ def build_model(recipe: Recipe) -> PIRL:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)
-        return PIRL(recipe.model, recipe.views.patches)
+        return PIRL(recipe.model, recipe.views)
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -19,6 +19,7 @@ from .config import Recipe
 from .errors import UsageError
 from .model import build_model
 from .training.placement import WHOLE_SHARE, BankPlacement, bank_bytes
+from .views import open_pretext
 
 ROW_ID_BYTES = 8
 QUERY_WORDS, SUM_WORDS = 6, 6  # of 4 bytes a sample, besides embeddings: row and seeds; loss, cosines and own score
@@ -63,9 +64,9 @@ class Sizes:
     buffer_bytes: int
     """Batch norm's running statistics."""
     convolution_values: float
-    """Outputs of all convolutions for one image with its patches."""
+    """Outputs of all convolutions for one image with its second view."""
     saved_bytes: float
-    """Held for the backward pass, for one image with its patches, in the recipe's precision."""
+    """Held for the backward pass, for one image with its second view, in the recipe's precision."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class Plan:
 def measure(recipe: Recipe) -> Sizes:
     """Count the recipe's network on two images without weights or pixels."""
     views, images = recipe.views, 2  # batch norm wants more than one value for each channel
+    elements, height, width, _ = open_pretext(views).shape
     convolutions = 0
 
     def count(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
@@ -131,7 +133,7 @@ def measure(recipe: Recipe) -> Sizes:
         model = build_model(recipe)
         inputs = (
             torch.empty(images, 3, views.image_size, views.image_size),
-            torch.empty(images * views.patches, 3, views.patch_size, views.patch_size),
+            torch.empty(images * elements, 3, height, width),
         )
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

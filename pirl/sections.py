@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from .errors import did_you_mean
 from .settings import Settings
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -23,6 +24,8 @@ PAIRS = {
     "blur_sigma": (0.01, 100.0),
 }
 """Least and largest value of the pairs: shares of the image's area, width over height, pixels."""
+PRETEXTS = {"jigsaw": "pirl.views.jigsaw:Jigsaw"}
+"""Module and class of each pretext, imported by those who make views or heads."""
 MOST_SCORE = 50.0  # of the NCE loss: exp(50) times a million negatives is far below the largest float32
 
 
@@ -34,8 +37,10 @@ class DataConfig(Settings):
 
 
 class ViewsConfig(Settings):
-    """The two views of an image: a crop of it, and the patches of a jigsaw cut from a second, independent crop."""
+    """The two views of an image: a crop of it, and what the pretext makes of a second, independent crop."""
 
+    pretext: str = "jigsaw"
+    """How the second view is made: jigsaw, the patches of a grid in random order."""
     image_size: Pixels = 224
     image_scale: Pair = (0.08, 1.0)
     image_ratio: Pair = (0.75, 4 / 3)
@@ -63,18 +68,9 @@ class ViewsConfig(Settings):
     std: tuple[Spread, Spread, Spread] = (0.229, 0.224, 0.225)
 
     @property
-    def patches(self) -> int:
-        return self.grid * self.grid
-
-    @property
     def image_shape(self) -> tuple[int, int, int]:
         """Of an image's crop: height, width, colours."""
         return self.image_size, self.image_size, 3
-
-    @property
-    def patch_shape(self) -> tuple[int, int, int, int]:
-        """Of all patches of an image: patches, height, width, colours."""
-        return self.patches, self.patch_size, self.patch_size, 3
 
     @property
     def cell(self) -> int:
@@ -83,6 +79,8 @@ class ViewsConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> ViewsConfig:
+        if self.pretext not in PRETEXTS:
+            raise ValueError(f"pretext {self.pretext!r} not found.{did_you_mean(self.pretext, PRETEXTS)}")
         if self.patch_size > self.cell:
             raise ValueError(
                 f"patch_size {self.patch_size} is larger than a cell of the {self.grid}x{self.grid} grid over "

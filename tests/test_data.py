@@ -181,10 +181,10 @@ def test_a_batch_is_the_images_own_crops(shards: str, tiny: Recipe) -> None:
     images = [np.asarray(decode_image(reader.read(int(id)), "x")) for id in rows]
     expected, patches = crop_batch(images, rows, tiny.train.seed, 2, tiny.views)
     assert np.array_equal(batch.images.numpy(), expected)
-    assert np.array_equal(batch.patches.numpy(), patches)
+    assert np.array_equal(batch.elements.numpy(), patches)
     assert batch.rows.tolist() == batch.ids.tolist() == [7, 0, 41]
     assert batch.images.dtype == torch.uint8
-    assert batch.patches.shape == (12, 5, 5, 3)
+    assert batch.elements.shape == (12, 5, 5, 3)
     assert torch.equal(dataset[2, rows].images, batch.images)  # also from kept images
     assert not torch.equal(dataset[3, rows].images, batch.images)
 

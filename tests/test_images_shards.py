@@ -176,7 +176,7 @@ def test_all_readers_see_the_same_pixels(special: Path, tmp_path: Path, decoding
     batch = CropDataset(str(tmp_path / "out"), recipe)[1, rows]
     expected, patches = crop_batch(images, rows, recipe.train.seed, 1, recipe.views)
     assert np.array_equal(batch.images.numpy(), expected)
-    assert np.array_equal(batch.patches.numpy(), patches)
+    assert np.array_equal(batch.elements.numpy(), patches)
     probed = np.stack([centre_crop(reader.image(id), recipe) for id in rows.tolist()])
     crops, _ = LabelledCrops(reader, recipe, seed=0)[None, rows]
     assert np.array_equal(crops.numpy(), probed)

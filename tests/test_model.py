@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torchvision.models import resnet18, resnet50
 
 from pirl.config import ModelConfig
-from pirl.model import PIRL, PatchHead, Trunk, build_model, mlp
+from pirl.heads import mlp
+from pirl.model import PIRL, Trunk, build_model
+from pirl.views.jigsaw import PatchHead
 
 LAYOUT = json.loads((Path(__file__).parent / "data" / "reference_layout.json").read_text())
 VARIANTS = {

@@ -73,7 +73,7 @@ def test_what_a_real_pass_holds() -> None:
     views = recipe.views
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     with saved_storages() as saved:
-        model(torch.zeros(2, 3, 16, 16), torch.zeros(2 * views.patches, 3, 5, 5))
+        model(torch.zeros(2, 3, 16, 16), torch.zeros(2 * views.grid**2, 3, 5, 5))
     held = sum(count for storage, count in saved.items() if storage not in weights)
     assert measure(recipe).saved_bytes == held / 2
     assert measure(tiny_recipe("model.width=0.5", "train.precision=bf16")).saved_bytes == held / 4

@@ -73,7 +73,7 @@ def step(recipe: Recipe) -> None:
     pixels, patches = crop_batch(images, ids, recipe.train.seed, 0, views)
     inputs = [
         apply_photometrics(torch.from_numpy(part), draw_photometrics(views, recipe.train.seed, 0, ids, elements), views)
-        for part, elements in ((pixels, [0]), (patches, range(1, 1 + views.patches)))
+        for part, elements in ((pixels, [0]), (patches, range(1, 1 + views.grid**2)))
     ]
     assert all(part.isfinite().all() for part in inputs)
     model = build_model(recipe)

@@ -256,12 +256,12 @@ def test_the_curves_are_metrics_jsonl(page: Page, evaluated: Path) -> None:
 
 def test_the_views_are_those_of_training(page: Page, recipe: Recipe, data: tuple[str, str]) -> None:
     reader = ShardReader(data[0])
-    cells = [int(a["alt"].removeprefix("patch from cell ")) for a in page.find("img") if "patch from" in a["alt"]]
+    cells = [int(a["alt"].removeprefix("element ")) for a in page.find("img") if a["alt"].startswith("element ")]
     ids = epoch_order(recipe.train.seed, 0, len(reader))[:8].tolist()
     sizes = np.array([(20, 24)] * len(ids))
     geometry = draw_geometry(recipe.views, recipe.train.seed, 0, np.array(ids), sizes)
-    assert cells == geometry.permutation.ravel().tolist()
-    for id, order in zip(ids, geometry.permutation):
+    assert cells == geometry.places.permutation.ravel().tolist()
+    for id, order in zip(ids, geometry.places.permutation):
         assert reader.name(id) in page.text("views")
         assert " ".join(str(cell) for cell in order) in page.text("views")
     boxes = page.find("rect", "view-box")
@@ -600,8 +600,8 @@ def test_patches_lie_where_the_sheet_draws_them() -> None:
     y, x = np.mgrid[0:120, 0:200]
     pixels = np.stack([x * 255 // 200, y * 255 // 120, 0 * x], axis=2).astype(np.uint8)
     (example,) = draw_views(recipe, [Image.fromarray(pixels)], [3])
-    assert sorted(patch.cell for patch in example.patches) == [0, 1, 2, 3]
-    places = [(patch.box, patch.pixels) for patch in example.patches] + [(example.view_box, example.view)]
+    assert sorted(element.label for element in example.elements) == [0, 1, 2, 3]
+    places = [(patch.box, patch.pixels) for patch in example.elements] + [(example.view_box, example.view)]
     for (left, top, width, height), shown in places:
         centre = (left + width / 2) * 255 / 200, (top + height / 2) * 255 / 120
         np.testing.assert_allclose(shown.reshape(-1, 3).mean(0)[:2], centre, atol=2.5)

@@ -141,7 +141,7 @@ def test_boxes_follow_random_resized_crop(size: tuple[int, int]) -> None:
     canvas = torch.empty(3, *size)
     for box, scale, ratio in (
         (geometry.image_box, cfg.image_scale, cfg.image_ratio),
-        (geometry.patch_box, cfg.patch_scale, cfg.patch_ratio),
+        (geometry.places.box, cfg.patch_scale, cfg.patch_ratio),
     ):
         law = np.array([RandomResizedCrop.get_params(canvas, list(scale), list(ratio)) for _ in range(2500)])
         for column, name in enumerate(("top", "left", "height", "width")):
@@ -161,14 +161,14 @@ def test_boxes_fall_back_to_the_centre(size: tuple[int, int]) -> None:
         RandomResizedCrop.get_params(torch.empty(3, *size), list(cfg.patch_scale), list(cfg.patch_ratio))
         for _ in range(50)
     }
-    box = draw_geometry(cfg, 0, 0, np.arange(200), np.tile(size, (200, 1))).patch_box
+    box = draw_geometry(cfg, 0, 0, np.arange(200), np.tile(size, (200, 1))).places.box
     assert {tuple(row) for row in box.tolist()} == law
     assert len(law) == 1
 
 
 def test_the_two_crops_are_independent() -> None:
     geometry = draw_geometry(ViewsConfig(patch_scale=(0.08, 1.0)), 0, 0, MANY, np.tile((375, 500), (len(MANY), 1)))
-    image, patch = geometry.image_box, geometry.patch_box
+    image, patch = geometry.image_box, geometry.places.box
     assert ks_two(image[:, 2], patch[:, 2]) < 1
     assert np.abs(np.corrcoef(image.T, patch.T)[:4, 4:]).max() < 5 / math.sqrt(len(MANY))
 
@@ -178,24 +178,24 @@ def test_sizes_of_a_batch_may_differ() -> None:
     together = draw_geometry(cfg, 1, 2, np.arange(4), sizes)
     for row in range(4):
         alone = draw_geometry(cfg, 1, 2, np.array([row]), sizes[row : row + 1])
-        for name in ("image_box", "patch_box", "patch_jitter", "permutation"):
-            assert (getattr(alone, name)[0] == getattr(together, name)[row]).all()
+        assert (alone.image_box[0] == together.image_box[row]).all()
+        assert all((one[0] == all_[row]).all() for one, all_ in zip(alone.places, together.places))
 
 
 def test_jitter_and_permutation_are_uniform() -> None:
     sizes = np.tile((32, 32), (len(MANY), 1))
     geometry = draw_geometry(ViewsConfig(), 0, 0, MANY, sizes)
-    jitter = geometry.patch_jitter
+    jitter = geometry.places.jitter
     assert jitter.shape == (len(MANY), 2, 3, 3)
     assert_equally_likely(jitter, 21)  # 0..20: offset 85 - 64 = 21 never occurs
     assert np.abs(np.corrcoef(jitter.reshape(len(MANY), -1).T) - np.eye(18)).max() < 5 / math.sqrt(len(MANY))
-    assert (np.sort(geometry.permutation, axis=1) == np.arange(9)).all()
+    assert (np.sort(geometry.places.permutation, axis=1) == np.arange(9)).all()
     for place in range(9):
-        assert_equally_likely(geometry.permutation[:, place], 9)
+        assert_equally_likely(geometry.places.permutation[:, place], 9)
 
     small = draw_geometry(ViewsConfig(grid=2, patch_crop_size=20, patch_size=10), 0, 0, MANY, sizes)
-    assert (small.patch_jitter == 0).all()  # a patch that fills its cell cannot move
-    number = small.permutation @ [64, 16, 4, 1]
+    assert (small.places.jitter == 0).all()  # a patch that fills its cell cannot move
+    number = small.places.permutation @ [64, 16, 4, 1]
     assert_equally_likely(np.unique(number, return_inverse=True)[1], 24)
 
 
@@ -206,16 +206,16 @@ def test_crops_are_bit_exact_with_torchvision_on_pil(size: tuple[int, int]) -> N
     geometry = draw_geometry(cfg, 0, 0, np.arange(4), np.tile(size, (4, 1)))
     for row in range(4):
         image, patches = crop(np.asarray(picture), geometry, row, cfg)
-        box, patch_box = geometry.image_box[row].tolist(), geometry.patch_box[row].tolist()
+        box, patch_box = geometry.image_box[row].tolist(), geometry.places.box[row].tolist()
         expected = F.resized_crop(picture, *box, [96, 96], F.InterpolationMode.BILINEAR)
         assert (image == np.asarray(expected)).all()
         source = np.asarray(F.resized_crop(picture, *patch_box, [128, 128], F.InterpolationMode.BILINEAR))
-        jitter, grid = geometry.patch_jitter[row], []
+        jitter, grid = geometry.places.jitter[row], []
         for i in range(3):  # columns
             for j in range(3):  # rows
                 y, x = 42 * j + jitter[1, i, j], 42 * i + jitter[0, i, j]
                 grid.append(source[y : y + 32, x : x + 32])
-        assert (patches == np.stack([grid[number] for number in geometry.permutation[row]])).all()
+        assert (patches == np.stack([grid[number] for number in geometry.places.permutation[row]])).all()
 
 
 @pytest.mark.parametrize("kind", ["smooth", "noise"])
@@ -475,6 +475,6 @@ def test_geometry_is_a_plain_batch_of_arrays() -> None:
         ViewsConfig(grid=4, patch_crop_size=64, patch_size=10), 0, 0, np.arange(3), np.full((3, 2), 9)
     )
     assert isinstance(geometry, Geometry)
-    assert geometry.patch_jitter.shape == (3, 2, 4, 4)
-    assert geometry.permutation.shape == (3, 16)
-    assert geometry.patch_jitter.max() < 6
+    assert geometry.places.jitter.shape == (3, 2, 4, 4)
+    assert geometry.places.permutation.shape == (3, 16)
+    assert geometry.places.jitter.max() < 6

@@ -111,7 +111,7 @@ def _described(architecture: tuple[str, tuple[int, ...], float]) -> str:
 
 def _misfits(contents: Contents, recipe: Recipe) -> list[str]:
     with torch.device("meta"):
-        return misfits(contents, PIRL(recipe.model, recipe.views.patches))
+        return misfits(contents, PIRL(recipe.model, recipe.views))
 
 
 def misfits(contents: Contents, model: PIRL) -> list[str]:

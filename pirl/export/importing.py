@@ -115,7 +115,7 @@ def examine(path: Path, data: str | None = None, recipe: str | None = None, over
     contents = read_contents(path)
     chosen, candidates, notes = identify(contents, path, recipe, overrides)
     with torch.device("meta"):
-        model = PIRL(chosen.model, chosen.views.patches)
+        model = PIRL(chosen.model, chosen.views)
     notes += check(contents, model, chosen, path)
 
     lacks = [] if contents.heads else ["heads"]

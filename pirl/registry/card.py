@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pirl.config import ViewsConfig
 from pirl.gains import caveats, row_title, score_text
 from pirl.results import Evaluation, Score
+from pirl.views import open_pretext
 
 
 def model_card(record: Mapping[str, Any]) -> str:
@@ -15,19 +17,20 @@ def model_card(record: Mapping[str, Any]) -> str:
     Read from the record, each of them optional: `lineage` (data_digest, recipe, code_version, checkpoint...),
     `metrics` (the content of eval.json), `config` (the resolved recipe; its model and views sections give the code).
     """
+    config = record.get("config") or {}
     title = f"{record.get('name', 'model')} {record.get('version', '')}".strip()
     return "\n\n".join(
         [
             f"# {title}",
             "The trunk of a residual network, pretrained without labels by PIRL (Misra & van der Maaten, CVPR 2020): "
-            "the network learned to give an image and its shuffled patches the same embedding. "
+            f"the network learned to give an image and {_invariance(config)} the same embedding. "
             "It turns an image into a feature vector; it has no classifier.",
             "## How it was trained",
             _facts({"run": record.get("run_id"), "registered": record.get("created"), **record.get("lineage", {})}),
             "## What was measured",
             _measured(record.get("metrics") or {}),
             "## How to load it",
-            _loading(record.get("config") or {}),
+            _loading(config),
             "## Limits",
             "- Whatever is rare or absent in the pretraining images is represented badly, and their biases are kept.\n"
             "- Features of other kinds of images, sizes or normalisations were not tested.\n"
@@ -35,6 +38,10 @@ def model_card(record: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _invariance(config: Mapping[str, Any]) -> str:
+    return open_pretext(ViewsConfig.model_validate(config.get("views") or {})).invariance
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

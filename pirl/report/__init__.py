@@ -23,6 +23,7 @@ from pirl.report.page import render
 from pirl.report.sheet import Example, draw_views, views_sheet, write_preview
 from pirl.run import REPORT, Run
 from pirl.shards import Manifest, ShardReader
+from pirl.views import open_pretext
 
 __all__ = ["render_report", "save_report", "views_sheet", "write_preview", "write_report"]
 
@@ -90,6 +91,7 @@ def render_report(run: str, train_data: str, test_data: str | None = None) -> st
         most_points=MOST_POINTS,
         curves=curves(facts),
         examples=first_examples(dataset),
+        pretext=open_pretext(facts.recipe.views),
         neighbours=nearest,
         why_no_neighbours=why_not,
         usage=usage(facts),

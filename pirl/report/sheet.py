@@ -18,18 +18,17 @@ from pirl.report.page import render, writable
 from pirl.report.pictures import Picture, picture
 from pirl.shards import SourceOptions, decode_image, open_source
 from pirl.storage import split_file_uri, write_file
-from pirl.views import apply_photometrics, crop_batch, denormalise, draw_geometry, draw_photometrics
+from pirl.views import apply_photometrics, crop_batch, denormalise, draw_geometry, draw_photometrics, open_pretext
+from pirl.views.pretext import Box
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-Box = tuple[float, float, float, float]
-"""Left, top, width, height in pixels of the original image."""
 
 
 @dataclass(frozen=True)
-class Patch:
-    """One patch as the network gets it; `cell` is its number in the grid, counted down the columns from 0."""
+class Element:
+    """One element of the second view as the network gets it, with the label and the place of its mark."""
 
-    cell: int
+    label: int
     colour: str
     pixels: np.ndarray
     box: Box
@@ -49,9 +48,9 @@ class Example:
     view: np.ndarray
     view_box: Box
     crop_box: Box
-    """The second crop, from which the patches are cut."""
-    patches: list[Patch]
-    """In permuted order."""
+    """The second crop, from which the elements come."""
+    elements: list[Element]
+    """In the network's order."""
 
     @property
     def original_picture(self) -> Picture:
@@ -60,6 +59,10 @@ class Example:
     @property
     def view_picture(self) -> Picture:
         return picture(self.view)
+
+    @property
+    def labels(self) -> str:
+        return " ".join(str(element.label) for element in self.elements)
 
 
 def draw_views(
@@ -71,43 +74,33 @@ def draw_views(
     names: Sequence[str] = (),
 ) -> list[Example]:
     """Both views of RGB images, the very ones that training with `recipe` gives these ids in `epoch`."""
-    cfg = recipe.views
+    cfg, pretext = recipe.views, open_pretext(recipe.views)
     seed = recipe.train.seed if seed is None else seed
     index = np.asarray(ids, np.int64)
     sizes = np.array([(image.height, image.width) for image in images], np.int64).reshape(-1, 2)
     geometry = draw_geometry(cfg, seed, epoch, index, sizes)
-    shown = []
     crops = crop_batch([np.asarray(image) for image in images], index, seed, epoch, cfg)
-    for pixels, elements in zip(crops, ([0], range(1, 1 + cfg.patches))):
-        params = draw_photometrics(cfg, seed, epoch, index, elements)
-        shown.append(denormalise(apply_photometrics(torch.from_numpy(pixels), params, cfg), cfg).numpy())
-    views, patches = shown
+    parameters = draw_photometrics(cfg, seed, epoch, index, [0]), pretext.photometrics(seed, epoch, index)
+    views, shown = (
+        denormalise(apply_photometrics(torch.from_numpy(pixels), params, cfg), cfg).numpy()
+        for pixels, params in zip(crops, parameters)
+    )
     examples = []
     for row, image in enumerate(images):
-        top, left, height, width = geometry.patch_box[row].tolist()
-        across, down = width / cfg.patch_crop_size, height / cfg.patch_crop_size
-        jigsaw = []
-        for k, cell in enumerate(geometry.permutation[row].tolist()):
-            column, line = divmod(cell, cfg.grid)
-            x, y = geometry.patch_jitter[row][:, column, line].tolist()
-            box = (
-                left + (column * cfg.cell + x) * across,
-                top + (line * cfg.cell + y) * down,
-                cfg.patch_size * across,
-                cfg.patch_size * down,
-            )
-            jigsaw.append(Patch(cell, cell_colour(cell, cfg.patches), patches[row * cfg.patches + k], box))
+        crop_box, marks = pretext.marks(geometry.places, row)
+        elements = [
+            Element(label, label_colour(label, pretext.labels), shown[row * pretext.elements + k], box)
+            for k, (label, box) in enumerate(marks)
+        ]
         y0, x0, h, w = geometry.image_box[row].tolist()
         name = writable(names[row]) if names else f"image {ids[row]}"
-        examples.append(
-            Example(int(ids[row]), name, image, views[row], (x0, y0, w, h), (left, top, width, height), jigsaw)
-        )
+        examples.append(Example(int(ids[row]), name, image, views[row], (x0, y0, w, h), crop_box, elements))
     return examples
 
 
-def cell_colour(cell: int, cells: int) -> str:
-    """Return the colour that marks a patch and the place that it comes from."""
-    return f"hsl({round(360 * cell / cells)}, 70%, 45%)"
+def label_colour(label: int, labels: int) -> str:
+    """Return the colour that marks an element and the place that it comes from."""
+    return f"hsl({round(360 * label / labels)}, 70%, 45%)"
 
 
 def views_sheet(
@@ -118,7 +111,7 @@ def views_sheet(
     epoch: int = 0,
     names: Sequence[str] = (),
 ) -> bytes:
-    """Return a PNG with one row for each image: the original with the places, the image view, the patches."""
+    """Return a PNG with one row for each image: the original with the places, the image view, the second view."""
     return paint(draw_views(recipe, images, ids, seed, epoch, names), recipe)
 
 
@@ -127,6 +120,7 @@ PANEL, GAP, MARGIN, CAPTION = 252, 28, 28, 30  # pixels
 
 def paint(examples: Sequence[Example], recipe: Recipe) -> bytes:
     """Return the sheet as a PNG file."""
+    pretext = open_pretext(recipe.views)
     font, bold = ImageFont.load_default(13), ImageFont.load_default(15)
     head = MARGIN + 46
     row_height = PANEL + CAPTION + GAP
@@ -134,24 +128,24 @@ def paint(examples: Sequence[Example], recipe: Recipe) -> bytes:
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN - 8), f"Views of recipe {recipe.name}", fill="black", font=bold)
     columns = [MARGIN + index * (PANEL + GAP) for index in range(3)]
-    for left, title in zip(columns, ("original; blue: the image view", "image view", "patches as shown")):
+    for left, title in zip(columns, ("original; blue: the image view", "image view", f"{pretext.noun} as shown")):
         draw.text((left, head - 22), title, fill="#555", font=font)
     for row, example in enumerate(examples):
         top = head + row * row_height
         _paint_original(draw, sheet, example, columns[0], top, font)
         view = Image.fromarray(example.view).resize((PANEL, PANEL), _filter(max(example.view.shape)))
         sheet.paste(view, (columns[1], top))
-        grid, gap = recipe.views.grid, 8
+        grid, gap = pretext.columns, 8
         side = (PANEL - gap * (grid - 1)) // grid
-        for k, patch in enumerate(example.patches):
+        for k, element in enumerate(example.elements):
             down, across = divmod(k, grid)
             x, y = columns[2] + across * (side + gap), top + down * (side + gap)
-            sheet.paste(Image.fromarray(patch.pixels).resize((side, side), _filter(max(patch.pixels.shape))), (x, y))
-            draw.rectangle((x, y, x + side - 1, y + side - 1), outline=patch.colour, width=3)
-            _badge(draw, x, y, patch, font)
-        order = " ".join(str(patch.cell) for patch in example.patches)
+            pixels = element.pixels
+            sheet.paste(Image.fromarray(pixels).resize((side, side), _filter(max(pixels.shape))), (x, y))
+            draw.rectangle((x, y, x + side - 1, y + side - 1), outline=element.colour, width=3)
+            _badge(draw, x, y, element, font)
         draw.text((columns[0], top + PANEL + 8), _shorten(example.name, 40), fill="black", font=font)
-        draw.text((columns[2], top + PANEL + 8), f"permutation {order}", fill="#555", font=font)
+        draw.text((columns[2], top + PANEL + 8), f"{pretext.order} {example.labels}", fill="#555", font=font)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()
@@ -170,15 +164,15 @@ def _paint_original(
         return left + x, top + y, left + x + width - 1, top + y + height - 1
 
     draw.rectangle(corners(example.view_box), outline="#1769d2", width=3)
-    for patch in example.patches:
-        box = corners(patch.box)
-        draw.rectangle(box, outline=patch.colour, width=2)
-        _badge(draw, box[0], box[1], patch, font)
+    for element in example.elements:
+        box = corners(element.box)
+        draw.rectangle(box, outline=element.colour, width=2)
+        _badge(draw, box[0], box[1], element, font)
 
 
-def _badge(draw: ImageDraw.ImageDraw, x: float, y: float, patch: Patch, font: Font) -> None:
-    text = str(patch.cell)
-    draw.rectangle((x, y, x + 6 + draw.textlength(text, font), y + 16), fill=patch.colour)
+def _badge(draw: ImageDraw.ImageDraw, x: float, y: float, element: Element, font: Font) -> None:
+    text = str(element.label)
+    draw.rectangle((x, y, x + 6 + draw.textlength(text, font), y + 16), fill=element.colour)
     draw.text((x + 3, y), text, fill="white", font=font)
 
 
@@ -225,5 +219,6 @@ def write_preview(
     if suffix == ".png":
         data = paint(examples, resolved)
     else:
-        data = render("preview.html.j2", recipe=resolved, source=folder, examples=examples).encode()
+        pretext = open_pretext(resolved.views)
+        data = render("preview.html.j2", recipe=resolved, pretext=pretext, source=folder, examples=examples).encode()
     return write_file(out, data)

@@ -9,7 +9,7 @@ from ..config import Recipe
 from ..data import Batch, Share, negative_seeds, step_seed
 from ..loss import Samples, StepLoss
 from ..model import memory_format
-from ..views import apply_photometrics, draw_photometrics
+from ..views import apply_photometrics, draw_photometrics, open_pretext
 from ..world import World
 from .state import TrainState
 
@@ -22,11 +22,12 @@ def train_step(
     """Make one optimiser step on one global batch; return this rank's losses."""
     seed, views, device = recipe.train.seed, recipe.views, world.device
     ids = batch.ids.numpy()
-    images, patches = (
-        apply_photometrics(
-            pixels.to(device, non_blocking=True), draw_photometrics(views, seed, epoch, ids, elements), views
+    images, elements = (
+        apply_photometrics(pixels.to(device, non_blocking=True), parameters, views)
+        for pixels, parameters in (
+            (batch.images, draw_photometrics(views, seed, epoch, ids, [0])),
+            (batch.elements, open_pretext(views).photometrics(seed, epoch, ids)),
         )
-        for pixels, elements in ((batch.images, [0]), (batch.patches, range(1, 1 + views.patches)))
     )
     rows = batch.rows.to(device, non_blocking=True)
     samples = Samples(
@@ -38,8 +39,8 @@ def train_step(
     )
     layout = memory_format(state.model.trunk)
     with torch.autocast(device.type, PRECISIONS.get(recipe.train.precision), recipe.train.precision != "fp32"):
-        patch_embeddings, image_embeddings = network(images.to(memory_format=layout), patches.to(memory_format=layout))
-    result = state.criterion(state.bank, samples, patch_embeddings, image_embeddings)
+        second, first = network(images.to(memory_format=layout), elements.to(memory_format=layout))
+    result = state.criterion(state.bank, samples, second, first)
     state.bank.update(result.rows, result.embeddings)
 
     state.optimizer.zero_grad(set_to_none=True)
@@ -58,9 +59,10 @@ def warm_up_ddp(network: nn.Module, recipe: Recipe, world: World) -> None:
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     views, device = recipe.views, world.device
     images = torch.zeros(2, 3, views.image_size, views.image_size, device=device)
-    patches = torch.zeros(2 * views.patches, 3, views.patch_size, views.patch_size, device=device)
+    count, height, width, _ = open_pretext(views).shape
+    elements = torch.zeros(2 * count, 3, height, width, device=device)
     with torch.autocast(device.type, PRECISIONS.get(recipe.train.precision), recipe.train.precision != "fp32"):
-        embeddings = network(images, patches)
+        embeddings = network(images, elements)
     sum(embedding.float().sum() for embedding in embeddings).backward()
     with torch.no_grad():
         for name, buffer in network.named_buffers():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
 from ..config import Recipe
+from ..views import open_pretext
 from ..world import World
 from .spec import TrainingSpec
 
@@ -22,7 +24,7 @@ def loading_processes(recipe: Recipe, ranks: int, local_ranks: int) -> int:
     """
     share = -(-recipe.train.batch_size // ranks)
     views = recipe.views
-    slot = 3 * share * (views.image_size**2 + views.patches * views.patch_size**2)
+    slot = share * (math.prod(views.image_shape) + math.prod(open_pretext(views).shape))
     return max(0, min(cores_for_loading(local_ranks), (_free_shared_memory() // local_ranks // slot - 1) // 2))
 
 
