@@ -1,16 +1,21 @@
 """A proxy in front of a real S3 server that fails a share of the requests, as networks and servers do it.
 
-`python tests/faulty_s3.py http://127.0.0.1:9000 0.1` is one to point AWS_ENDPOINT_URL at; Ctrl-C shows its counts.
+`python tests/faulty_s3.py http://127.0.0.1:9000 0.1 70` is one to point AWS_ENDPOINT_URL at, whose silences last 70 s;
+it ends with its standard input, and prints its counts.
 """
 
 from __future__ import annotations
 
 import http.client
+import json
+import os
 import random
 import re
+import signal
 import socket
 import ssl
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -137,6 +142,41 @@ class FaultyS3(ThreadingHTTPServer):
         self.server_close()
 
 
+class FaultyProcess:
+    """The same proxy as a process of its own, which an outage stops by SIGSTOP: the system accepts, nobody answers."""
+
+    def __init__(self, endpoint: str, share: float, slow_s: float) -> None:
+        command = [sys.executable, __file__, endpoint, str(share), str(slow_s)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout
+        self.url = self.process.stdout.readline().strip()
+        self.faults: Counter[str] = Counter()
+        self._count = ""
+
+    def begin(self, kind: str) -> None:
+        assert kind == "stopped"
+        os.kill(self.process.pid, signal.SIGSTOP)
+
+    def end(self) -> None:
+        os.kill(self.process.pid, signal.SIGCONT)
+
+    def count(self) -> str:
+        """For a report, after the end."""
+        return self._count
+
+    def __enter__(self) -> FaultyProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+        try:
+            self._count, faults = self.process.communicate(timeout=60)[0].splitlines()
+            self.faults.update(json.loads(faults))
+        finally:
+            self.process.kill()
+            self.process.wait()
+
+
 class Handler(BaseHTTPRequestHandler):
     server: FaultyS3
     protocol_version = "HTTP/1.1"
@@ -215,9 +255,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    with FaultyS3(sys.argv[1], float(sys.argv[2]), slow_s=70) as proxy:
+    with FaultyS3(sys.argv[1], float(sys.argv[2]), slow_s=float(sys.argv[3])) as proxy:
         print(proxy.url, flush=True)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            print(proxy.count())
+        sys.stdin.read()
+        print(proxy.count())
+        print(json.dumps(proxy.faults))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import socket
 import struct
 import threading
@@ -50,6 +51,7 @@ class KubernetesServer(ThreadingHTTPServer):
         self.events: list[Object] = []
         self.logs: dict[str, str] = {}
         self.unavailable = ""
+        self.armed: list[tuple[str, str, float]] = []
         self.suspends = False
         self.forbidden: set[tuple[str, str]] = set()  # (verb, resource) that reviews of rights deny
         self.denials: list[str] = []  # of the webhook of the next jobs
@@ -57,6 +59,19 @@ class KubernetesServer(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.lock = threading.RLock()
         self._uids = itertools.count(1)
+
+    def fail_on(self, pattern: str, way: str, seconds: float) -> None:
+        """Begin an outage with the first request that matches, such as "POST .*/pytorchjobs", outside of another."""
+        self.armed.append((pattern, way, seconds))
+
+    def begin_due(self, request: str) -> None:
+        """Begin the outage that begins with this request, if there is one."""
+        with self.lock:
+            due = [] if self.unavailable else [each for each in self.armed if re.match(each[0], request)]
+            if due:
+                self.armed.remove(due[0])
+                self.unavailable = due[0][1]
+                threading.Timer(due[0][2], setattr, (self, "unavailable", "")).start()
 
     def create(self, plural: str, body: Object) -> Object:
         """Store the object with a uid of its own."""
@@ -120,6 +135,7 @@ class Handler(BaseHTTPRequestHandler):
         server, url = self.server, urlsplit(self.path)
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "null")
         server.requests.append(f"{self.command} {url.path}")
+        server.begin_due(server.requests[-1])
         if server.unavailable:
             self.fail()
             return

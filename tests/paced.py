@@ -25,6 +25,9 @@ class SignalAt:
     rank: int
     number: int
 
+    def is_due(self, step: int) -> bool:
+        return step == self.step
+
     def act(self, world: World) -> None:
         if world.rank == self.rank:
             os.kill(os.getpid(), self.number)
@@ -37,6 +40,9 @@ class HoldAt:
     step: int
     until: Path | None = None
 
+    def is_due(self, step: int) -> bool:
+        return step == self.step
+
     def act(self, world: World) -> None:
         deadline = time.monotonic() + WAIT_S
         while not (self.until and self.until.exists()):
@@ -44,14 +50,32 @@ class HoldAt:
             time.sleep(0.01)
 
 
-def train_paced(world: World, recipe: Recipe, options: Options, *acts: SignalAt | HoldAt) -> Completion:
+@dataclass(frozen=True)
+class SlowFrom:
+    """A pause of `seconds` of every rank after `step` and each later one, until the file `until` exists."""
+
+    step: int
+    until: Path
+    seconds: float = 0.1
+
+    def is_due(self, step: int) -> bool:
+        return step >= self.step and not self.until.exists()
+
+    def act(self, world: World) -> None:
+        time.sleep(self.seconds)
+
+
+Act = SignalAt | HoldAt | SlowFrom
+
+
+def train_paced(world: World, recipe: Recipe, options: Options, *acts: Act) -> Completion:
     """Train a rank, with `acts` after their steps, as counted over all restarts."""
     step = Trainer._step
 
     def paced(trainer: Trainer, *arguments: Any) -> None:
         step(trainer, *arguments)
         for act in acts:
-            if act.step == trainer.cursor.step:
+            if act.is_due(trainer.cursor.step):
                 act.act(world)
 
     Trainer._step = paced  # type: ignore[method-assign]

@@ -20,7 +20,7 @@ import pirl
 from pirl.backends import open_backend
 from pirl.errors import PirlError, StorageError, TrainingError, UsageError
 from pirl.jobs import JobSettings, job_settings
-from pirl.jobs.cluster import Cluster, ForbiddenError
+from pirl.jobs.cluster import Cluster, ForbiddenError, UnavailableError
 from pirl.jobs.kind import JobKind, Object, Operator, Phase, Resource, Verdict, true_conditions
 from pirl.jobs.launcher import Launcher
 from pirl.jobs.pod import job_name
@@ -142,14 +142,25 @@ OWN = {"trainjob": (JOBSET,)}  # types that a kind's operator makes itself, and 
 TOYJOB = Words(ToyJob(), "Complete", "Broken", "toy.dev/job", "toy.dev/index")
 
 
+class Clock:
+    """The time of the launcher's clocks, which passes only when a test says so."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+
 @dataclass
 class Scene:
     """A launcher in a thread, and its cluster, in which the test plays the operator."""
 
     server: KubernetesServer
     words: Words
-    program: Steps
+    program: Any
     capture: pytest.CaptureFixture[str]
+    clock: Clock
     said: str = ""
     error: BaseException | None = None
 
@@ -186,6 +197,18 @@ class Scene:
 
     def saying(self, text: str) -> None:
         self.until(lambda: text in self.text())
+
+    def elapse(self, until: Callable[[], Any]) -> None:
+        """Let hours pass for the launcher, a minute at a time."""
+        end = time.monotonic() + TIMEOUT_S
+        while not until():
+            assert time.monotonic() < end, self.text()
+            self.clock.seconds += 60
+            time.sleep(POLL_S)
+
+    def fail(self) -> None:
+        """Let time pass until the launcher fails."""
+        self.elapse(lambda: self.error)
 
     def start_pods(self, state: Object | None = None, suffix: str = "", **container: Any) -> None:
         """Have the operator make two pods, which run or are in another state."""
@@ -232,8 +255,10 @@ def scene(
 ) -> Scene:
     """Nothing is launched yet; once for each kind."""
     monkeypatch.setattr(Launcher, "poll_s", POLL_S)
+    clock = Clock()
+    monkeypatch.setattr("pirl.jobs.state.time", clock)
     kubernetes.served = request.param.served
-    return Scene(kubernetes, request.param, Steps(f"{tmp_path}/run"), capsys)
+    return Scene(kubernetes, request.param, Steps(f"{tmp_path}/run"), capsys, clock)
 
 
 def test_from_creation_to_completion(scene: Scene) -> None:
@@ -254,11 +279,14 @@ def test_from_creation_to_completion(scene: Scene) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_an_api_server_that_is_unavailable_while_a_job_is_followed(scene: Scene, way: str) -> None:
-    with scene.launched(start_s=1, progress_s=1):
+    """No clock counts the outage."""
+    with scene.launched(start_s=50, progress_s=50):
         scene.start_pods()
         scene.saying("launcher: running")
         scene.server.unavailable = way
-        scene.until(lambda: scene.server.failed > 20)
+        scene.until(lambda: scene.server.failed)
+        before = scene.server.failed
+        scene.elapse(lambda: scene.server.failed > before + 20)
         scene.server.unavailable = ""
         scene.saying("answered again")
         scene.succeed()
@@ -268,27 +296,54 @@ def test_an_api_server_that_is_unavailable_while_a_job_is_followed(scene: Scene,
     assert not any(request.startswith("DELETE") for request in scene.server.requests)
 
 
+@pytest.mark.parametrize("readable", [True, False])
+def test_the_last_lines_of_a_log_are_read_or_reported(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, readable: bool
+) -> None:
+    """The node did not answer shortly before the end, so that its log is left alone for some seconds."""
+    log, cut_off = Cluster.log, threading.Event()
+
+    def failing(*arguments: Any, **more: Any) -> str:
+        if cut_off.is_set():
+            raise UnavailableError("dial tcp: i/o timeout")
+        return log(*arguments, **more)
+
+    monkeypatch.setattr(Cluster, "log", failing)
+    with scene.launched() as launcher:
+        scene.start_pods()
+        scene.saying("line of rank 0")
+        cut_off.set()
+        scene.until(lambda: launcher.log.interrupted)
+        scene.server.logs[f"{launcher.name}-0"] += "2026-01-01T00:00:01.000000000Z last line\n"
+        if readable:
+            cut_off.clear()
+        scene.succeed()
+    assert scene.error is None
+    assert scene.text().count("last line\n") == readable
+    assert (f"`kubectl logs {launcher.name}-0 -n pirl` prints them" in scene.text()) != readable
+
+
 def test_storage_that_is_unavailable_while_a_job_is_followed(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer than steps may take, and at the end, when the marker is to be read; what is no outage is raised."""
     kind = type(open_storage(scene.program.out))
-    size, failed, fault = kind.size, threading.Event(), StorageError("the bucket does not answer")
+    size, fault = kind.size, StorageError("the bucket does not answer")
     fault.transient = True
     outage = threading.Event()
 
     def failing(storage: Any, name: str) -> int:
         if outage.is_set():
-            failed.set()
             raise fault
         return size(storage, name)
 
     monkeypatch.setattr(kind, "size", failing)
-    with scene.launched(progress_s=0.5):
+    with scene.launched() as launcher:
         scene.start_pods()
         scene.program.reach(3)
         scene.saying("launcher: running")
         outage.set()
-        scene.until(failed.is_set)
-        time.sleep(1)  # longer than progress_s
+        scene.until(lambda: not launcher.progress.available)
+        before = scene.clock.seconds
+        scene.elapse(lambda: scene.clock.seconds > before + 2 * launcher.settings.progress_s)
         scene.succeed()
         scene.saying("the bucket does not answer; the job keeps running")
         outage.clear()
@@ -297,9 +352,11 @@ def test_storage_that_is_unavailable_while_a_job_is_followed(scene: Scene, monke
 
 
 def test_a_job_without_a_new_step_fails_and_is_deleted(scene: Scene) -> None:
-    with scene.launched(progress_s=0.3) as launcher:
+    with scene.launched() as launcher:
         scene.start_pods()
         scene.program.reach(7)
+        scene.until(lambda: launcher.progress.last)
+        scene.fail()
     assert isinstance(scene.error, TrainingError)
     assert f"job {launcher.name} runs without a new step for" in str(scene.error)
     assert "step 7" in str(scene.error)
@@ -344,13 +401,14 @@ def test_a_complete_run_is_updated_without_a_job(scene: Scene) -> None:
     ],
 )
 def test_a_permanent_trouble_ends_the_wait(scene: Scene, reason: str, message: str, shown: str) -> None:
-    with scene.launched(pull_s=0.3) as launcher:
+    with scene.launched() as launcher:
         if reason == "image":
             scene.start_pods(state={"waiting": {"reason": "ErrImagePull", "message": message}})
         else:
             refusal = next(iter(scene.words.kind.refusals))
             event = {"reason": refusal, "message": message, "involvedObject": {"name": launcher.name}}
             scene.server.events.append(event)
+        scene.fail()
     assert isinstance(scene.error, TrainingError)
     assert shown in str(scene.error)
     assert scene.server.all(scene.words.plural) == []
@@ -442,13 +500,14 @@ def test_a_queue_that_kueue_manages(scene: Scene) -> None:
         ("job-pirl-run-1f2e3", "Pending", "couldn't assign flavors to pod set node: insufficient unused quota for cpu"),
     ):
         scene.server.events.append({"involvedObject": {"name": about}, "reason": reason, "message": message})
-    with scene.launched(queue="team", start_s=0.2) as launcher:
+    with scene.launched(queue="team") as launcher:
         scene.saying("launcher: suspended")
         scene.saying("in its queue: couldn't assign flavors to pod set node: insufficient unused quota for cpu")
         admitted = {"involvedObject": {"name": "job-pirl-run-1f2e3"}, "reason": "Admitted", "message": "Admitted"}
         scene.server.events.append({**admitted, "lastTimestamp": "2026-12-01T02:27:22Z"})
         assert "not started" in queue_reason(launcher.cluster, launcher.name)
-        time.sleep(0.5)
+        before = scene.clock.seconds
+        scene.elapse(lambda: scene.clock.seconds > before + 2 * launcher.settings.start_s)
         (job,) = scene.server.all(scene.words.plural)
         SUSPENDED[scene.words.plural](job["spec"])["suspend"] = False
         scene.start_pods()
@@ -499,7 +558,7 @@ def test_a_real_bucket_that_is_unavailable_while_a_job_is_followed(
     with FaultyS3(s3_endpoint, share=0, slow_s=0) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         scene.program = Steps(f"{bucket}/run")
-        with scene.launched(progress_s=30) as launcher:
+        with scene.launched() as launcher:
             scene.start_pods()
             scene.program.reach(3)
             scene.until(lambda: launcher.progress.last.get("step") == 3)

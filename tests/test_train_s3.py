@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import certificates
 import pytest
 import ranks
 from conftest import shards_of, tiny_recipe
-from faulty_s3 import FAULTS, FaultyS3
+from faulty_s3 import FAULTS, FaultyProcess, FaultyS3
 from images import folder_of_classes
+from paced import Act, HoldAt, SlowFrom, train_paced
 from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401
 from test_train import assert_same_bits, final, wait_for
 
@@ -22,16 +24,15 @@ from pirl.checkpoint import Checkpoints
 from pirl.config import Recipe
 from pirl.metrics import read_lines
 from pirl.storage import open_storage, retries
-from pirl.training.loop import train
 from pirl.training.spec import Options
 from pirl.world import World
 
 READ_TIMEOUT_S = 2
 
 
-def train_counting(world: World, recipe: Recipe, options: Options) -> int:
+def train_counting(world: World, recipe: Recipe, options: Options, *acts: Act) -> int:
     """A training on a rank, and how many requests it has repeated."""
-    train(recipe, options, world)
+    train_paced(world, recipe, options, *acts)
     return retries()
 
 
@@ -88,6 +89,22 @@ def environment(bucket: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     }
 
 
+def faulty(kind: str, environment: dict[str, str], folder: Path) -> FaultyS3 | FaultyProcess:
+    """The proxy for an outage of this kind, which `environment` then leads to."""
+    endpoint, share, slow_s = environment["AWS_ENDPOINT_URL"], 0.1, READ_TIMEOUT_S + 1
+    if kind == "stopped":
+        proxy: FaultyS3 | FaultyProcess = FaultyProcess(endpoint, share, slow_s)
+    else:
+        pair = None
+        if kind == "certificate":
+            bundle, pair = certificates.contexts(folder)
+            environment["AWS_CA_BUNDLE"] = str(bundle)
+            environment["AWS_REQUEST_CHECKSUM_CALCULATION"] = "when_required"  # the proxy reads no chunks
+        proxy = FaultyS3(endpoint, share, slow_s, certificates=pair)
+    environment["AWS_ENDPOINT_URL"] = proxy.url
+    return proxy
+
+
 @pytest.mark.parametrize(
     ("epochs", "kind", "away_s", "kill"),
     [
@@ -97,6 +114,8 @@ def environment(bucket: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         pytest.param(24, "hang", 30, True, marks=pytest.mark.slow),
         pytest.param(24, "503", 30, True, marks=pytest.mark.slow),
         pytest.param(24, "refused", 15, True, marks=pytest.mark.slow),
+        pytest.param(24, "certificate", 30, True, marks=pytest.mark.slow),
+        pytest.param(24, "stopped", 30, True, marks=pytest.mark.slow),
     ],
 )
 def test_a_server_that_fails_a_tenth_of_the_requests_and_goes_away(
@@ -117,22 +136,25 @@ def test_a_server_that_fails_a_tenth_of_the_requests_and_goes_away(
     assert ranks.finish(ranks.start(train_counting, 2, tmp_path / "quiet.ranks", recipe, quiet), 400) == [0, 0]
 
     began, folder, output = time.monotonic(), tmp_path / "ranks", lambda: ranks.output(tmp_path / "ranks")
-    with FaultyS3(environment["AWS_ENDPOINT_URL"], 0.1, READ_TIMEOUT_S + 1) as proxy, Reader(out) as reader:
-        environment["AWS_ENDPOINT_URL"] = proxy.url
+    half, away, killed = epochs * 5 // 2, tmp_path / "away", tmp_path / "killed"
+    acts = [HoldAt(7, away), *([HoldAt(half, killed)] if kill else [])]
+    with faulty(kind, environment, tmp_path) as proxy, Reader(out) as reader:
         options = Options(data=data, out=out, log_every=1, checkpoint_every_s=0.5, keep=1000)
 
         def start() -> list[Any]:
-            return ranks.start(train_counting, 2, folder, recipe, options, **environment)
+            return ranks.start(train_counting, 2, folder, recipe, options, *acts, **environment)
 
         processes = start()
-        wait_for(lambda: "step 7/" in output(), 240)
+        wait_for(lambda: "step 6/" in output(), 240)
         proxy.begin(kind)
+        away.touch()
         time.sleep(away_s)
         proxy.end()
         if kill:
-            wait_for(lambda: f"step {epochs * 5 // 2}/" in output(), 240)
+            wait_for(lambda: f"step {half - 1}/" in output(), 240)
             assert processes[1].pid
             os.kill(processes[1].pid, signal.SIGKILL)
+            killed.touch()
             assert None not in ranks.finish(processes)
             processes = start()
         codes = ranks.finish(processes, 400)
@@ -157,6 +179,10 @@ def test_a_server_that_fails_a_tenth_of_the_requests_and_goes_away(
         found = checkpoints.load(f"step-{step:08d}")
         assert found is not None
     assert_same_bits(final(out), final(tmp_path / "quiet"))
+    run, undisturbed = open_storage(out), open_storage(str(tmp_path / "quiet"))
+    assert [line["step"] for line in read_lines(run, "metrics.jsonl")] == list(range(1, epochs * 5 + 1))
+    for name in ("steps", "images_seen"):
+        assert run.read_json("DONE.json")[name] == undisturbed.read_json("DONE.json")[name]
 
 
 def test_steps_are_made_while_the_server_is_away(
@@ -172,14 +198,18 @@ def test_steps_are_made_while_the_server_is_away(
     with FaultyS3(environment["AWS_ENDPOINT_URL"], 0, 0) as proxy:
         environment["AWS_ENDPOINT_URL"] = proxy.url
         options = Options(data=shards, out=out, log_every=1, checkpoint_every_s=1)
-        processes = ranks.start(train_counting, 2, folder, recipe, options, **environment)
-        wait_for(lambda: "step 7/" in output())
+        away, back = tmp_path / "away", tmp_path / "back"
+        acts = HoldAt(7, away), SlowFrom(8, back)
+        processes = ranks.start(train_counting, 2, folder, recipe, options, *acts, **environment)
+        wait_for(lambda: "step 6/" in output())
         proxy.begin("reset")
+        away.touch()
         wait_for(lambda: "the last checkpoint was not saved, training continues" in output())
         before = output().count("step ")
         wait_for(lambda: output().count("step ") > before + 10)
         saved = Checkpoints(open_storage(out) / "checkpoints").newest()
         proxy.end()
+        back.touch()
         assert ranks.finish(processes) == [0, 0], output()
     events = [event["event"] for event in read_lines(open_storage(out), "events.jsonl")]
     assert "checkpoint_failed" in events

@@ -145,11 +145,12 @@ class TestRecreatedPods:
         assert scene.text().count("last line") == 1
 
     def test_a_refusal_of_the_job_controller_is_found(self, scene: Scene) -> None:  # noqa: F811
-        with scene.launched(start_s=0.3) as launcher:
+        with scene.launched() as launcher:
             job = f"{launcher.name}-node-0"
             message = 'Error creating: pods "x" is forbidden: exceeded quota: small'
             event = {"reason": "FailedCreate", "message": message, "involvedObject": {"name": job}}
             scene.server.events.append(event)
+            scene.fail()
         assert isinstance(scene.error, TrainingError)
         assert "exceeded quota: small" in str(scene.error)
 

@@ -73,6 +73,7 @@ class Launcher:
         self.progress = Progress(program, every_s=2.5 * self.poll_s)
         self.log = LogStream(cluster)
         self.ends: dict[tuple[str, int], End] = {}
+        self.clocks = Clocks()
         self.uid = ""
 
     def run(self) -> None:
@@ -164,12 +165,13 @@ class Launcher:
 
     def _follow(self) -> None:
         """Watch the job until it has succeeded, and raise on any other end."""
-        clocks, reported_at = Clocks(), time.monotonic()
+        self.clocks = clocks = Clocks()
+        reported_at = clocks.read_at
         while True:
             job, pods = self._retry(self._read)
             verdict = self.kind.verdict(job) if job else None
             state = observe(verdict, pods, self.settings.nodes, clocks.ran)
-            self._report_pods(pods)
+            self._report_pods(pods, final=state in (State.SUCCEEDED, State.FAILED))
             if clocks.enter(state, self.progress.advanced(), self.progress.available):
                 reported_at = float("-inf")
             if state is State.SUCCEEDED:
@@ -198,15 +200,18 @@ class Launcher:
         is_own = job is not None and job["metadata"]["uid"] == self.uid
         return (job, self.cluster.pods(job)) if job and is_own else (None, [])
 
-    def _report_pods(self, pods: list[Object]) -> None:
+    def _report_pods(self, pods: list[Object], final: bool = False) -> None:
         """Print new ends of containers, and new lines of rank 0's log as they were written, JSON or not."""
         for end in ends(pods):
             if (end.uid, end.number) not in self.ends:
                 self.ends[end.uid, end.number] = end
                 if end.exit_code:
                     info(f"launcher: {end}")
-        for line in self.log.lines(pods[0]) if pods and self.kind.index(pods[0]) == 0 else ():
+        for line in self.log.lines(pods[0], final) if pods and self.kind.index(pods[0]) == 0 else ():
             write(sys.stdout, f"{line}\n")
+        if final and self.log.interrupted:
+            command = f"kubectl logs {pods[0]['metadata']['name']} -n {self.settings.namespace}"
+            info(f"launcher: the last lines of rank 0 could not be read: `{command}` prints them while the pod exists")
 
     def _check_settings(self) -> None:
         """Fail on settings that the program has refused: no restart fixes them."""
@@ -305,6 +310,7 @@ class Launcher:
             try:
                 answer = call()
                 if since is not None:
+                    self.clocks.resume()
                     info(f"launcher: answered again after {duration(time.monotonic() - since)}")
                 return answer
             except (UnavailableError, StorageError) as error:

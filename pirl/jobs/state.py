@@ -55,7 +55,14 @@ class Clocks:
     """Not suspended."""
     turn: float = 0.0
     """Of the last turn."""
-    read_at: float = field(default_factory=time.monotonic)
+    read_at: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.resume()
+
+    def resume(self) -> None:
+        """Leave out the time since the last turn, in which the cluster did not answer."""
+        self.read_at = time.monotonic()
 
     def enter(self, state: State, stepped: bool, progress_available: bool) -> bool:
         """Count one turn in `state`, and return whether the state is a new one."""

@@ -88,9 +88,16 @@ class LogStream:
         self._seen = ""
         self._read_at: float | None = None
         self._wait_until = 0.0
+        self.interrupted = False
+        """The last attempt to read has failed."""
 
-    def lines(self, pod: Object) -> list[str]:
-        """Return the lines since the last call; first the last ones of a pod that this one replaces."""
+    def lines(self, pod: Object, final: bool = False) -> list[str]:
+        """Return the lines since the last call; first the last ones of a pod that this one replaces.
+
+        A log that could not be read is left alone for some seconds, unless this is the `final` call.
+        """
+        if final:
+            self._wait_until = 0.0
         if time.monotonic() < self._wait_until or not {"running", "terminated"} & status(pod).get("state", {}).keys():
             return []
         new: list[str] = []
@@ -111,8 +118,9 @@ class LogStream:
                 text = self.cluster.log(pod, since, previous=True)
             text += self.cluster.log(pod, since)
         except UnavailableError:  # mostly a node that is cut off: do not wait for its timeout at every poll
-            self._wait_until = now + 15
+            self._wait_until, self.interrupted = now + 15, True
             return []
+        self.interrupted = False
         self._restarts, self._read_at = restarts, now
         new = [line for line in text.splitlines() if line.partition(" ")[0] > self._seen]
         if new:
