@@ -62,18 +62,15 @@ class Launcher:
         cluster: Cluster,
         labels: Mapping[str, str] | None = None,
     ) -> None:
-        self.program = program
-        self.settings = settings
-        self.cluster = cluster
+        self.program, self.settings, self.cluster = program, settings, cluster
         self.kind = cluster.kind
         self.objects = build_job(self.kind, program, settings, labels)
         self.body = self.objects[-1]
         self.name: str = self.body["metadata"]["name"]
         self.full_name = f"{settings.namespace}/{self.name}"
         self.progress = Progress(program, every_s=2.5 * self.poll_s)
-        self.log = LogStream(cluster)
+        self.log, self.clocks = LogStream(cluster), Clocks()
         self.ends: dict[tuple[str, int], End] = {}
-        self.clocks = Clocks()
         self.uid = ""
 
     def run(self) -> None:
@@ -209,9 +206,6 @@ class Launcher:
                     info(f"launcher: {end}")
         for line in self.log.lines(pods[0], final) if pods and self.kind.index(pods[0]) == 0 else ():
             write(sys.stdout, f"{line}\n")
-        if final and self.log.interrupted:
-            command = f"kubectl logs {pods[0]['metadata']['name']} -n {self.settings.namespace}"
-            info(f"launcher: the last lines of rank 0 could not be read: `{command}` prints them while the pod exists")
 
     def _check_settings(self) -> None:
         """Fail on settings that the program has refused: no restart fixes them."""

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from ..errors import StorageError, StorageNotFoundError
+from ..logs import info
 from ..programs import Program
 from ..storage import open_storage
 from .cluster import Cluster, UnavailableError
@@ -106,7 +107,11 @@ class LogStream:
                 new = self._read(self._pod)
             self._restarts, self._seen, self._read_at = status(pod).get("restartCount", 0), "", None
         self._pod = pod
-        return new + self._read(pod)
+        new += self._read(pod)
+        if final and self.interrupted:
+            command = f"kubectl logs {pod['metadata']['name']} -n {self.cluster.namespace}"
+            info(f"launcher: the last lines of rank 0 could not be read: `{command}` prints them while the pod exists")
+        return new
 
     def _read(self, pod: Object) -> list[str]:
         """Return the lines of one pod that were not read before."""
