@@ -15,7 +15,7 @@ from pirl.errors import UsageError, did_you_mean
 from pirl.registry import check_name, open_registry
 from pirl.settings import Collector, all_at_once, join_items, split_items
 from pirl.shards import sharding_options
-from pirl.storage import local_path, open_storage
+from pirl.storage import local_path, open_storage, split_file_uri
 from pirl.training.spec import training_options
 
 METRICS = ("linear", "linear_1pct", "knn")
@@ -122,10 +122,10 @@ def require_shared(name: str, uri: str) -> None:
 
 
 def _recipe(name: str, overrides: str) -> Recipe:
-    if name.endswith(".toml"):
+    if name.endswith(".toml") and local_path(split_file_uri(name)[0]) is not None:
         raise UsageError(
-            f"the steps cannot read the file {name}",
-            "name a recipe of `pirl recipes`, and change its settings by overrides='key=value key=value'",
+            f"the steps cannot read the file {name}, which is on this machine",
+            "name a recipe of `pirl recipes` with overrides='key=value key=value', or s3://BUCKET/recipe.toml",
         )
     return load_recipe(name, split_items(overrides))
 

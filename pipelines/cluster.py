@@ -66,6 +66,8 @@ def _pod(settings: StepSettings) -> dict[str, Any]:
         pod["secretAsVolume"] = [{"secretName": settings.secret, "mountPath": SECRET_DIR, "optional": True}]
     if settings.ca:
         pod["configMapAsVolume"] = [{"configMapName": settings.ca, "mountPath": CA_DIR, "optional": False}]
+    if settings.claims:
+        pod["pvcMount"] = [{"constant": claim, "mountPath": path} for claim, path in settings.claims.items()]
     if settings.pull_secrets:
         pod["imagePullSecret"] = [{"secretName": name} for name in settings.pull_secrets]
     if settings.node_selector:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from .errors import ConfigError, UsageError, did_you_mean
+from .errors import ConfigError, StorageNotFoundError, UsageError, did_you_mean
 from .sections import (
     DataConfig,
     EvalConfig,
@@ -30,6 +30,7 @@ from .sections import (
     ViewsConfig,
 )
 from .settings import Settings, all_at_once, describe, read_items
+from .storage import split_file_uri
 
 NOT_LEARNED = {"format", "name", "description", "published_top1", "eval"}
 NEW_KEYS = [("views", "pretext"), ("train", "order"), ("loss", "shared_negatives"), ("memory", "precision")]
@@ -146,26 +147,34 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe by name or path, apply `section.key=value` overrides, validate all of it.
+    """Read a recipe by name, path or URI, apply `section.key=value` overrides, validate all of it.
 
     `ConfigError` with every problem, or `UsageError` where the recipe does not exist.
     """
-    path = Path(name)
-    if path.suffix == ".toml":
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"cannot read recipe {path}: {error}", "give a recipe's name or the path of a TOML file"
-            ) from None
+    if str(name).endswith(".toml"):
+        text = _read_recipe(name)
     else:
         if str(name) not in recipe_names():
             raise UsageError(
                 f"recipe {str(name)!r} not found.{did_you_mean(str(name), recipe_names())}",
-                "`pirl recipes` lists them; a path must end in .toml",
+                "`pirl recipes` lists them; a path or URI must end in .toml",
             )
         text = (resources.files("pirl") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
     return parse_recipe(text, overrides, origin=str(name))
+
+
+def _read_recipe(place: str | Path) -> str:
+    """Return the text of a TOML file at a path or URI; a storage that is unavailable raises its own error."""
+    hint = "give a recipe's name, or the path or URI of a TOML file"
+    try:
+        if "://" in str(place):
+            folder, name = split_file_uri(str(place))
+            return folder.read_bytes(name).decode()
+        return Path(place).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read recipe {place}: {error}", hint) from None
+    except StorageNotFoundError as error:
+        raise UsageError(f"cannot read recipe {place}: {error.what}", hint) from None
 
 
 def parse_recipe(text: str, overrides: Sequence[str] = (), origin: str = "recipe") -> Recipe:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, tiny_recipe
+from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401 (fixtures)
 
 from pirl.config import LossConfig, Recipe, load_recipe, parse_recipe, recipe_names
 from pirl.errors import ConfigError, UsageError
+from pirl.storage import open_storage
 
 
 def problems(*overrides: str, text: str = TINY) -> list[str]:
@@ -122,6 +124,18 @@ def test_not_toml_and_no_such_recipe(tmp_path: Path) -> None:
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="cannot read recipe"):
         load_recipe(tmp_path / "binary.toml")
+
+
+def test_a_recipe_in_a_bucket(bucket: str) -> None:  # noqa: F811
+    open_storage(bucket).write_bytes("recipes/tiny.toml", TINY.encode())
+    open_storage(bucket).write_bytes("binary.toml", b"\xff\xfe")
+    recipe = load_recipe(f"{bucket}/recipes/tiny.toml", ["train.epochs=7"])
+    assert recipe == parse_recipe(TINY, ["train.epochs=7"])
+    for name, reason in (("absent.toml", "cannot read recipe s3://"), ("binary.toml", "codec can't decode")):
+        with pytest.raises(UsageError, match=reason):
+            load_recipe(f"{bucket}/{name}")
+    with pytest.raises(UsageError, match="not a storage location"):
+        load_recipe("gs://bucket/tiny.toml")
 
 
 def test_overrides() -> None:

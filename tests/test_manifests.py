@@ -25,6 +25,7 @@ from pirl.cli import app
 from pirl.jobs import job_settings
 from pirl.jobs.kind import JobKind
 from pirl.jobs.pod import build_job
+from pirl.settings import split_items
 from pirl.text import count
 
 MANIFESTS = Path(__file__).parent.parent / "manifests"
@@ -33,7 +34,12 @@ VERSION = __version__.replace("+", "-")
 WORLD = ("nodes", "gpus", "processes")
 BUILT_IN = {"Namespace", "ServiceAccount", "Role", "RoleBinding", "ConfigMap", "NetworkPolicy"}
 QUEUES = {"ResourceFlavor", "ClusterQueue", "LocalQueue"}
-NEED_CRDS = {"kueue": QUEUES, "kueue-v1beta1": QUEUES, "monitoring": {"PodMonitor", "PrometheusRule"}}
+NEED_CRDS = {
+    "kueue": QUEUES,
+    "kueue-v1beta1": QUEUES,
+    "monitoring": {"PodMonitor", "PrometheusRule"},
+    "profile": {"PodDefault"},
+}
 
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 
@@ -200,9 +206,48 @@ class TestBuilt:
         foreign = {
             document["kind"]
             for document in built(overlay)
-            if re.match(r"(kueue\.x-k8s\.io|monitoring\.coreos\.com)/", document["apiVersion"])
+            if re.match(r"(kueue\.x-k8s\.io|monitoring\.coreos\.com|kubeflow\.org)/", document["apiVersion"])
         }
         assert foreign == NEED_CRDS.get(overlay, set())
+
+    def test_a_profile_keeps_its_namespace_and_its_other_pods(self) -> None:
+        objects = built("profile")
+        assert {document["metadata"].get("namespace") for document in objects} == {"team"}
+        assert "Namespace" not in {document["kind"] for document in objects}
+        for policy in (document for document in objects if document["kind"] == "NetworkPolicy"):
+            assert policy["spec"]["podSelector"], f"{policy['metadata']['name']} would isolate every pod"
+        accounts = {s["name"] for o in objects if o["kind"] == "RoleBinding" for s in o["subjects"]}
+        assert accounts == {"pirl-launcher", "default-editor"}
+        labels = template_labels(KINDS[0])
+        assert "pirl.dev/job" in labels
+        assert labels["sidecar.istio.io/inject"] == "false"
+
+    def test_an_air_gapped_site_gets_its_images_authorities_and_proxy(self) -> None:
+        objects = built("air-gapped")
+        config = next(document for document in objects if document["kind"] == "ConfigMap")["data"]
+        settings = job_settings(split_items(config["PIRL_JOB"]))
+        assert settings.pull_secrets == ["registry"]
+        assert (settings.ca, settings.env["HTTPS_PROXY"]) == ("site-ca", config["HTTPS_PROXY"])
+        assert config["PIRL_TRAINER_IMAGE"].startswith("registry.example/")
+        for account in (document for document in objects if document["kind"] == "ServiceAccount"):
+            assert account["imagePullSecrets"] == [{"name": "registry"}]
+
+    @pytest.mark.parametrize(
+        ("overlay", "policy", "egress"),
+        [
+            ("openshift", "allow-dns", {("openshift-dns", 5353), ("169.254.20.10/32", 5353)}),
+            ("network", "allow-object-storage", {("10.245.0.1/32", 9000)}),
+            ("network", "allow-dns", {("kube-system", 53), ("169.254.20.10/32", 53), ("10.245.0.1/32", 53)}),
+        ],
+    )
+    def test_addresses_and_ports_of_a_site(self, overlay: str, policy: str, egress: set[tuple[str, int]]) -> None:
+        found = next(o["spec"] for o in built(overlay) if o["metadata"]["name"] == policy)
+        (rule,) = found["egress"]
+        places = [
+            to["ipBlock"]["cidr"] if "ipBlock" in to else next(iter(to["namespaceSelector"]["matchLabels"].values()))
+            for to in rule["to"]
+        ]
+        assert {(place, port["port"]) for place in places for port in rule["ports"]} == egress
 
     @pytest.mark.parametrize("overlay", OVERLAYS)
     def test_pods_are_restricted(self, overlay: str) -> None:

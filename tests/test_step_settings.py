@@ -35,6 +35,7 @@ EVERY = [
     'node_selector={"pool": "cpu"}',
     'tolerations=[{"key": "dedicated", "operator": "Exists"}]',
     'labels={"team": "vision"}',
+    'claims={"images": "/data"}',
     'env={"HTTPS_PROXY": "http://proxy:3128"}',
     "ca=company-ca",
 ]
@@ -120,6 +121,7 @@ def test_every_setting_stands_in_every_pod() -> None:
         assert pod["nodeSelector"] == {"labels": {"pool": "cpu"}}
         assert pod["tolerations"] == [{"key": "dedicated", "operator": "Exists"}]
         assert pod["podMetadata"] == {"labels": {"team": "vision"}}
+        assert pod["pvcMount"] == [{"constant": "images", "mountPath": "/data"}]
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["activeDeadlineSeconds"] == "3600"
     retries = {task["retryPolicy"]["maxRetryCount"] for _, task in tasks(spec) if "retryPolicy" in task}

@@ -107,6 +107,7 @@ def test_a_wrong_argument_is_told_with_the_nearest_and_nothing_is_sent(pirl: Pir
         (["train_source=photos/train"], "a folder of one machine"),
         (["test_source=fashion-mnist:tset"], "fashion-mnist"),
         (["recipe=mine.toml"], "overrides="),
+        (["recipe=file:///home/mine.toml"], "which is on this machine"),
         (["recipe=dem"], "demo"),
         (["overrides=train.epoch=3"], "epochs"),
         (["overrides=views.image_scale=[0.3, 2.0]"], "image_scale"),
@@ -245,6 +246,38 @@ def test_no_credentials_are_sent(pirl: Pirl, server: KfpServer, monkeypatch: pyt
 def stock(server: KfpServer, *words: str) -> subprocess.CompletedProcess[str]:
     program = Path(sys.executable).parent / "kfp"
     return subprocess.run([program, "--endpoint", server.url, *words], capture_output=True, text=True)
+
+
+def test_upload_prints_the_version_that_the_stock_client_takes(pirl: Pirl, server: KfpServer) -> None:
+    ids = [pirl("upload", "pirl-pretrain") for _ in range(2)]
+    (version,) = server.versions
+    assert ids == [(0, f"{version['pipeline_version_id']}\n")] * 2
+    by_name = ["-e", "mine", "-n", "pirl-pretrain", "-v", ids[0][1].strip(), *ARGUMENTS, "run=first"]
+    done = stock(server, "run", "create", *by_name)
+    assert done.returncode == 0, done.stdout + done.stderr
+    code, shown = pirl("upload", "pirl-pretain")
+    assert code == 2
+    assert "'pirl-pretrain'" in shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'node_selector={"disk":"ssd"}',
+        'nodes=2 env={"A":"1","B":"x y"} tolerations=[{"key":"dedicated","operator":"Exists"}]',
+        'image=localhost/steps:1 labels={"team": "vision"}',
+    ],
+)
+def test_settings_with_json_in_them_survive_the_stock_client(server: KfpServer, text: str) -> None:
+    from pirl.jobs.settings import job_settings
+    from pirl.settings import split_items
+
+    file = str(Path(__file__).parent.parent / "pipelines" / "pirl-pretrain.yaml")
+    done = stock(server, "run", "create", "-e", "mine", "-f", file, *ARGUMENTS, "run=first", f"job={text}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    sent = server.runs[-1]["runtime_config"]["parameters"]["job"]
+    assert sent == text
+    assert job_settings(split_items(sent), {})
 
 
 def test_the_stock_client_runs_the_compiled_file(server: KfpServer) -> None:

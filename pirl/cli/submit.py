@@ -78,6 +78,30 @@ train_source=s3://bucket/train test_source=s3://bucket/test backend=pytorchjob j
         backend.wait(run_id, lambda state: None if as_json else console.print(state))
 
 
+@app.command()
+def upload(
+    pipeline: Pipeline, endpoint: EndpointOption = "", namespace: Namespace = "", step: StepItems = None
+) -> None:
+    """Upload a pipeline of this code to KFP, if it is not there, and print the id of its version.
+
+    It is what the stock client takes: kfp run create -n PIPELINE -v VERSION.
+
+    Example: kfp run create -e pirl -n pirl-pretrain -v $(pirl upload pirl-pretrain) ...
+    """
+    from pipelines.cluster import step_settings
+    from pipelines.compiled import PIPELINES, compiled
+
+    if pipeline not in PIPELINES:
+        raise UsageError(
+            f"pipeline {pipeline!r} does not exist in this code.{did_you_mean(pipeline, PIPELINES)}",
+            f"here are {', '.join(PIPELINES)}",
+        )
+    backend = connect(endpoint, namespace)
+    package = compiled(pipeline, step_settings(step or items_from("PIRL_STEP")()))
+    version = backend.newest(pipeline, package.version) or backend.upload(package)
+    logs.output(f"{version.version_id}\n")
+
+
 def connect(endpoint: str, namespace: str) -> Any:
     """Return the `Backend` at `endpoint`."""
     if not endpoint:

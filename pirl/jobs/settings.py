@@ -108,6 +108,13 @@ def _mount_path(path: str) -> str:
     return path
 
 
+def _one_claim_a_path(claims: dict[str, str]) -> dict[str, str]:
+    """Return the mounts if their paths differ."""
+    if len(set(claims.values())) < len(claims):
+        raise ValueError("two claims are mounted at one path")
+    return claims
+
+
 DnsLabel = Annotated[str, _matching(DNS, "a DNS label: at most 63 of a-z, 0-9 and -", 63)]
 DnsName = Annotated[str, _matching(rf"{DNS}(\.{DNS})*", "DNS labels of a-z, 0-9 and -, joined by dots", 253)]
 LabelValue = Annotated[str, _matching(rf"({WORD})?", "a label's value: at most 63 letters, digits, - _ .", 63)]
@@ -132,6 +139,7 @@ Cores = Annotated[str, AfterValidator(_cores)]
 Memory = Annotated[str, _size("64Mi")]
 Text = Annotated[str, Field(pattern=r"^[^\x00]*$", max_length=ANNOTATION_BYTES)]
 Environment = Annotated[dict[Annotated[str, AfterValidator(variable)], Text], AfterValidator(refuse_secrets)]
+Claims = Annotated[dict[DnsName, Annotated[str, AfterValidator(_mount_path)]], AfterValidator(_one_claim_a_path)]
 Seconds = Annotated[float, Field(gt=0, le=1e9)]
 
 
@@ -209,7 +217,7 @@ class JobSettings(Settings):
     """ConfigMap with the certificate authorities of the storage as `ca.crt`."""
     env: Environment = Field(default_factory=dict)
     """Environment of the pods; no secrets, which belong into the Secret."""
-    claims: dict[DnsName, Annotated[str, AfterValidator(_mount_path)]] = Field(default_factory=dict)
+    claims: Claims = Field(default_factory=dict)
     """PersistentVolumeClaims to mount read-only, and where: {"images": "/data"}."""
     labels: dict[LabelName, LabelValue] = Field(default_factory=dict)
     annotations: dict[LabelName, Text] = Field(default_factory=dict)
@@ -233,13 +241,6 @@ class JobSettings(Settings):
     """Longest for everything, without the time in a Kueue queue. None: as long as it takes."""
     leave: bool = False
     """Keep the job running when the launcher is stopped."""
-
-    @field_validator("claims")
-    @classmethod
-    def _one_claim_a_path(cls, claims: dict[str, str]) -> dict[str, str]:
-        if len(set(claims.values())) < len(claims):
-            raise ValueError("two claims are mounted at one path")
-        return claims
 
     @field_validator("annotations")
     @classmethod

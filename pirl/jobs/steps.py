@@ -12,7 +12,18 @@ from pydantic import ConfigDict, Field
 from .. import __version__
 from ..errors import UsageError
 from ..settings import Settings, json_value, read_items, validated
-from .settings import Cores, DnsName, Environment, Image, LabelName, LabelValue, Memory, OptionalName, Toleration
+from .settings import (
+    Claims,
+    Cores,
+    DnsName,
+    Environment,
+    Image,
+    LabelName,
+    LabelValue,
+    Memory,
+    OptionalName,
+    Toleration,
+)
 
 STEPS_IMAGE = os.environ.get("PIRL_STEPS_IMAGE", f"localhost/pirl-python-steps:{__version__.replace('+', '-')}")
 """Compiled into the pipeline; the name holds "python" because the local runner asks for it."""
@@ -63,6 +74,8 @@ class StepSettings(Settings):
     """Labels of the pods, for instance those that a PodDefault selects."""
     env: Environment = Field(default_factory=dict)
     """Environment, for instance HTTPS_PROXY; no secrets, which belong into the Secret."""
+    claims: Claims = Field(default_factory=dict)
+    """PersistentVolumeClaims to mount, and where: {"images": "/data"}; read-only where the claim is."""
     ca: OptionalName = ""
     """ConfigMap with the certificate authorities of storage and registry as `ca.crt`."""
     restricted: bool = False
