@@ -70,7 +70,7 @@ LONG_S = 900.0
 # ---- the two programs that are killed
 
 
-def train_ours(folder: Path, recipe: Recipe) -> None:
+def train_ours(folder: Path, recipe: Recipe, save_every_s: float) -> None:
     note = Notes(folder / "ours.notes")
     step = pirl.training.loop.train_step
 
@@ -81,7 +81,7 @@ def train_ours(folder: Path, recipe: Recipe) -> None:
 
     pirl.training.loop.train_step = noting_step
     options = Options(
-        data=str(folder / "shards"), out=str(folder / "run"), log_every=10, checkpoint_every_s=SAVE_EVERY_S
+        data=str(folder / "shards"), out=str(folder / "run"), log_every=10, checkpoint_every_s=save_every_s
     )
     train(recipe, options, World())
 
@@ -123,8 +123,9 @@ class Notes:
 class Side:
     """Training that is stopped except while it is measured or prepared."""
 
-    def __init__(self, name: str, folder: Path, recipe: tuple[str, list[str]]) -> None:
-        self.name, self.folder, self.recipe = name, folder, recipe
+    def __init__(self, name: str, folder: Path, recipe: tuple[str, list[str]], save_every_s: float) -> None:
+        self.name, self.folder = name, folder
+        self.arguments = [name, str(folder), json.dumps(recipe), str(save_every_s)]
         self.notes = folder / f"{name}.notes"
         self.redone: list[int] = []
         """Steps of each restart before the first new one."""
@@ -133,7 +134,7 @@ class Side:
         self.process = self.start()
 
     def start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "benchmarks.g9_resume", self.name, str(self.folder), json.dumps(self.recipe)]
+        command = [sys.executable, "-m", "benchmarks.g9_resume", *self.arguments]
         with (self.folder / f"{self.name}.log").open("ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
@@ -223,14 +224,21 @@ def write_data(folder: Path, files: int) -> None:
     write_shards(open_source(str(folder / "images")), open_storage(str(folder / "shards")))
 
 
-def measure(recipe: tuple[str, list[str]], files: int, steps: int, repeats: int, **options: Any) -> Result:
-    """Kill each side `repeats` times, and once more before that."""
+def measure(
+    recipe: tuple[str, list[str]],
+    files: int,
+    steps: int,
+    repeats: int,
+    save_every_s: float = SAVE_EVERY_S,
+    **options: Any,
+) -> Result:
+    """Kill each side `repeats` times, and once more before that: all within the first epoch."""
     loaded = load_recipe(*recipe)
     with tempfile.TemporaryDirectory(dir=SCRATCH) as scratch:
         folder = Path(scratch)
         write_data(folder, files)
         torch.save(random_state(loaded, files).to_dict(loaded, "data"), folder / "reference.pt")
-        theirs, ours = Side("reference", folder, recipe), Side("ours", folder, recipe)
+        theirs, ours = (Side(name, folder, recipe, save_every_s) for name in ("reference", "ours"))
         try:
             theirs.wait(lambda starts: bool(starts))
             theirs.signal(signal.SIGSTOP)
@@ -280,8 +288,8 @@ def newest_bytes(folder: Path) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        side, where, recipe = sys.argv[1:]
-        programs = {"ours": train_ours, "reference": train_reference}
-        programs[side](Path(where), load_recipe(*json.loads(recipe)))
+        side, where, recipe, every_s = sys.argv[1:]
+        arguments = Path(where), load_recipe(*json.loads(recipe))
+        train_ours(*arguments, float(every_s)) if side == "ours" else train_reference(*arguments)
     else:
         finish([measure(RECIPE, FILES, STEPS, repeats=3)])
