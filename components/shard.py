@@ -16,38 +16,42 @@ def shard(
     options: str = "",
     backend: str = "local",
     job: str = "",
+    recipe: str = "",
+    overrides: str = "",
+    training: str = "",
+    evaluation: str = "",
+    model: str = "",
+    metric: str = "",
+    min_gain: float = 0.01,
+    registry: str = "",
 ) -> str:
     """Shard `source` (a folder, a list of files, or fashion-mnist:SPLIT) to ROOT/data/SPLIT; return that URI.
 
-    `options` (`pirl shard --help`) are NAME=VALUE items separated by blanks. The classes of test images are compared
-    with those of the shards `train_data` before anything is written, and the account's rights are checked where
-    `backend` starts a job later on.
+    `options` (`pirl shard --help`) are NAME=VALUE items separated by blanks. Test images are compared with the shards
+    `train_data`. The account's rights are checked where `backend` starts a job later on, and, with a `recipe`, the
+    arguments of the later steps.
     """
     from components.step import step
+    from pirl import shards
+    from pirl.arguments import check_arguments
     from pirl.backends import open_backend
+    from pirl.evaluate.images import check_images
     from pirl.logs import info, progress
     from pirl.outputs import check_shards_output
     from pirl.settings import items_of
-    from pirl.shards import (
-        Manifest,
-        compare_classes,
-        decoding_notes,
-        open_source,
-        sharding_options,
-        summary,
-        write_shards,
-    )
     from pirl.storage import open_storage
 
     with step(f"{root}/runs/{run}", f"shard-{split}"):
         open_backend(backend, items_of(job)).require_access()
-        own = sharding_options(options)
-        images = open_source(source, own)
+        if recipe:
+            check_arguments(recipe, overrides, training, evaluation, model, metric, min_gain, registry)
+        own = shards.sharding_options(options)
+        images = shards.open_source(source, own)
         out = check_shards_output(f"{root}/data/{split}", images)
-        notes = compare_classes(Manifest.load(open_storage(train_data)), images) if train_data else []
-        for line in [*summary(images), *notes]:
+        notes = shards.compare_classes(shards.Manifest.load(open_storage(train_data)), images) if train_data else []
+        for line in [*shards.summary(images), *notes]:
             info(line)
-        manifest = write_shards(
+        manifest = shards.write_shards(
             images,
             out,
             processes=processes,
@@ -55,6 +59,8 @@ def shard(
             decoding=own.decoding,
             progress=progress(f"sharding {split}"),
         )
-        for line in decoding_notes(manifest.decoding, manifest.pictures):
+        if train_data:
+            check_images(train_data, out.uri)
+        for line in shards.decoding_notes(manifest.decoding, manifest.pictures):
             info(line)
     return out.uri

@@ -9,18 +9,20 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from pirl.arguments import gated_evaluation
 from pirl.backends import open_backend
 from pirl.config import Recipe, load_recipe
 from pirl.errors import UsageError, did_you_mean
+from pirl.gate import MIN_GAIN, check_question
 from pirl.registry import check_name, open_registry
 from pirl.settings import Collector, all_at_once, join_items, split_items
 from pirl.shards import sharding_options
 from pirl.storage import local_path, open_storage, split_file_uri
 from pirl.training.spec import training_options
 
-METRICS = ("linear", "linear_1pct", "knn")
 MOVED = {"processes": "options", "nodes": "job", "gpus": "job", "image": "job", "namespace": "job", "queue": "job"}
 """Arguments of version 0.1, and the text of items that has them now."""
+TEXTS = ("overrides", "options", "source_options", "evaluation", "job", "registry")
 KINDS = {
     "STRING": "a text",
     "NUMBER_INTEGER": "a whole number",
@@ -85,19 +87,21 @@ def complete(values: dict[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any
     """
     checked = dict(values)
     given = {name: field.get("defaultValue", "") for name, field in inputs.items()} | values
-    texts = {name: str(given.get(name, "")) for name in ("overrides", "options", "source_options", "job", "registry")}
+    texts = {name: str(given.get(name, "")) for name in TEXTS}
     problems = Collector("the arguments")
     for name in ("root", "train_source", "test_source"):
         if name in values:
             problems.run(partial(require_shared, name, str(values[name])))
+    problems.run(lambda: _check_sources(*(str(values.get(name, "")) for name in ("train_source", "test_source"))))
     if texts["registry"]:
         problems.run(lambda: open_registry(texts["registry"]))
     if "model" in given:
         problems.run(lambda: check_name(given["model"], "model"))
     if "metric" in given:
-        problems.run(lambda: check_metric(given["metric"]))
+        problems.run(lambda: check_question(given["metric"], given.get("min_gain", MIN_GAIN)))
     options = problems.run(lambda: training_options(texts["options"]))
     problems.run(lambda: sharding_options(texts["source_options"]))
+    problems.run(lambda: gated_evaluation(texts["evaluation"]))
     settings = {"processes": options.processes} if options else {}
     settings |= {name: values[name] for name in MOVED if name in values}  # of a pipeline of version 0.1
     problems.run(lambda: open_backend(given.get("backend", "local"), split_items(texts["job"]), settings))
@@ -130,10 +134,12 @@ def _recipe(name: str, overrides: str) -> Recipe:
     return load_recipe(name, split_items(overrides))
 
 
-def check_metric(metric: str) -> None:
-    """Raise `UsageError` for a metric that no evaluation has."""
-    if metric not in METRICS:
-        raise UsageError(f"unknown metric {metric!r}.{did_you_mean(metric, METRICS)}", f"use {', '.join(METRICS)}")
+def _check_sources(train: str, test: str) -> None:
+    if train and train.rstrip("/") == test.rstrip("/"):
+        raise UsageError(
+            f"train_source and test_source are the same: {train}",
+            "name test images that the classifier is not trained on",
+        )
 
 
 def _check_run(name: str) -> None:

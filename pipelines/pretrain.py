@@ -68,13 +68,15 @@ def pirl_pretrain(
     NAME=VALUE items separated by blanks.
     """
     where = {"root": root, "run": run, "options": source_options}
-    train = shard(source=train_source, split="train", backend=backend, job=job, **where)
+    gating = {"model": model, "metric": metric, "min_gain": min_gain, "registry": registry}
+    later = {"recipe": recipe, "overrides": overrides, "training": options, "evaluation": evaluation, **gating}
+    train = shard(source=train_source, split="train", backend=backend, job=job, **later, **where)
     test = shard(source=test_source, split="test", train_data=train.output, **where)
     train_to_register(
         train,
         test,
         {"root": root, "run": run, "recipe": recipe, "overrides": overrides}
         | {"options": options, "backend": backend, "job": job},
-        {"root": root, "model": model, "metric": metric, "min_gain": min_gain, "registry": registry},
+        {"root": root, **gating},
         evaluation,
     )

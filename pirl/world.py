@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import TrainingError, UsageError
+from .errors import PirlError, TrainingError, UsageError
+
+T = TypeVar("T")
 
 gather_single = (
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -95,6 +97,19 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
+
+    def of_main(self, call: Callable[[], T]) -> T:
+        """Return on every rank what `call` returns on rank 0; raise on every rank the `PirlError` that it raises."""
+        answer, refusal = None, None
+        if self.is_main:
+            try:
+                answer = call()
+            except PirlError as error:
+                refusal = error
+        answer, refusal = self.broadcast_object((answer, refusal))
+        if refusal:
+            raise refusal
+        return answer
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Return every rank's picklable value, in rank order, on every rank."""

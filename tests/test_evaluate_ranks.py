@@ -17,6 +17,7 @@ from conftest import shards_of, tiny_recipe
 from images import folder_of_classes
 
 from pirl.backends import open_backend
+from pirl.errors import UsageError
 from pirl.evaluate import Execution, Progress, Protocol, ZooProtocol, evaluate, evaluate_layers
 from pirl.evaluate.crops import LabelledCrops
 from pirl.evaluate.features import Extractor, extract_all
@@ -79,6 +80,28 @@ def test_the_same_numbers_on_any_number_of_ranks(run: str, shards: str, test_sha
         for result in results:
             assert flat(result) == pytest.approx(alone, abs=1e-5)
         assert Run.at(out).layers() == results[0]["zoo"]
+
+
+def foreign(world: World, run: str, data: str, test: str) -> list[str]:
+    """Return the progress that an early checkpoint's evaluation on other images names, and a refusal."""
+    early = f"{run}/checkpoints/step-00000000"
+    try:
+        evaluate(early, data, data + "-copy", QUICK, Execution(world))
+    except UsageError as error:
+        return [evaluate(early, data, test, QUICK, Execution(world)).unfinished, str(error)]
+    return []
+
+
+def test_ranks_agree_on_other_images_than_those_of_the_training(run: str, test_shards: str, tmp_path: Path) -> None:
+    images = folder_of_classes(tmp_path / "images", classes=3, images=7, width=24, height=20, first=500)
+    data = shards_of(images, tmp_path / "data")
+    for image in list(images.rglob("*.jpg"))[::2]:  # the others are training images too
+        image.unlink()
+    shards_of(images, tmp_path / "data-copy")
+    alone = foreign(World(), run, data, test_shards)
+    assert alone[0] == "in epoch 1 of 2"
+    assert "test images" in alone[1]
+    assert ranks.run(foreign, 2, tmp_path / "ranks", run, data, test_shards) == [alone] * 2
 
 
 # ---- resuming

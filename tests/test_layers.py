@@ -15,7 +15,8 @@ ORDER = (
     "errors extras text logs settings storage sections config world launch | heads shards views order data loader | "
     "model negatives twister memory rowsums terms loss optim | "
     "checkpoint results gains collapse run runs comparison outputs metrics training train plan | "
-    "evaluate export report | registry embedding gate | programs jobs backends | retraining reference doctor api cli"
+    "evaluate export report | registry embedding gate arguments | programs jobs backends | "
+    "retraining reference doctor api cli"
 )
 POSITION = {name: index for index, name in enumerate(ORDER.replace("|", "").split())}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem not in ("__init__", "__main__"))

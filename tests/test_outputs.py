@@ -128,11 +128,11 @@ COMMANDS: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "import": (lambda at: ["import", at / "zoo.torch", "--out", at / "shards/x"], "the shards"),
     "export": (lambda at: ["export", at / "run", at / "shards/trunk.safetensors"], "the shards"),
     "preview": (lambda at: ["preview", "demo", at / "photos", "--out", at / "photos/bee/sheet.html"], "the images"),
-    "run": (lambda at: ["run", at / "photos", at / "photos", "--root", at / "photos/cow", *TINY], "the images"),
+    "run": (lambda at: ["run", at / "photos", at / "others", "--root", at / "photos/cow", *TINY], "the images"),
     "register": (lambda at: ["register", at / "run", "--registry", at / "photos"], "no registry"),
     "retrain": (
         lambda at: [
-            *("retrain", "--train-source", at / "photos", "--test-source", at / "photos", "--root", at / "photos"),
+            *("retrain", "--train-source", at / "photos", "--test-source", at / "others", "--root", at / "photos"),
         ],
         "the images",
     ),
@@ -144,11 +144,20 @@ def test_no_command_writes_among_images_or_shards(
     pirl: Pirl, tmp_path: Path, command: Callable[[Path], list[object]], says: str
 ) -> None:
     folder_of_classes(tmp_path / "photos", classes=2, images=2)
+    folder_of_classes(tmp_path / "others", classes=2, images=2, first=10)
     fill(str(tmp_path))
     before = files(tmp_path)
     shown = pirl(*command(tmp_path))
     assert (shown.code, says in shown.err) == (2, True), shown
     assert files(tmp_path) == before
+
+
+def test_equal_training_and_test_images_are_refused_before_anything_is_written(pirl: Pirl, tmp_path: Path) -> None:
+    photos = folder_of_classes(tmp_path / "photos", classes=2, images=2)
+    shown = pirl("run", photos, f"{photos}/", "--root", tmp_path / "root", *TINY)
+    assert shown.code == 2
+    assert "training and test images are the same" in shown.err
+    assert not (tmp_path / "root").exists()
 
 
 def test_results_are_not_computed_for_a_place_that_cannot_be_written(pirl: Pirl, tmp_path: Path) -> None:

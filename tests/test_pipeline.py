@@ -267,13 +267,13 @@ def test_a_runner_that_is_stopped_takes_its_step_with_it(
 
 
 def test_classes_are_compared_before_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for split, classes in (("train", 3), ("test", 2), ("other", 4)):
-        folder_of_classes(tmp_path / split, classes=classes, images=2, width=24, height=20)
+    for first, (split, classes) in enumerate((("train", 3), ("test", 2), ("other", 4), ("copy", 3))):
+        shape = {"images": 2, "width": 24, "height": 20, "first": 100 * (first % 3)}
+        folder_of_classes(tmp_path / split, classes=classes, **shape)
 
-    def sharded(split: str, train_data: str = "") -> str:
-        return shard.python_func(
-            source=str(tmp_path / split), root=str(tmp_path / "out"), run="r", split=split, train_data=train_data
-        )
+    def sharded(split: str, train_data: str = "", **later: Any) -> str:
+        folders = {"root": str(tmp_path / "out"), "run": "r", "split": split}
+        return shard.python_func(source=str(tmp_path / split), train_data=train_data, **folders, **later)
 
     train = sharded("train")
     assert "6 images, 3 classes: class0, class1, class2" in capsys.readouterr().out
@@ -282,5 +282,34 @@ def test_classes_are_compared_before_the_training(tmp_path: Path, capsys: pytest
     with pytest.raises(SystemExit):
         sharded("other", train)
     assert "class3" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        sharded("copy", train)
+    assert "training and test images are the same" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("later", "message"),
+    [
+        ({"recipe": "dem"}, "'dem'"),
+        ({"overrides": "train.epoch=3"}, "epochs"),
+        ({"training": "worker=3"}, "'workers'"),
+        ({"evaluation": "protocol=zoo"}, "the gate does not read the protocol zoo"),
+        ({"metric": "linaer"}, "Did you mean 'linear'"),
+        ({"min_gain": float("nan")}, "the least gain is not a finite number"),
+        ({"model": "a/b"}, "not a name for a model"),
+        ({"registry": "ftp://host"}, "not a storage location"),
+    ],
+    ids=str,
+)
+def test_the_first_step_refuses_what_a_later_one_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], later: dict[str, Any], message: str
+) -> None:
+    """A run that was started in KFP's UI was not checked by `pirl submit`."""
+    images = folder_of_classes(tmp_path / "images", classes=2, images=2, width=24, height=20)
+    arguments = {"recipe": "demo", "model": "pirl", "metric": "linear", **later}
+    with pytest.raises(SystemExit):
+        shard.python_func(source=str(images), root=str(tmp_path / "out"), run="r", split="train", **arguments)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out/data").exists()
     tasks = compiled("pirl-pretrain").spec["root"]["dag"]["tasks"]
     assert set(tasks["pretrain"]["dependentTasks"]) == {"shard", "shard-2"}

@@ -360,6 +360,21 @@ def test_spoiled_images_do_not_replace_a_better_champion(
     assert [version.version for version in registry.versions("pirl")] == ["v0001"]
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_equal_training_and_test_images_are_refused_before_the_training(
+    tmp_path: Path, tiny_toml: Path, copied: bool
+) -> None:
+    wanted = retraining(tmp_path, tiny_toml, min_gain=-1.0)
+    test = wanted.train_source
+    if copied:  # with other times of the files
+        test = str(tmp_path / "copy")
+        shutil.copytree(wanted.train_source, test, copy_function=shutil.copyfile)
+    with pytest.raises(UsageError, match="training and test images are the same"):
+        keep_up_to_date(replace(wanted, test_source=test))
+    assert not list(tmp_path.glob("root/runs/*"))
+    assert copied or not list(tmp_path.glob("root/data/*"))
+
+
 def spoiled(probe_trunks: Any) -> Any:
     """Make every score of a run's own evaluation 0, and leave that of the champion as it is."""
 

@@ -123,6 +123,9 @@ def test_a_wrong_argument_is_told_with_the_nearest_and_nothing_is_sent(pirl: Pir
         (["min_gain=nan"], "min_gain"),
         (["run=../x"], "without slashes"),
         (["registry=ftp://host"], "not a storage location"),
+        (["test_source=s3://bucket/train/"], "the same"),
+        (["evaluation=protocol=nosuch"], "unknown protocol"),
+        (["evaluation=protocol=zoo"], "the gate does not read the protocol zoo"),
     ],
     ids=str,
 )

@@ -20,13 +20,26 @@ if TYPE_CHECKING:
     from pirl.evaluate.execution import Execution
     from pirl.evaluate.fast import evaluate, evaluate_bank, evaluate_run, evaluate_trunk
     from pirl.evaluate.features import Features, extract
+    from pirl.evaluate.images import check_labels
     from pirl.evaluate.load import load_model, load_trunk, require_finite
     from pirl.evaluate.neighbours import nearest
-    from pirl.evaluate.probe import Protocol, check_labels, embed
+    from pirl.evaluate.probe import Protocol, embed
     from pirl.evaluate.progress import Progress
     from pirl.evaluate.zoo import ZooProtocol, evaluate_layers
 
-MODULES = ("load", "crops", "execution", "progress", "features", "neighbours", "probe", "fast", "zoo", "apply")
+MODULES = (
+    "images",
+    "load",
+    "crops",
+    "execution",
+    "progress",
+    "features",
+    "neighbours",
+    "probe",
+    "fast",
+    "zoo",
+    "apply",
+)
 
 __all__ = [
     "Execution",

@@ -22,6 +22,7 @@ from pirl.errors import StorageError, UsageError
 from pirl.evaluate.crops import LabelledCrops
 from pirl.evaluate.execution import Execution
 from pirl.evaluate.features import Extractor, Features, extract_all, precision, share_of
+from pirl.evaluate.images import check_labels, count_shared, require_distinct
 from pirl.evaluate.load import load_model
 from pirl.evaluate.parts import Parts
 from pirl.evaluate.probe import (
@@ -30,15 +31,12 @@ from pirl.evaluate.probe import (
     Protocol,
     as_json,
     bank_neighbours,
-    check_labels,
     count_few,
-    count_shared,
     embed,
     probe,
-    require_distinct,
 )
 from pirl.model import PIRL, Trunk, build_model, weights_digest
-from pirl.results import BankScores, Evaluation, ProbeSettings
+from pirl.results import BankScores, Evaluation, FewLabels, ProbeSettings
 from pirl.run import Run
 from pirl.shards import Manifest, ShardReader
 from pirl.storage import open_storage
@@ -63,10 +61,10 @@ def evaluate(
     run = checkpoint if isinstance(checkpoint, Run) else Run.at(checkpoint)
     train, test = (ShardReader(uri) for uri in (train_data, test_data))
     recipe, commit, model, memory = _load(run, train, execution.world)
-    header = result_header(recipe, train, test, protocol, model.trunk, commit)
+    header = result_header(recipe, train, test, protocol, model.trunk, commit, execution.world)
     trunks = {"pretrained": model.trunk, "random": build_model(recipe).trunk.eval()}
     result, pairs = probe_trunks(trunks, recipe, (train, test), header, protocol, execution, run)
-    rows = recipe.rows(len(train)) if commit.data_digest == header.train_data else len(memory)
+    rows = recipe.rows(len(train)) if commit.data_digest == header.train_data else 0
     result = result.model_copy(update={"unfinished": _unfinished(run, commit, recipe, rows)})
     if commit.data_digest == header.train_data:
         bank = _ask_bank(model, memory, train_data, recipe, pairs["pretrained"].test, header, protocol, execution)
@@ -100,13 +98,16 @@ def _ask_bank(
 
 
 def _unfinished(run: Run, commit: Commit, recipe: Recipe, rows: int) -> str:
-    """Return the progress of a training that has not reached its end at a checkpoint; "" where it has."""
+    """Return the progress of a training that has not reached its end at a checkpoint; "" where it has.
+
+    `rows` are those of an epoch; 0 where the evaluation is of other images, whose number no rank needs to know.
+    """
     completion = run.completion()
     if completion and (completion.imported or completion.checkpoint_name == commit.name):
         return ""
     cursor, epochs = commit.cursor, recipe.train.epochs
-    if not rows:  # a rank that holds no row of a bank of other images
-        return f"step {cursor.step}"
+    if not rows:
+        return f"in epoch {cursor.epoch + 1} of {epochs}"
     if cursor.step >= epochs * recipe.steps_per_epoch(rows):
         return ""
     return f"epoch {cursor.epoch + cursor.samples / rows:.2f} of {epochs}"
@@ -181,7 +182,7 @@ def evaluate_bank(
     run = checkpoint if isinstance(checkpoint, Run) else Run.at(checkpoint)
     train, test = (ShardReader(uri) for uri in (train_data, test_data))
     recipe, commit, model, memory = _load(run, train, execution.world)
-    header = result_header(recipe, train, test, protocol, model.trunk, commit)
+    header = result_header(recipe, train, test, protocol, model.trunk, commit, execution.world)
     if commit.data_digest != header.train_data:
         raise UsageError(
             f"{header.checkpoint} has no memory bank of the images in {train_data}",
@@ -207,8 +208,9 @@ def evaluate_trunk(
     """Probe a backbone without a checkpoint, such as a registered one."""
     started = time.perf_counter()
     readers = ShardReader(train_data), ShardReader(test_data)
-    header = result_header(recipe, *readers, protocol, trunk)
-    result, _ = probe_trunks({"pretrained": trunk}, recipe, readers, header, protocol, execution or Execution())
+    execution = execution or Execution()
+    header = result_header(recipe, *readers, protocol, trunk, None, execution.world)
+    result, _ = probe_trunks({"pretrained": trunk}, recipe, readers, header, protocol, execution)
     return result.model_copy(update={"seconds": round(time.perf_counter() - started, 1)})
 
 
@@ -218,10 +220,12 @@ def result_header(
     test: ShardReader,
     protocol: Protocol,
     trunk: Trunk,
-    commit: Commit | None = None,
+    commit: Commit | None,
+    world: World,
 ) -> Evaluation:
-    """Return an evaluation without scores: checkpoint, weights, data and protocol."""
+    """Return an evaluation without scores: checkpoint, weights, data and protocol. Rank 0 counts for all."""
     classes = check_labels(train, test)
+    few, shared = world.of_main(lambda: _counts((train, test), protocol.label_share))
     return Evaluation(
         checkpoint=commit.name if commit else "",
         weights=weights_digest(trunk.state_dict()),
@@ -234,10 +238,15 @@ def result_header(
         test_images=len(test),
         classes=classes,
         untested=test.match_classes(classes),
-        few_labels=count_few(train.labels(), protocol.label_share),
-        shared_images=count_shared(train, test),
+        few_labels=few,
+        shared_images=shared,
         protocol=applied(protocol, recipe),
     )
+
+
+def _counts(readers: tuple[ShardReader, ShardReader], share: float) -> tuple[FewLabels, int]:
+    """Return the labels of the probe linear_1pct, and the number of test images that are training images too."""
+    return count_few(readers[0].labels(), share), count_shared(*readers)
 
 
 def applied(protocol: Protocol, recipe: Recipe) -> ProbeSettings:
@@ -251,7 +260,7 @@ def evaluate_run(uri: str, train_data: str, test_data: str, execution: Execution
     world = execution.world
     kept = kept_evaluation(run, train_data, test_data) if world.is_main else None
     if before := world.broadcast_object(kept):
-        result = before.model_copy(update=_update(before, train_data, test_data))
+        result = before.model_copy(update=world.of_main(lambda: _update(before, train_data, test_data)))
         if result != before and world.is_main:
             run.save_evaluation(result)
         return result
@@ -269,8 +278,8 @@ def _update(before: Evaluation, train_data: str, test_data: str) -> dict[str, An
     update: dict[str, Any] = {"train_uri": open_storage(train_data).uri, "test_uri": open_storage(test_data).uri}
     if before.few_labels is None:
         readers = ShardReader(train_data), ShardReader(test_data)
-        share = before.protocol.label_share
-        update |= {"few_labels": count_few(readers[0].labels(), share), "shared_images": count_shared(*readers)}
+        few, shared = _counts(readers, before.protocol.label_share)
+        update |= {"few_labels": few, "shared_images": shared}
     return update
 
 

@@ -8,7 +8,6 @@ optimiser. Compare like with like.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from pirl.config import Recipe
 from pirl.data import CropDataset
-from pirl.errors import UsageError
 from pirl.evaluate.execution import ALONE
 from pirl.evaluate.features import ROWS, Features, moments, share_of
 from pirl.evaluate.neighbours import vote
@@ -27,10 +25,7 @@ from pirl.evaluate.progress import Progress
 from pirl.evaluate.sgd import Standardised, train_probes
 from pirl.model import PIRL
 from pirl.results import BankScores, FewLabels, Score, Scores
-from pirl.shards import Manifest, ShardReader, check_same_decoding, listed
 from pirl.world import World
-
-log = logging.getLogger(__name__)
 
 MOST_STEPS = 20_000
 """Bound of a probe's steps: from 256,001 images on, 20 epochs would take more."""
@@ -77,55 +72,6 @@ class Pair(NamedTuple):
 def as_json(protocol: Protocol) -> dict[str, Any]:
     """Return the protocol as JSON does: lists for tuples."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(protocol).items()}
-
-
-def check_labels(train: ShardReader, test: ShardReader) -> list[str]:
-    """Return the classes of the training images, by which the labels of the test images are numbered from now on.
-
-    Classes are matched by name. DataError naming those that only the test images have; a warning names those without a
-    test image.
-    """
-    require_distinct(train.manifest, test.manifest)
-    check_same_decoding(train.manifest, test.manifest)
-    for reader in (train, test):
-        if reader.manifest.classes is None:
-            raise UsageError(
-                f"{reader.storage.uri} has no labels: an evaluation needs them",
-                "shard a folder with one subfolder for each class",
-            )
-        reader.check()
-    assert train.manifest.classes is not None
-    if absent := test.match_classes(train.manifest.classes):
-        log.warning("%s has no image of %s: they count for nothing", test.storage.uri, listed(absent))
-    return train.manifest.classes
-
-
-def require_distinct(train: Manifest, test: Manifest) -> None:
-    """Raise `UsageError` where training and test images are the same data set."""
-    if train.digest == test.digest:
-        raise UsageError(
-            f"training and test images are the same: both have the digest {train.digest[:12]}",
-            "name test images that the classifier is not trained on",
-        )
-
-
-def count_shared(train: ShardReader, test: ShardReader) -> int:
-    """Return how many test images are training images too, by size and checksum: from the indexes, no image is read.
-
-    0 where the shards of either have no checksums (version 0.1). `UsageError` where all of them are.
-    """
-    keys = []
-    for reader in (test, train):
-        if (checksums := reader.checksums()) is None:
-            return 0
-        keys.append(reader.sizes() << 32 | checksums)
-    shared = int(np.isin(*keys).sum())
-    if shared == len(test):
-        raise UsageError(
-            f"all {shared:,} test images of {test.storage.uri} are training images too",
-            "name test images that the classifier is not trained on",
-        )
-    return shared
 
 
 def probe(

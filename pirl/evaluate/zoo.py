@@ -31,9 +31,9 @@ from pirl.evaluate.crops import FLIP, RATIO, SCALE, Chunk, LabelledCrops
 from pirl.evaluate.execution import ALONE, Execution
 from pirl.evaluate.features import share_of
 from pirl.evaluate.heads import HEADS, Part, build_heads, head_optimizer, join, score_heads, train_step
+from pirl.evaluate.images import check_labels
 from pirl.evaluate.layers import FrozenLayers
 from pirl.evaluate.load import load_trunk, require_finite
-from pirl.evaluate.probe import check_labels
 from pirl.evaluate.states import EpochStates
 from pirl.model import weights_digest
 from pirl.optim import set_learning_rate

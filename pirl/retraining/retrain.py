@@ -19,6 +19,7 @@ from typing import Any
 from pirl.backends import Backend, LocalBackend
 from pirl.config import load_recipe
 from pirl.errors import EXIT_DONE, PreemptedError
+from pirl.evaluate.images import check_images
 from pirl.evaluate.spec import EvaluationSpec, options_like
 from pirl.gate import METRIC, MIN_GAIN, RejectedError, check_question, decide, register_run
 from pirl.logs import info, progress
@@ -98,10 +99,11 @@ def keep_up_to_date(retraining: Retraining, dry_run: bool = False) -> int:
     info(f"{'would train' if dry_run else 'training'} {decision.run} {retraining.backend.where}")
     if dry_run:
         return EXIT_DONE
+    _shard(sources["test"], data["test"], own)
+    check_images(data["train"], data["test"])  # what an evaluation would refuse after the training
     if code := _train(retraining, decision, data["train"]):
         return code
     with ending_on_sigterm(f"the training is saved in {decision.run}"):
-        _shard(sources["test"], data["test"], retraining.source_options)
         if code := _evaluate(retraining, decision.run, data):
             return code
         _register(retraining, decision.run)

@@ -107,7 +107,8 @@ def summary(source: Source) -> list[str]:
 def compare_classes(train: Source | Manifest, test: Source) -> list[str]:
     """Return notes on the classes of test images compared with those of training: which the test images lack.
 
-    UsageError where either has no classes; DataError naming classes that training does not have.
+    UsageError where either has no classes, or both are the same images; DataError naming classes that training does
+    not have.
     """
     for split, images in (("training", train), ("test", test)):
         if images.classes is None:
@@ -115,6 +116,11 @@ def compare_classes(train: Source | Manifest, test: Source) -> list[str]:
             raise UsageError(
                 f"the {split} images have no classes: {origin}", "give one folder a class: an evaluation needs labels"
             )
+    if isinstance(train, Source) and train.fingerprint() == test.fingerprint():
+        raise UsageError(
+            f"training and test images are the same: {train.description} and {test.description}",
+            "name test images that the classifier is not trained on",
+        )
     assert train.classes is not None
     assert test.classes is not None
     assert test.labels is not None
