@@ -308,8 +308,9 @@ class TestBuilt:
         """The command of the CronJob, with this environment alone, on images that exist, by the served kind."""
         kubernetes.served = tuple(resource.plural for resource in kind.resources)
         folder_of_classes(tmp_path / "photos", classes=2, images=2)
+        folder_of_classes(tmp_path / "tests", classes=2, images=2, first=10)
         config = next(document for document in built(overlay) if document["kind"] == "ConfigMap")["data"]
-        here = {"PIRL_TRAIN_SOURCE": "photos", "PIRL_TEST_SOURCE": "photos", "PIRL_ROOT": "root"}
+        here = {"PIRL_TRAIN_SOURCE": "photos", "PIRL_TEST_SOURCE": "tests", "PIRL_ROOT": "root"}
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         cron = next(document for document in built("cron") if document["kind"] == "CronJob")["spec"]
         container = cron["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]

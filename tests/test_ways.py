@@ -157,10 +157,15 @@ class Ways:
 
     def run_command_to_step(self) -> tuple[Request, Request]:
         own = sources(self.rng)
-        toy = ArraySource("toy", np.zeros((4, 8, 8), np.uint8), np.zeros(4, np.int64), ["a"], "a/")
+        toys = [
+            ArraySource("toy", np.full((4, 8, 8), grey, np.uint8), np.zeros(4, np.int64), ["a"], "a/")
+            for grey in range(2)
+        ]
         tiny = ["loss.negatives=1", "train.batch_size=2"]
         opened: list[Request] = []
-        open_source = mock.patch("pirl.shards.open_source", lambda *request: opened.append(request) or toy)
+        open_source = mock.patch(
+            "pirl.shards.open_source", lambda *request: opened.append(request) or toys[len(opened) - 1]
+        )
         with open_source, mock.patch("pipelines.local.run_local") as run_local:
             self.command("run", "a b", "it's", *flags(own), f"--root={self.folder}", *tiny)
         assert opened == [("a b", own), ("it's", own)]
