@@ -29,9 +29,10 @@ from pirl.export import trunk_bytes
 from pirl.gains import score_text
 from pirl.model import build_model
 from pirl.order import epoch_order
-from pirl.report import neighbours as neighbours_module
+from pirl.report import gallery as gallery_module
 from pirl.report import render_report, views_sheet, write_preview, write_report
 from pirl.report.charts import MOST_POINTS, Line, line_chart, number, short, thinned, ticks
+from pirl.report.gallery import read_gallery
 from pirl.report.neighbours import choose_queries, find_neighbours
 from pirl.report.sheet import draw_views
 from pirl.results import Evaluation, Score
@@ -77,7 +78,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag, f"</{tag}> closes nothing"
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
+        if not {"style", "script"} & {*self.open}:
             self.sections[self.section].append(data)
 
     def text(self, section: str | None = None) -> str:
@@ -170,7 +171,8 @@ def fake_evaluation(run: Path, gains: dict[str, float], std: float = 0.005) -> d
 
 def test_the_page_needs_nothing_else(page: Page, evaluated: Path) -> None:
     for tag, attributes in page.elements:
-        assert tag not in ("script", "link", "iframe", "object", "base")
+        assert tag not in ("link", "iframe", "object", "base")
+        assert tag != "script" or "src" not in attributes  # the map's own
         for key in ("src", "href", "srcset", "action", "poster"):
             assert attributes.get(key, "#").startswith(("data:image/", "#")), (tag, key, attributes[key][:60])
         assert not any(key.startswith("on") for key in attributes)
@@ -179,14 +181,15 @@ def test_the_page_needs_nothing_else(page: Page, evaluated: Path) -> None:
     assert "url(" not in text
     anchors = {a["href"][1:] for a in page.find("a")}
     assert anchors <= {a["id"] for _, a in page.elements if "id" in a}
-    assert anchors >= {"results", "training", "views", "neighbours", "steps", "use", "details"}
+    assert anchors >= {"results", "training", "views", "neighbours", "map", "steps", "use", "details"}
     assert "prefers-color-scheme: dark" in text
 
 
 def test_text_from_outside_is_escaped(page: Page) -> None:
     for text in (*CLASSES, "<b>tiny<b>", "<i>", "it was good <enough>", "m & m"):
         assert text in page.text()
-    assert not {tag for tag, _ in page.elements} & {"script", "enough"}
+    assert len(page.find("script")) == 2  # the map's data and its program
+    assert not page.find("enough")
     assert all(attributes.get("class") for attributes in page.find("i"))  # the table's dots, and no file name
 
 
@@ -276,7 +279,7 @@ def test_the_neighbours_are_the_nearest(page: Page, evaluated: Path, data: tuple
         pixels = np.stack([centre_crop(decode_image(reader.read(id), ""), recipe) for id in ids])
         return extract(trunk, lambda: iter([torch.from_numpy(pixels)]), recipe)
 
-    alts = [a["alt"] for a in page.find("img")]
+    alts = [a["alt"] for a in page.find("img") if "data-point" not in a]
     queries = [int(alt.split()[-1]) for alt in alts if alt.startswith("test image")]
     assert queries == choose_queries(test_reader, recipe.train.seed)
     assert len(queries) == 10
@@ -522,9 +525,10 @@ def test_one_query_of_each_class(data: tuple[str, str]) -> None:
 def test_a_slow_trunk_searches_fewer_images(
     trained: Path, data: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(neighbours_module, "BATCH", 8)
-    monkeypatch.setattr(neighbours_module, "BUDGET_S", 0.0)
-    found = find_neighbours(str(trained), *(ShardReader(uri) for uri in data))
+    monkeypatch.setattr(gallery_module, "BATCH", 8)
+    monkeypatch.setattr(gallery_module, "BUDGET_S", 0.0)
+    train, test = (ShardReader(uri) for uri in data)
+    found = find_neighbours(read_gallery(str(trained), train, compared=True), test)
     assert (found.searched, found.images) == (8, 42)
     assert [len(row) for row in found.pretrained] == [6] * 10
     page = Page(render_report(str(trained), *data))

@@ -3,7 +3,9 @@
     facts       what the run directory holds, and the verdict, the table and the curves that follow from it
     charts      line charts as inline SVG
     sheet       the views of real images, with the places that they come from
+    gallery     features of training images, which the next two search
     neighbours  nearest training images of a few test images
+    data_map    training images in two dimensions, likely duplicates and outliers
 
 Missing parts are named on the page. Everything that comes from outside is escaped by the templates.
 """
@@ -17,12 +19,15 @@ from pirl.errors import CheckpointError
 from pirl.gains import caveats, gains
 from pirl.order import epoch_order
 from pirl.report.charts import MOST_POINTS
+from pirl.report.data_map import DataMap, draw_map
 from pirl.report.facts import TITLES, RunFacts, curves, header, read_run, row_detail, scale, verdict
+from pirl.report.gallery import read_gallery
 from pirl.report.neighbours import Neighbours, find_neighbours
-from pirl.report.page import render
+from pirl.report.page import render, script
 from pirl.report.sheet import Example, draw_views, views_sheet, write_preview
 from pirl.run import REPORT, Run
 from pirl.shards import Manifest, ShardReader
+from pirl.text import count
 from pirl.views import open_pretext
 
 __all__ = ["render_report", "save_report", "views_sheet", "write_preview", "write_report"]
@@ -62,18 +67,8 @@ def render_report(run: str, train_data: str, test_data: str | None = None) -> st
     facts = read_run(Run.at(run))
     dataset = CropDataset(train_data, facts.recipe)
     train = dataset.reader
-    nearest: Neighbours | None = None
-    why_not = ""
     test = ShardReader(test_data) if test_data else None
-    if test is None:
-        why_not = "No test images were given to this report: name their shards with --test."
-    elif not facts.checkpoints:
-        why_not = "The run has no checkpoint yet."
-    else:
-        try:
-            nearest = find_neighbours(run, train, test)
-        except CheckpointError as error:
-            why_not = f"No checkpoint can be read: {error.what}."
+    nearest, data_map, why_not = search(run, facts, train, test)
     rows = gains(facts.evaluation) if facts.evaluation else []
     return render(
         "report.html.j2",
@@ -93,9 +88,25 @@ def render_report(run: str, train_data: str, test_data: str | None = None) -> st
         examples=first_examples(dataset),
         pretext=open_pretext(facts.recipe.views),
         neighbours=nearest,
-        why_no_neighbours=why_not,
+        map=data_map,
+        map_script=script("map.js") if data_map else "",
+        why_not=why_not or "No test images were given to this report: name their shards with --test.",
+        why_no_map=why_not or f"{count(len(train), 'image')} make no map.",
         usage=usage(facts),
     )
+
+
+def search(
+    run: str, facts: RunFacts, train: ShardReader, test: ShardReader | None
+) -> tuple[Neighbours | None, DataMap | None, str]:
+    """Return the neighbours of test images, the map of the training images, and why both are missing."""
+    if not facts.checkpoints:
+        return None, None, "The run has no checkpoint yet."
+    try:
+        gallery = read_gallery(run, train, compared=test is not None)
+    except CheckpointError as error:
+        return None, None, f"No checkpoint can be read: {error.what}."
+    return find_neighbours(gallery, test) if test else None, draw_map(gallery), ""
 
 
 def other_data(run: RunFacts, train: ShardReader, test: ShardReader | None) -> list[str]:

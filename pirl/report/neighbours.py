@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from pirl.evaluate import centre_crop, extract, load_trunk, nearest, require_finite
-from pirl.model import build_model
+from pirl.evaluate import nearest
 from pirl.order import epoch_order
+from pirl.report.gallery import Gallery
 from pirl.report.pictures import Picture, picture
 from pirl.shards import ShardReader
 
 QUERIES, SHOWN = 10, 6
-GALLERY = 10_000  # training images that are searched
-BATCH = 256
-BUDGET_S = 8.0
-"""Of extracting features: a large trunk on a slow machine searches fewer images, and the page shows how many."""
 
 
 @dataclass(frozen=True)
@@ -53,30 +46,10 @@ class Neighbours:
         return sum(not shown.wrong for row in getattr(self, trunk) for shown in row)
 
 
-def find_neighbours(run: str, train: ShardReader, test: ShardReader) -> Neighbours:
-    """Search with the newest checkpoint of a run. Which images take part depends on the recipe's seed alone."""
-    recipe, commit, trained = load_trunk(run)
-    trunks = (trained, build_model(recipe).trunk.eval())
-
-    def features(reader: ShardReader, ids: Sequence[int]) -> list[torch.Tensor]:
-        images = [reader.image(id) for id in ids]
-        pixels = torch.from_numpy(np.stack([centre_crop(image, recipe) for image in images]))
-        extracted = [extract(trunk, lambda: iter([pixels]), recipe) for trunk in trunks]
-        for name, values in zip(("pretrained", "random"), extracted):
-            require_finite(values, ids, reader, name)
-        return extracted
-
-    queries = choose_queries(test, recipe.train.seed)
-    query_features = features(test, queries)
-    ids = epoch_order(recipe.train.seed, 0, len(train))[:GALLERY].tolist()
-    gathered: list[list[torch.Tensor]] = [[], []]
-    started = time.perf_counter()
-    searched = 0
-    while searched < len(ids) and (searched == 0 or time.perf_counter() - started < BUDGET_S):
-        part = ids[searched : searched + BATCH]
-        for parts, new in zip(gathered, features(train, part)):
-            parts.append(new)
-        searched += len(part)
+def find_neighbours(gallery: Gallery, test: ShardReader) -> Neighbours:
+    """Search a gallery that has the features of both trunks. Which images take part depends on the seed alone."""
+    train = gallery.reader
+    queries = choose_queries(test, gallery.trunks.recipe.train.seed)
 
     def show(reader: ShardReader, id: int, similarity: float = 1.0, like: str | None = None) -> Shown:
         classes = reader.manifest.classes
@@ -86,15 +59,15 @@ def find_neighbours(run: str, train: ShardReader, test: ShardReader) -> Neighbou
 
     shown = [show(test, id) for id in queries]
     rows: list[list[list[Shown]]] = []
-    for parts, query in zip(gathered, query_features):
-        index, similarity = nearest(torch.cat(parts), query, min(SHOWN, searched))
+    for features, query in zip(gallery.features, gallery.trunks.features(test, queries)):
+        index, similarity = nearest(features, query, min(SHOWN, len(gallery.ids)))
         rows.append(
             [
-                [show(train, ids[i], s, like=example.label) for i, s in zip(row, similarities)]
+                [show(train, gallery.ids[i], s, like=example.label) for i, s in zip(row, similarities)]
                 for row, similarities, example in zip(index.tolist(), similarity.tolist(), shown)
             ]
         )
-    return Neighbours(commit.name, searched, len(train), shown, *rows)
+    return Neighbours(gallery.trunks.checkpoint, len(gallery.ids), len(train), shown, *rows)
 
 
 def choose_queries(test: ShardReader, seed: int) -> list[int]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from pirl.report.facts import points, when
 from pirl.text import duration, percent, size
@@ -21,6 +23,11 @@ def render(template: str, **values: Any) -> str:
     )
     environment.filters |= {"duration": duration, "percent": percent, "points": points, "when": when, "size": size}
     return writable(environment.get_template(template).render(**values))
+
+
+def script(name: str) -> Markup:
+    """Return a script of `pirl/templates` for a page; it is the project's own text."""
+    return Markup(files("pirl").joinpath("templates", name).read_text())
 
 
 def writable(text: str) -> str:
