@@ -19,7 +19,8 @@ def linear_eval(
     """Probe the newest checkpoint of `run` into its folder; return the run's URI.
 
     `options` (`pirl eval --help`) and `job` (settings of the job, on a cluster) are NAME=VALUE items separated by
-    blanks. The gate reads the protocol fast. `kfp_run` is the id of the KFP run, a label of the job.
+    blanks. The gate reads the protocol fast; finetune begins with it. `kfp_run` is the id of the KFP run, a label of
+    the job.
     """
     from components.step import labels_of, step
     from pirl.backends import prepare_evaluation
@@ -37,6 +38,6 @@ def linear_eval(
         result = program.result()
         if isinstance(result, Evaluation):
             for trunk in ("pretrained", "random"):  # last in the name: the UI sorts, and compares what is adjacent
-                for name, scores in getattr(result, trunk).items():
+                for name, scores in result.scores(trunk).items():
                     metrics.log_metric(f"{name}_top1_{trunk}", scores.top1.mean)
     return run

@@ -64,7 +64,9 @@ def _facts(run: Run) -> dict[str, Any]:
         "throughput, images/s": _rounded(last.get("images_per_s"), 1),
         "last loss": _rounded(last.get("loss"), 4),
     }
-    for weights, scores in (("pretrained", evaluation.pretrained), ("random", evaluation.random)) if evaluation else ():
+    for weights, scores in (
+        (("pretrained", evaluation.scores("pretrained")), ("random", evaluation.scores("random"))) if evaluation else ()
+    ):
         for probe, score in scores.items():
             facts[f"{probe}, {weights}, {HIGHER}"] = percent(score.top1.mean)
     registered = run.registered()

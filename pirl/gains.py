@@ -53,12 +53,13 @@ class Gain:
 def gains(evaluation: Evaluation) -> list[Gain]:
     """Return the rates that both backbones have. Top-5 of five classes or fewer is always 100 % and left out."""
     few = len(evaluation.classes) <= 5
+    pretrained, random = evaluation.scores("pretrained"), evaluation.scores("random")
     return [
-        Gain(probe, rate, value, evaluation.random[probe].rates()[rate], evaluation.test_images)
-        for probe, scores in evaluation.pretrained.items()
-        if probe in evaluation.random
+        Gain(probe, rate, value, random[probe].rates()[rate], evaluation.test_images)
+        for probe, scores in pretrained.items()
+        if probe in random
         for rate, value in scores.rates().items()
-        if rate in evaluation.random[probe].rates() and not (few and rate == "top5")
+        if rate in random[probe].rates() and not (few and rate == "top5")
     ]
 
 
@@ -69,8 +70,11 @@ def score_text(value: Score, images: int) -> str:
 
 def row_title(probe: str, evaluation: Evaluation) -> str:
     """Return the name of a probe's line in a table."""
-    title = ROWS.get(probe, probe)
-    return f"{title}, {labels_text(evaluation)}" if probe == "linear_1pct" else title
+    if probe == "linear_1pct":
+        return f"{ROWS[probe]}, {labels_text(evaluation)}"
+    if tuned := evaluation.fine_tuned().get(probe):
+        return f"fine-tuned, {number_text(tuned.labels, evaluation.train_images)}"
+    return ROWS.get(probe, probe)
 
 
 def labels_text(evaluation: Evaluation) -> str:
@@ -78,13 +82,31 @@ def labels_text(evaluation: Evaluation) -> str:
     few = evaluation.few_labels
     if few is None:  # version 0.1 recorded the share that was asked for
         return f"{100 * evaluation.protocol.label_share:g} % of the labels"
+    return number_text(few, evaluation.train_images)
+
+
+def number_text(few: FewLabels, images: int) -> str:
+    """Return a number of labels: 1 label per class (16.7 %)."""
     number = count(few.most, "label") if few.least == few.most else f"{few.least} to {count(few.most, 'label')}"
-    return f"{number} per class ({few_share(few, evaluation.train_images)})"
+    return f"{number} per class ({few_share(few, images)})"
 
 
 def few_share(few: FewLabels, images: int) -> str:
     """Return the share of the labels in percent, with three digits."""
     return f"{100 * few.labels / max(images, 1):.3g} %"
+
+
+def tuned_lines(evaluation: Evaluation) -> list[str]:
+    """Return a line for each result of fine-tuning. They are shown, and decide nothing."""
+    lines = []
+    for gain in gains(evaluation):
+        if gain.probe in evaluation.fine_tuned():
+            trained, random = (score_text(side, gain.images) for side in (gain.pretrained, gain.random))
+            lines.append(
+                f"{row_title(gain.probe, evaluation)}: {gain.rate.replace('top', 'top-')} is {trained} %, "
+                f"from random weights {random} %: {100 * gain.gain:+.2f} points ({gain.decision})"
+            )
+    return lines
 
 
 def caveats(evaluation: Evaluation) -> list[str]:

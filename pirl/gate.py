@@ -14,7 +14,7 @@ from typing import Any
 from pirl import __version__
 from pirl.collapse import collapse
 from pirl.errors import DataError, RegistryError, UsageError, did_you_mean
-from pirl.gains import Gain, caveats, labels_text, score_text
+from pirl.gains import Gain, caveats, labels_text, score_text, tuned_lines
 from pirl.logs import info
 from pirl.outputs import check_registry
 from pirl.registry import CHAMPION, TRUNK, Registry, Version, open_registry
@@ -54,7 +54,7 @@ def decide(
     promote, reasons = _gain(evaluation, metric, min_gain)
     doubts = _doubts(folder, evaluation)
     promote = promote and not doubts
-    reasons += [*doubts, *caveats(evaluation)]
+    reasons += [*doubts, *tuned_lines(evaluation), *caveats(evaluation)]
     if champion and not is_same_run(champion, folder, evaluation):
         better, reason = _compare(folder, evaluation, champion, metric, dry_run, progress)
         promote = promote and better

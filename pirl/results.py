@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,6 +16,7 @@ from pirl.errors import StorageError
 from pirl.text import score
 
 FORMAT = 1
+Side = Literal["pretrained", "random"]
 PROBES = ("linear", "linear_1pct", "knn")
 """Names of the probes in an evaluation."""
 
@@ -135,6 +136,34 @@ class FewLabels(Content):
     """Of one class."""
 
 
+class FineTuned(Content):
+    """The whole network, fine-tuned with a share of the labels: from pretrained and from random weights."""
+
+    share: float
+    """Share of each class's labels that was asked for."""
+    labels: FewLabels
+    images: str = ""
+    """SHA-256 of the ids of the images with labels."""
+    pretrained: Scores
+    random: Scores
+
+    @property
+    def name(self) -> str:
+        """Name among the probes: finetune_1pct."""
+        return f"finetune_{100 * self.share:g}pct"
+
+
+class FineTuning(Content):
+    """The protocol finetune: its settings and a result for each share of the labels."""
+
+    protocol: dict[str, Any]
+    results: list[FineTuned]
+    differences: list[str] = []
+    """Deviations from the settings of the paper."""
+    ranks: int = 1
+    seconds: float = 0.0
+
+
 class Evaluation(Versioned):
     """`eval.json`: the probes of a frozen backbone, next to those of the same backbone with its initial weights.
 
@@ -172,6 +201,7 @@ class Evaluation(Versioned):
     collapsed: list[str] = []
     """Of "pretrained" and "random": backbones whose features do not vary over the training images."""
     bank: BankScores | None = None
+    finetune: FineTuning | None = None
     steps: dict[str, int] = {}
     """Steps of each linear probe."""
     differences: list[str] = []
@@ -182,6 +212,18 @@ class Evaluation(Versioned):
     @property
     def checkpoint_name(self) -> str:
         return self.checkpoint.rpartition("/")[2]
+
+    def fine_tuned(self) -> dict[str, FineTuned]:
+        """Return the results of fine-tuning by name."""
+        return {each.name: each for each in self.finetune.results} if self.finetune else {}
+
+    def scores(self, side: Side) -> dict[str, Scores]:
+        """Return the scores from pretrained or random weights: those of the frozen backbone, then fine-tuned ones."""
+        probes = self.pretrained if side == "pretrained" else self.random
+        tuned = {
+            name: each.pretrained if side == "pretrained" else each.random for name, each in self.fine_tuned().items()
+        }
+        return {**probes, **tuned}
 
 
 class GateQuestion(Content):

@@ -27,11 +27,14 @@ from pirl.checkpoint import Checkpoints, Cursor
 from pirl.config import ModelConfig, Recipe, load_recipe
 from pirl.errors import CheckpointError, DataError, TrainingError, UsageError
 from pirl.evaluate import ZooProtocol, centre_crop, evaluate_layers
+from pirl.evaluate.apply import zoo_protocol
 from pirl.evaluate.crops import PROBE_STREAM, LabelledCrops, draw_crops, random_crops
 from pirl.evaluate.execution import Execution
 from pirl.evaluate.heads import HEADS, build_heads, head_optimizer, score_heads, top_hits, train_step
 from pirl.evaluate.layers import ZOO_POOLS, FrozenLayers, adaptive_pool, choose_pools, layer_maps, zoo_shapes
 from pirl.evaluate.progress import Progress
+from pirl.evaluate.schedules import Schedule
+from pirl.evaluate.spec import EvaluationOptions
 from pirl.evaluate.zoo import describe, split_batches, train_heads
 from pirl.model import Trunk, build_model
 from pirl.optim import set_learning_rate
@@ -201,6 +204,21 @@ def test_other_numbers_of_epochs_drop_in_proportion(epochs: int, drops: list[int
     protocol = ZooProtocol(epochs=epochs)
     assert protocol.drops() == drops
     assert protocol.learning_rate(epochs - 1, 256) == pytest.approx(0.01 / 10 ** sum(drop < epochs for drop in drops))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "epochs", "drops"),
+    [
+        ("imagenet", 28, [8, 16, 24]),
+        ("places205", 14, [4, 8, 12]),
+        ("inat18", 84, [24, 48, 72]),
+    ],
+)
+def test_the_schedules_of_the_papers_data_sets(schedule: Schedule, epochs: int, drops: list[int]) -> None:
+    protocol = zoo_protocol(EvaluationOptions(protocol="zoo", schedule=schedule))
+    assert (protocol.epochs, protocol.drops()) == (epochs, drops)
+    recipe = load_recipe("r50-200ep-linear")
+    assert describe(protocol, recipe, on_meta(recipe), 1_000_000)[1] == []
 
 
 def small_heads(classes: int = 3, seed: int = 1) -> nn.ModuleDict:
@@ -546,6 +564,7 @@ def test_a_separable_set_is_learned(colours: tuple[str, str], tmp_path: Path) ->
     }
     assert [line.split(";")[0].split(":")[0] for line in result["differences"]] == [
         "8 epochs for 28",
+        "a learning rate of 1 for 0.01",
         "batches of 8 for 256",
         "crops of 16 pixels for 224, cut for the test from images resized to 16 for 256, by the recipe's [eval]",
         "adaptive pooling to at most 9,216 features",

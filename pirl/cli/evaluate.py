@@ -37,8 +37,9 @@ def evaluate(
 ) -> None:
     """Probe a run's frozen backbone.
 
-    Protocol fast compares it with its random initial weights; zoo probes it layer by layer; bank searches the nearest
-    neighbours in its memory bank, with one pass over the test images alone.
+    Protocol fast compares it with its random initial weights; zoo probes it layer by layer; finetune trains the whole
+    network with 1 % and 10 % of the labels; bank searches the nearest neighbours in its memory bank, with one pass over
+    the test images alone.
 
     An interrupted evaluation continues where it stopped. With --dry-run --json it prints the specification that
     `python -m pirl.evaluate SPEC.json` takes.
@@ -94,14 +95,22 @@ def show_scores(result: Evaluation) -> None:
 
 def show_gains(result: Evaluation) -> None:
     """Print the table of an evaluation, a decision for each line, and what the numbers cannot show."""
-    table = Table(title="top-1 of the frozen trunk, in %")
+    table = Table(
+        title="top-1 of the frozen trunk, in %" if not result.finetune else "frozen and fine-tuned trunk, in %"
+    )
     for column in ("", "pretrained", "random weights", "gain", "pretraining"):
         table.add_column(column, justify="left" if column in ("", "pretraining") else "right")
+    tuned = result.fine_tuned()
     for gain in gains(result):
-        if gain.rate == "top1":
+        if gain.rate == "top1" or gain.probe in tuned:
+            title = row_title(gain.probe, result) + (
+                f", {gain.rate.replace('top', 'top-')}" if gain.probe in tuned else ""
+            )
             sides = (score_text(side, gain.images) for side in (gain.pretrained, gain.random))
-            table.add_row(row_title(gain.probe, result), *sides, f"{100 * gain.gain:+.2f}", gain.decision)
+            table.add_row(title, *sides, f"{100 * gain.gain:+.2f}", gain.decision)
     show_table(table)
+    for difference in result.finetune.differences if result.finetune else ():
+        console.print(f"fine-tuning is not as in the paper: {difference}")
     console.print(
         f"\N{PLUS-MINUS SIGN}: standard error, of the probe's seeds and of {count(result.test_images, 'test image')}; "
         "a gain counts where it exceeds both errors together"

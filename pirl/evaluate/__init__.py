@@ -1,7 +1,8 @@
-"""Evaluations of a frozen backbone, by three protocols.
+"""Evaluations of a backbone, by four protocols.
 
 `fast`: features once, a linear probe and nearest neighbours, compared with the same backbone's initial weights.
 `bank`: nearest neighbours in the memory bank, without reading the training images.
+`finetune`: after `fast`, the whole network trained with 1 % and 10 % of the labels.
 `zoo`: that of the published models, a linear classifier on every layer, trained on random crops for 28 epochs.
 
 Names are loaded when they are used: `spec` alone loads no torch.
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
     from pirl.evaluate.execution import Execution
     from pirl.evaluate.fast import evaluate, evaluate_bank, evaluate_run, evaluate_trunk
     from pirl.evaluate.features import Features, extract
+    from pirl.evaluate.finetune import fine_tune
     from pirl.evaluate.images import check_labels
     from pirl.evaluate.load import load_model, load_trunk, require_finite
     from pirl.evaluate.neighbours import nearest
     from pirl.evaluate.probe import Protocol, embed
     from pirl.evaluate.progress import Progress
+    from pirl.evaluate.schedules import FinetuneProtocol
     from pirl.evaluate.zoo import ZooProtocol, evaluate_layers
 
 MODULES = (
@@ -38,12 +41,15 @@ MODULES = (
     "probe",
     "fast",
     "zoo",
+    "finetune",
+    "schedules",
     "apply",
 )
 
 __all__ = [
     "Execution",
     "Features",
+    "FinetuneProtocol",
     "Progress",
     "Protocol",
     "ZooProtocol",
@@ -57,6 +63,7 @@ __all__ = [
     "evaluate_run",
     "evaluate_trunk",
     "extract",
+    "fine_tune",
     "load_model",
     "load_trunk",
     "nearest",

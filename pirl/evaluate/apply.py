@@ -12,7 +12,9 @@ from typing import Any
 from pirl.errors import UsageError
 from pirl.evaluate.execution import Execution
 from pirl.evaluate.fast import evaluate_bank, evaluate_run, kept_bank, kept_evaluation
+from pirl.evaluate.finetune import fine_tune, has_finetune
 from pirl.evaluate.progress import Progress
+from pirl.evaluate.schedules import SCHEDULES
 from pirl.evaluate.spec import EvaluationOptions, EvaluationSpec
 from pirl.evaluate.zoo import ZooProtocol, evaluate_layers, kept_layers
 from pirl.results import Evaluation
@@ -27,7 +29,10 @@ def apply_protocol(spec: EvaluationSpec, execution: Execution | None = None) -> 
     """Return the result, the same on every rank; rank 0 has saved it in the run."""
     execution = execution or Execution()
     if spec.protocol == "zoo":
-        return evaluate_layers(spec.run, spec.data, spec.test, _zoo(spec), execution)
+        return evaluate_layers(spec.run, spec.data, spec.test, zoo_protocol(spec), execution)
+    if spec.protocol == "finetune":
+        evaluation = evaluate_run(spec.run, spec.data, spec.test, execution)
+        return fine_tune(spec.run, spec.data, spec.test, spec.finetune_protocol(), evaluation, execution)
     if spec.protocol == "bank":
         result = evaluate_bank(spec.run, spec.data, spec.test, execution=execution)
         if execution.world.is_main:
@@ -36,18 +41,24 @@ def apply_protocol(spec: EvaluationSpec, execution: Execution | None = None) -> 
     return evaluate_run(spec.run, spec.data, spec.test, execution)
 
 
-def _zoo(spec: EvaluationSpec) -> ZooProtocol:
-    return ZooProtocol() if spec.epochs is None else ZooProtocol(epochs=spec.epochs)
+def zoo_protocol(spec: EvaluationOptions) -> ZooProtocol:
+    """Return the settings of the protocol zoo."""
+    epochs = spec.epochs or SCHEDULES[spec.schedule][0]
+    rate = ZooProtocol.base_lr if spec.base_lr is None else spec.base_lr
+    return ZooProtocol(epochs=epochs, base_lr=rate, schedule=spec.schedule)
 
 
 def kept_result(spec: EvaluationSpec) -> Result | None:
     """Return the result in the run if it is that of the specification: same checkpoint, data and protocol."""
     run = Run.at(spec.run)
     if spec.protocol == "zoo":
-        return kept_layers(run, spec.data, spec.test, _zoo(spec))
+        return kept_layers(run, spec.data, spec.test, zoo_protocol(spec))
     if spec.protocol == "bank":
         return kept_bank(run, spec.data, spec.test)
-    return kept_evaluation(run, spec.data, spec.test)
+    kept = kept_evaluation(run, spec.data, spec.test)
+    if spec.protocol == "finetune" and kept and not has_finetune(kept, spec.finetune_protocol()):
+        return None
+    return kept
 
 
 def evaluate_options(

@@ -15,18 +15,33 @@ from pydantic import Field, field_validator, model_validator
 from ..errors import did_you_mean
 from ..settings import Collector, Settings, Specification, options_from, validated
 from ..training.spec import Location, TrainingOptions
+from .schedules import FinetuneProtocol, Schedule
 
-PROTOCOLS = ("fast", "zoo", "bank")
-WITH_EPOCHS = ("zoo",)
+PROTOCOLS = ("fast", "zoo", "finetune", "bank")
+PROTOCOLS_OF = {
+    "epochs": ("zoo", "finetune"),
+    "base_lr": ("zoo", "finetune"),
+    "schedule": ("zoo",),
+    "label_shares": ("finetune",),
+}
+"""Option -> the protocols that have it."""
 
 
 class EvaluationOptions(Settings):
     """The protocol, and how it is applied."""
 
     protocol: str = "fast"
-    """fast: features once; zoo: as the zoo's numbers were made; bank: the rows of the memory bank."""
+    """fast: features once; zoo: as the zoo's numbers were made; finetune: fast, then the whole network trained with
+    1 % and 10 % of the labels; bank: the rows of the memory bank."""
     epochs: int | None = Field(None, ge=1, le=10**6)
-    """Epochs of the protocol zoo, 28 if not given."""
+    """Epochs of the protocols zoo (those of its schedule if not given) and finetune (70)."""
+    schedule: Schedule = "imagenet"
+    """Epochs and drops of the protocol zoo, as the paper has them for a data set: imagenet 28, places205 14, inat18 84
+    epochs."""
+    base_lr: float | None = Field(None, gt=0, le=1000)
+    """Learning rate of the protocols zoo and finetune for a batch of 256; 0.01 if not given."""
+    label_shares: str = ""
+    """Shares of the labels for the protocol finetune, separated by commas; 0.01,0.1 if not given."""
     processes: int = Field(0, ge=0, le=1024)
     """Processes (ranks) on this machine, or in each pod; 0: one for each GPU, else two, in a pod one."""
     workers: int = Field(-1, ge=-1, le=256)
@@ -47,11 +62,26 @@ class EvaluationOptions(Settings):
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
-        if self.protocol not in WITH_EPOCHS and self.epochs is not None:
-            raise ValueError(
-                f"epochs is an option of the protocol {' and '.join(WITH_EPOCHS)}: omit it, or choose that protocol"
-            )
+        for name, protocols in PROTOCOLS_OF.items():
+            if self.protocol not in protocols and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} is an option of the protocol {' and '.join(protocols)}: omit it, or choose that protocol"
+                )
         return self
+
+    @field_validator("label_shares", mode="before")
+    @classmethod
+    def _are_shares(cls, value: object) -> str:
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        FinetuneProtocol(**{"shares": tuple(map(float, parts))} if parts else {})
+        return ",".join(parts)
+
+    def finetune_protocol(self) -> FinetuneProtocol:
+        """Return the settings of the protocol finetune."""
+        shares = {"shares": tuple(map(float, self.label_shares.split(",")))} if self.label_shares else {}
+        values = {"epochs": self.epochs, "base_lr": self.base_lr, **shares}
+        return FinetuneProtocol(**{name: value for name, value in values.items() if value is not None})
 
 
 def options_like(training: TrainingOptions) -> EvaluationOptions:

@@ -34,6 +34,7 @@ from pirl.evaluate.heads import HEADS, Part, build_heads, head_optimizer, join, 
 from pirl.evaluate.images import check_labels
 from pirl.evaluate.layers import FrozenLayers
 from pirl.evaluate.load import load_trunk, require_finite
+from pirl.evaluate.schedules import SCHEDULES, Schedule, moved_drops
 from pirl.evaluate.states import EpochStates
 from pirl.model import weights_digest
 from pirl.optim import set_learning_rate
@@ -43,7 +44,6 @@ from pirl.run import Run
 from pirl.shards import ShardReader
 from pirl.world import World
 
-ZOO_EPOCHS, ZOO_DROPS = 28, (8, 16, 24)
 ZOO_RESIZE, ZOO_CROP = 256, 224
 CHUNK = 32  # images that go through the trunk at a time: it is frozen, so this changes no statistics
 KEPT_BYTES = 1 << 29  # of test features, which are the same in every epoch
@@ -53,7 +53,7 @@ KEPT_BYTES = 1 << 29  # of test features, which are the same in every epoch
 class ZooProtocol:
     """The zoo's settings. Another number of epochs moves the drops of the learning rate in proportion."""
 
-    epochs: int = ZOO_EPOCHS
+    epochs: int = 28
     batch_size: int = 256
     base_lr: float = 0.01
     """For a batch of 256; scaled linearly with the batch."""
@@ -61,6 +61,8 @@ class ZooProtocol:
     weight_decay: float = 5e-4
     """On weights and biases of linear layers, not on batch norm."""
     seed: int = 1
+    schedule: Schedule = "imagenet"
+    """Data set whose published schedule it follows."""
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2:
@@ -71,7 +73,8 @@ class ZooProtocol:
 
     def drops(self) -> list[int]:
         """Return the epochs from which the learning rate is a tenth of the one before."""
-        return [-(-drop * self.epochs // ZOO_EPOCHS) for drop in ZOO_DROPS]
+        usual, drops = SCHEDULES[self.schedule]
+        return moved_drops(drops, self.epochs, usual)
 
     def learning_rate(self, epoch: int, batch: int) -> float:
         """Return that of the epoch number `epoch`, from 0, with `batch` images a step."""
@@ -207,12 +210,15 @@ def describe(
         },
     }
     differences = []
-    if protocol.epochs != ZOO_EPOCHS:
+    usual = SCHEDULES[protocol.schedule][0]
+    if protocol.epochs != usual:
         drops = [str(drop + 1) for drop in protocol.drops() if drop < protocol.epochs]
         differences.append(
-            f"{protocol.epochs} epochs for {ZOO_EPOCHS}; the learning rate drops in proportion, "
+            f"{protocol.epochs} epochs for {usual}; the learning rate drops in proportion, "
             + (f"to a tenth before epochs {', '.join(drops)}" if drops else "never in this one")
         )
+    if protocol.base_lr != ZooProtocol.base_lr:
+        differences.append(f"a learning rate of {protocol.base_lr:g} for {ZooProtocol.base_lr:g}")
     if batch != ZooProtocol.batch_size:
         differences.append(f"batches of {batch} for {ZooProtocol.batch_size}; the learning rate is scaled with them")
     if (recipe.eval.resize, recipe.eval.crop) != (ZOO_RESIZE, ZOO_CROP):
@@ -274,6 +280,8 @@ def kept_layers(run: Run, train_data: str, test_data: str, protocol: ZooProtocol
 
 def _matching(run: Run, header: dict[str, Any]) -> dict[str, Any] | None:
     before = run.layers()
+    if before:  # version 0.1 had one schedule
+        before["protocol"] = {"schedule": "imagenet", **before.get("protocol", {})}
     return before if before and all(before.get(key) == value for key, value in header.items()) else None
 
 

@@ -50,15 +50,16 @@ def _facts(facts: Mapping[str, Any]) -> str:
 
 def _measured(metrics: Mapping[str, Any]) -> str:
     """Return a table of the rates in percent, of the pretrained trunk and of its initial weights."""
-    pretrained, initial = metrics.get("pretrained") or {}, metrics.get("random") or {}
-    if not pretrained:
+    if not metrics.get("pretrained"):
         return "Nothing: this version was registered without an evaluation."
     evaluation = Evaluation.model_validate({"checkpoint": "", "train_data": "", "test_data": "", **metrics})
+    initial = evaluation.scores("random")
     rows = ["| probe of the frozen trunk | pretrained | random weights |", "|---|---|---|"]
-    for probe, rates in pretrained.items():
-        for rate, value in rates.items():
+    for probe, scores in evaluation.scores("pretrained").items():
+        for rate, value in scores.rates().items():
             label = f"{row_title(probe, evaluation)}, {rate.replace('top', 'top-')}"
-            sides = (_percent(side, evaluation) for side in (value, initial.get(probe, {}).get(rate)))
+            other = initial[probe].rates().get(rate) if probe in initial else None
+            sides = (_percent(side, evaluation) for side in (value, other))
             rows.append(f"| {label} | {' | '.join(sides)} |")
     size = ", ".join(
         f"{metrics[key]:,} {what}"
@@ -76,8 +77,8 @@ def _measured(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _percent(value: Mapping[str, Any] | None, evaluation: Evaluation) -> str:
-    return score_text(Score.model_validate(value), evaluation.test_images) if value else "not measured"
+def _percent(value: Score | None, evaluation: Evaluation) -> str:
+    return score_text(value, evaluation.test_images) if value else "not measured"
 
 
 def _loading(config: Mapping[str, Any]) -> str:

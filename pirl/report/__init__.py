@@ -20,7 +20,7 @@ from pirl.gains import caveats, gains
 from pirl.order import epoch_order
 from pirl.report.charts import MOST_POINTS
 from pirl.report.data_map import DataMap, draw_map
-from pirl.report.facts import TITLES, RunFacts, curves, header, read_run, row_detail, scale, verdict
+from pirl.report.facts import RunFacts, curves, header, read_run, row_detail, row_titles, scale, verdict
 from pirl.report.gallery import read_gallery
 from pirl.report.neighbours import Neighbours, find_neighbours
 from pirl.report.page import render, script
@@ -79,7 +79,7 @@ def render_report(run: str, train_data: str, test_data: str | None = None) -> st
         train=DataSet(train.storage.uri, train.manifest),
         other_data=other_data(facts, train, test),
         rates=rows,
-        titles=TITLES,
+        titles=row_titles(facts.evaluation),
         detail=row_detail,
         caveats=caveats(facts.evaluation) if facts.evaluation else [],
         scale=scale(rows) if rows else None,

@@ -13,7 +13,7 @@ from pirl.checkpoint import Checkpoints, Commit
 from pirl.collapse import collapse
 from pirl.config import Recipe
 from pirl.errors import CheckpointError, StorageError
-from pirl.gains import Gain, gains, labels_text, row_title
+from pirl.gains import Gain, gains, labels_text, number_text, row_title
 from pirl.report.charts import Chart, Line, line_chart, number, ticks
 from pirl.results import Completion, Evaluation, GateDecision, Registered, StepRecord
 from pirl.run import Run
@@ -29,7 +29,13 @@ def row_detail(probe: str, evaluation: Evaluation) -> str:
         "linear": f"all {evaluation.train_images:,} labels",
         "linear_1pct": labels_text(evaluation),
         "knn": f"{evaluation.protocol.neighbours} neighbours vote",
+        **{name: number_text(tuned.labels, evaluation.train_images) for name, tuned in evaluation.fine_tuned().items()},
     }.get(probe, "")
+
+
+def row_titles(evaluation: Evaluation | None) -> dict[str, str]:
+    """Return the titles of the table's lines by probe."""
+    return TITLES | dict.fromkeys(evaluation.fine_tuned() if evaluation else (), "Fine-tuned network")
 
 
 @dataclass(frozen=True)
