@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 from conftest import IMAGES, tiny_recipe
 from images import flat_folder, folder_of_classes, truncated_jpeg
+from PIL import Image
 
 import pirl
 from pirl import cli
+from pirl.embedding import open_images
 from pirl.embedding.output import embed_to
 from pirl.embedding.search import find_neighbours
 from pirl.errors import DataError, UsageError
 from pirl.results import Evaluation
 from pirl.run import Run
+from pirl.shards import SourceOptions
 from pirl.training.loop import train
 from pirl.training.spec import Options
 from pirl.world import World
@@ -111,6 +114,53 @@ def test_wrong_outputs_are_refused_before_the_work(encoder: pirl.Encoder, photos
     with pytest.raises(DataError, match=r"none of 1 images could be read: class0/000\.jpg"):
         embed_to(encoder, broken, tmp_path / "x.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_images_that_are_left_out_are_counted_and_a_missing_folder_is_made(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos/class0/._000.jpg").write_bytes(b"x")
+    out = tmp_path / "new/of/several" / "x [b].csv"
+    pirl_command(capsys, "embed", run, tmp_path / "photos", "--out", out)
+    assert out.exists()
+    pirl.load(run).embed(tmp_path / "photos", errors="skip")
+    assert f"left out of {tmp_path / 'photos'}: 1 hidden" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "I;16", "turned"])
+def test_an_image_in_memory_has_the_features_of_its_file(encoder: pirl.Encoder, tmp_path: Path, mode: str) -> None:
+    """Transparency, 16 bits and EXIF orientation are read alike, with either background."""
+    grey = np.arange(64 * 48, dtype=np.uint16).reshape(48, 64) * 20
+    image = Image.fromarray(grey)
+    if mode != "I;16":
+        image = Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGBA")
+        image.putalpha(Image.fromarray((grey > 30_000).astype(np.uint8) * 255))
+    if mode == "P":
+        image = image.quantize(16)
+    path, exif = tmp_path / "image.png", Image.Exif()
+    if mode == "turned":
+        exif[0x0112] = 6
+    image.save(path, exif=exif)
+    features = encoder.embed([path]).features
+    assert np.array_equal(encoder.embed([Image.open(path)]).features, features)
+    black = open_images([Image.open(path)], SourceOptions(background="black"))
+    assert np.array_equal(encoder.embed(black).features, features) == (mode == "I;16")
+
+
+def test_the_options_of_a_source_are_those_of_embed(
+    run: Path, shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = Image.new("RGBA", (24, 20), (200, 0, 0, 0))
+    image.save(tmp_path / "clear.png")
+    rows = []
+    for background in ("white", "black"):
+        out = tmp_path / f"{background}.npz"
+        pirl_command(capsys, "embed", run, tmp_path / "clear.png", "--out", out, "--background", background)
+        rows.append(np.load(out)["features"])
+    assert not np.array_equal(*rows)
+    with pytest.raises(UsageError, match="was read with the settings of its manifest"):
+        open_images(shards, SourceOptions(background="black"))
 
 
 @pytest.mark.parametrize("batch_size", [2, 64])

@@ -83,7 +83,8 @@ def test_outages_while_a_training_is_followed(
         disturbed_s = follow(scene, f"{bucket}/away", tmp_path / "away", direct, proxy, away_s)
         assert not proxy.armed
     assert scene.error is None
-    print(f"5 outages of {away_s:g} s, lost {disturbed_s - quiet_s:.1f} s besides the training")
+    with scene.capture.disabled():
+        print(f"5 outages of {away_s:g} s, lost {disturbed_s - quiet_s:.1f} s besides the training")
     for resource in scene.words.kind.resources:
         assert len(scene.server.all(resource.plural)) == 1
     assert not any(request.startswith("DELETE") for request in scene.server.requests)

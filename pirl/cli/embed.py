@@ -10,8 +10,10 @@ from typing import Annotated
 import typer
 
 from .. import logs
+from ..shards.spec import SourceOptions
 from ..text import count as counted
 from .app import Json, app, console, progress, show_rows
+from .options import options_of
 
 Model = Annotated[str, typer.Argument(help="Run, checkpoint, registered version, or file of weights.")]
 ImageSource = Annotated[str, typer.Argument(help="Folder, image, shards, or any source that `pirl shard` takes.")]
@@ -22,9 +24,11 @@ SHOWN = 20  # broken images, and queries of a table
 
 
 @app.command()
+@options_of(SourceOptions)
 def embed(
     model: Model,
     images: ImageSource,
+    options: SourceOptions,
     out: Annotated[str, typer.Option(help="File to write, a path or an s3:// URI: .npz, .parquet or .csv.")],
     recipe: RecipeOption = None,
     batch_size: BatchSize = 64,
@@ -42,7 +46,9 @@ def embed(
 
     encoder = load(model, recipe=recipe)
     with nullcontext(lambda done, total: None) if as_json else progress("embedding") as advance:
-        result = embed_to(encoder, images, out, batch_size=batch_size, workers=workers, progress=advance)
+        result = embed_to(
+            encoder, images, out, batch_size=batch_size, workers=workers, options=options, progress=advance
+        )
     if as_json:
         logs.output(f"{json.dumps(asdict(result))}\n")
         return
@@ -55,9 +61,11 @@ def embed(
 
 
 @app.command()
+@options_of(SourceOptions)
 def neighbours(
     model: Model,
     images: ImageSource,
+    options: SourceOptions,
     query: Annotated[
         list[str] | None, typer.Option(help="Image or folder to find neighbours of (once for each); default: each.")
     ] = None,
@@ -77,8 +85,9 @@ def neighbours(
     from ..embedding.search import find_neighbours
 
     encoder = load(model, recipe=recipe)
-    queries = [open_images(place) for place in query] if query else None
-    results = find_neighbours(encoder, images, queries, count, batch_size=batch_size, workers=workers)
+    queries = [open_images(place, options) for place in query] if query else None
+    opened = open_images(images, options)
+    results = find_neighbours(encoder, opened, queries, count, batch_size=batch_size, workers=workers)
     if as_json:
         logs.output(f"{json.dumps([asdict(each) for each in results])}\n")
         return

@@ -11,8 +11,11 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
+from pirl import logs
 from pirl.errors import DataError, PirlError, UsageError
-from pirl.shards import DEFAULT, MANIFEST, Decoding, ShardReader, Source, decode_image, open_source
+from pirl.shards import DEFAULT, MANIFEST, Decoding, ShardReader, Source, SourceOptions, decode_image, open_source
+from pirl.shards.headers import exif_orientation
+from pirl.shards.pixels import TRANSPOSES, flattened
 from pirl.storage import expand_home, open_storage
 
 Loader: TypeAlias = Callable[[], Image.Image]
@@ -116,13 +119,13 @@ class ListedImages(Images):
             if isinstance(item, str | Path):
                 yield partial(_decode_file, item, self.decoding)
             elif isinstance(item, Image.Image):
-                yield partial(_rgb, item, self.name(i))
+                yield partial(_rgb, item, self.name(i), self.decoding)
             else:
                 yield partial(_array_image, item, self.name(i))
 
 
-def open_images(given: Given, decoding: Decoding = DEFAULT) -> Images:
-    """Return images by their place or in memory.
+def open_images(given: Given, options: SourceOptions | None = None) -> Images:
+    """Return images by their place or in memory, read with `options`.
 
     A text or a path is a folder, an image file, shards, or any other source that `pirl shard` takes. In memory: a PIL
     image, an array (height, width, 3) or (n, height, width, 3) of uint8, or a sequence of paths, PIL images and arrays.
@@ -131,10 +134,12 @@ def open_images(given: Given, decoding: Decoding = DEFAULT) -> Images:
         return given
     if isinstance(given, ShardReader):
         return ShardImages(given)
+    own = options or SourceOptions()
+    decoding = own.decoding
     if isinstance(given, Source):
         return SourceImages(given, decoding)
     if isinstance(given, str | Path):
-        return _open_place(str(given), decoding)
+        return _open_place(str(given), own)
     if isinstance(given, Image.Image):
         return ListedImages([given], decoding)
     if isinstance(given, np.ndarray):
@@ -148,13 +153,21 @@ def open_images(given: Given, decoding: Decoding = DEFAULT) -> Images:
     )
 
 
-def _open_place(place: str, decoding: Decoding) -> Images:
+def _open_place(place: str, options: SourceOptions) -> Images:
     path = expand_home(place) if place and "://" not in place else None
     if path is not None and path.is_file() and path.suffix.lower() not in (".txt", ".tar", ".parquet"):
-        return ListedImages([path], decoding)
+        return ListedImages([path], options.decoding)
     if _is_shards(place):
+        if given := options.model_dump(exclude_defaults=True):
+            names = ", ".join(f"`{name}`" for name in given)
+            raise UsageError(
+                f"{place} is a sharded data set, which was read with the settings of its manifest", f"omit {names}"
+            )
         return ShardImages(ShardReader(place))
-    return SourceImages(open_source(place), decoding)
+    source = open_source(place, options)
+    if source.left_out:
+        logs.warn(f"left out of {place}: {source.left_out}")
+    return SourceImages(source, options.decoding)
 
 
 def _is_shards(place: str) -> bool:
@@ -172,9 +185,15 @@ def _decode_file(path: str | Path, decoding: Decoding) -> Image.Image:
     return decode_image(data, str(path), decoding)
 
 
-def _rgb(image: Image.Image, name: str) -> Image.Image:
+def _rgb(image: Image.Image, name: str, decoding: Decoding) -> Image.Image:
+    """Return the pixels that the file of the image has by these settings: transparency, 16 bits and EXIF alike."""
     try:
-        return image.convert("RGB")
+        image.load()
+        upright = flattened(image, f"image {name}", decoding.background)
+        turn = TRANSPOSES.get(exif_orientation(image.getexif().tobytes())) if decoding.exif == "apply" else None
+        return upright if turn is None else upright.transpose(turn)
+    except DataError:
+        raise
     except Exception as error:  # a file that PIL opened and has not decoded yet may be broken in any way
         raise DataError(f"image {name}: cannot be decoded: {error or type(error).__name__}") from error
 

@@ -27,6 +27,7 @@ from pirl.embedding.images import Given, Images, SourceImages, open_images
 from pirl.errors import DataError, UsageError
 from pirl.extras import require
 from pirl.outputs import check_file_output
+from pirl.shards import SourceOptions
 from pirl.storage import local_path, split_file_uri
 
 COPY_BYTES = 16 << 20
@@ -50,6 +51,7 @@ def embed_to(
     *,
     batch_size: int = 64,
     workers: int | None = None,
+    options: SourceOptions | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Embedded:
     """Write the features of images to a file, a path or an s3:// URI; return what was written.
@@ -58,9 +60,10 @@ def embed_to(
     """
     folder, name = split_file_uri(out)
     kind = _kind(name)
-    opened = open_images(images)
+    opened = open_images(images, options)
     check_file_output(out, [opened.source] if isinstance(opened, SourceImages) else [])
-    target = local_path(folder)
+    if target := local_path(folder):
+        target.mkdir(parents=True, exist_ok=True)
     skipped: list[tuple[str, str]] = []
     done = 0
     with tempfile.TemporaryDirectory(prefix=".pirl-embed-", dir=target) as temporary:
