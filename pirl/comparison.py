@@ -53,16 +53,16 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 def _facts(run: Run) -> dict[str, Any]:
     recipe, completion, evaluation = run.recipe(), run.completion(), run.evaluation()
-    last = (run.record().metrics or [{}])[-1]
+    last = run.record().last
     facts: dict[str, Any] = {
         "recipe": recipe.name,
         "state": "done" if completion else "unfinished",
         "data": completion.data_digest[:12] if completion else None,
         "ranks": completion.ranks if completion else None,
-        "steps": completion.steps if completion else last.get("step"),
+        "steps": completion.steps if completion else last and last["step"],
         "time": duration(completion.seconds) if completion else None,
-        "throughput, images/s": _rounded(last.get("images_per_s"), 1),
-        "last loss": _rounded(last.get("loss"), 4),
+        "throughput, images/s": _rounded(last.get("images_per_s") if last else None, 1),
+        "last loss": _rounded(last.get("loss") if last else None, 4),
     }
     for weights, scores in (
         (("pretrained", evaluation.scores("pretrained")), ("random", evaluation.scores("random"))) if evaluation else ()

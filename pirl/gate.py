@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 from pirl import __version__
 from pirl.collapse import collapse
@@ -17,7 +16,7 @@ from pirl.errors import DataError, RegistryError, UsageError, did_you_mean
 from pirl.gains import Gain, caveats, labels_text, score_text, tuned_lines
 from pirl.logs import info
 from pirl.outputs import check_registry
-from pirl.registry import CHAMPION, TRUNK, Registry, Version, open_registry
+from pirl.registry import CHAMPION, TRUNK, Provenance, Registry, Version, open_registry
 from pirl.results import PROBES, Completion, Evaluation, GateDecision, GateQuestion, Lineage, ProbeSettings, Registered
 from pirl.run import Run
 from pirl.shards import Manifest
@@ -113,7 +112,7 @@ def is_same_run(version: Version, run: Run, evaluation: Evaluation) -> bool:
     """Return whether a version holds the weights of an evaluation; version 0.1 recorded no more than the run's URI."""
     if version.lineage.weights and evaluation.weights:
         return version.lineage.weights == evaluation.weights
-    return version.record["run_id"] == run.uri
+    return version.record.run_id == run.uri
 
 
 def _gain(evaluation: Evaluation, metric: str, min_gain: float) -> tuple[bool, list[str]]:
@@ -139,7 +138,7 @@ def _doubts(run: Run, evaluation: Evaluation) -> list[str]:
         doubts.append("the features have collapsed: they are the same for all training images")
     if evaluation.train_data and evaluation.train_data == evaluation.test_data:
         doubts.append("training and test images of the evaluation are the same")
-    if reason := collapse((run.record().metrics or [{}])[-1]):
+    if reason := collapse(run.record().last):
         doubts.append(reason)
     return doubts
 
@@ -239,10 +238,10 @@ def register_run(uri: str, registry: str, model: str) -> Version:
 
     if not decision.promote:
         raise _rejected(run, decision)
-    trunk, record = _content(run, evaluation, completion, decision)
-    run_id = before.record["run_id"] if before else run.uri
+    trunk, provenance = _content(run, evaluation, completion, decision)
+    run_id = before.record.run_id if before else run.uri
     files = {TRUNK: trunk}
-    version = target.register(model, run_id=run_id, files=files, record=record, promote=True, ask=still_better)
+    version = target.register(model, run_id=run_id, files=files, provenance=provenance, promote=True, ask=still_better)
     if not decision.promote:
         raise _rejected(run, decision)
     return _note(run, registry, version)
@@ -287,7 +286,7 @@ def _holds(version: Version, run: Run, evaluation: Evaluation) -> bool:
     """
     if version.lineage.weights:
         return version.lineage.weights == evaluation.weights
-    if version.record["run_id"] != run.uri:
+    if version.record.run_id != run.uri:
         return False
     from pirl.evaluate import load_trunk
     from pirl.model import weights_digest
@@ -299,8 +298,8 @@ def _holds(version: Version, run: Run, evaluation: Evaluation) -> bool:
 
 def _content(
     run: Run, evaluation: Evaluation, completion: Completion, decision: GateDecision
-) -> tuple[bytes, dict[str, Any]]:
-    """Return the trunk as safetensors and the record of a version, both of the weights that were evaluated."""
+) -> tuple[bytes, Provenance]:
+    """Return the trunk as safetensors and the provenance of a version, both of the weights that were evaluated."""
     from pirl.evaluate import load_trunk  # it loads torch, which most decisions do not need
     from pirl.export import trunk_bytes
     from pirl.model import weights_digest
@@ -324,13 +323,8 @@ def _content(
         images_seen=completion.images_seen,
         epochs=completion.epochs,
     )
-    record = {
-        "lineage": lineage.to_json(),
-        "config": run.recipe().model_dump(mode="json", exclude_none=True),
-        "metrics": evaluation.to_json(),
-        "gate": decision.to_json(),
-    }
-    return trunk_bytes(trunk, recipe), record
+    provenance = Provenance(lineage=lineage, config=run.recipe(), metrics=evaluation, gate=decision)
+    return trunk_bytes(trunk, recipe), provenance
 
 
 def _note(run: Run, registry: str, version: Version) -> Version:

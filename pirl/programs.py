@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 from .errors import UsageError
 from .evaluate.progress import describe
 from .evaluate.spec import EvaluationSpec
+from .lines import MetricsLine, ProgressLine
 from .run import EVALUATION_PROGRESS, METRICS, Run, split_checkpoint_uri
 from .shards import Manifest
 from .storage import open_storage
@@ -138,9 +139,10 @@ class Training(Specified):
 
     def describe(self, line: Mapping[str, Any]) -> str:
         """Return epoch, step, loss and throughput."""
+        values = cast(MetricsLine, line)
         return (
-            f"epoch {line['epoch']:.2f}  step {line['step']}  loss {line['loss']:.4f}  "
-            f"{line['images_per_s']:.0f} images/s"
+            f"epoch {values['epoch']:.2f}  step {values['step']}  loss {values['loss']:.4f}  "
+            f"{values['images_per_s']:.0f} images/s"
         )
 
 
@@ -192,4 +194,4 @@ class EvaluationProgram(Specified):
 
     def describe(self, line: Mapping[str, Any]) -> str:
         """Return phase, progress and throughput."""
-        return describe(line)
+        return describe(cast(ProgressLine, line))

@@ -6,7 +6,6 @@ older version did not write their defaults.
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any, ClassVar, Literal, Self
 
@@ -303,20 +302,3 @@ class WarmRecord(Versioned):
     source: str = Field(alias="from")
     rows: int
     kept: int
-
-
-def parse_lines(text: str) -> tuple[list[dict[str, Any]], int]:
-    """Return the objects of JSON lines, and the number of other lines, such as a last one that is cut off."""
-    objects, damaged = [], 0
-    for line in text.splitlines():
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError:
-            value = None
-        if isinstance(value, dict):
-            objects.append(value)
-        else:
-            damaged += 1
-    return objects, damaged

@@ -23,21 +23,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pirl import logs
 from pirl.config import Recipe, parse_recipe
 from pirl.errors import CheckpointError, StorageNotFoundError
-from pirl.results import (
-    Completion,
-    Content,
-    Evaluation,
-    GateDecision,
-    Registered,
-    StepRecord,
-    WarmRecord,
-    parse_lines,
-)
+from pirl.layer_results import LayersEvaluation
+from pirl.lines import Event, MetricsLine, ProgressLine, parse_lines
+from pirl.results import Completion, Content, Evaluation, GateDecision, Registered, StepRecord, WarmRecord
 from pirl.storage import Storage, local_path, open_storage
 from pirl.text import count
 
 if TYPE_CHECKING:  # importing it loads torch, which a look into a folder does not need
-    from pirl.checkpoint import Checkpoints, Commit
+    from pirl.checkpoint import Checkpoints, Commit, SavedTraining
 
 RECIPE, DONE = "config.toml", "DONE.json"
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
@@ -48,6 +41,7 @@ WARM, REPORT = "warm.json", "report.html"
 CHECKPOINTS, STEPS, SINKS, EVALUATION_PARTS = "checkpoints", "steps", "sinks", "eval_parts"
 EVALUATION_PROGRESS = "eval_progress.jsonl"
 
+KINDS: dict[str, type[Any]] = {METRICS: MetricsLine, EVENTS: Event}
 NO_CHECKPOINT_HINT = "give the --out of a `pirl train` that has started"
 
 T = TypeVar("T", bound=Content)
@@ -59,13 +53,13 @@ def split_checkpoint_uri(uri: str) -> tuple[str, str | None]:
     return (match[1], match[2]) if match else (uri, None)
 
 
-def read_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
-    """Return the objects of a JSON-lines file, [] without a file; leave out damaged lines with a warning."""
+def read_lines(storage: Storage, name: str) -> list[Any]:
+    """Return the lines of a record, of the kind of its file; [] without one; leave out damaged ones with a warning."""
     try:
         text = storage.read_bytes(name).decode(errors="replace")
     except StorageNotFoundError:
         return []
-    lines, damaged = parse_lines(text)
+    lines, damaged = parse_lines(text, KINDS[name])
     if damaged:
         logs.warn(f"{storage.uri}/{name} has {count(damaged, 'line')} that cannot be read: left out")
     return lines
@@ -75,10 +69,15 @@ def read_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
 class Record:
     """Metrics and events of a training."""
 
-    metrics: list[dict[str, Any]]
-    """By step; every line has `step`."""
-    events: list[dict[str, Any]]
-    """In order of time; every line has `event`."""
+    metrics: list[MetricsLine]
+    """By step."""
+    events: list[Event]
+    """In order of time."""
+
+    @property
+    def last(self) -> MetricsLine | None:
+        """The newest interval."""
+        return self.metrics[-1] if self.metrics else None
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ class Run:
     def save_bank_evaluation(self, evaluation: Evaluation) -> None:
         self._write(BANK_EVALUATION, evaluation)
 
-    def save_evaluation_progress(self, line: Mapping[str, Any]) -> None:
+    def save_evaluation_progress(self, line: ProgressLine) -> None:
         """Replace the line on the progress of an evaluation under way."""
         self.storage.write_bytes(EVALUATION_PROGRESS, f"{json.dumps(line)}\n".encode())
 
@@ -180,12 +179,12 @@ class Run:
     def save_champion_evaluation(self, evaluation: Evaluation) -> None:
         self._write(CHAMPION, evaluation)
 
-    def layers(self) -> dict[str, Any] | None:
+    def layers(self) -> LayersEvaluation | None:
         """Return the result of the zoo's linear protocol."""
-        return self.storage.read_json(LAYERS) if self.storage.exists(LAYERS) else None
+        return self._read(LAYERS, LayersEvaluation)
 
-    def save_layers(self, result: dict[str, Any]) -> None:
-        self.storage.write_json(LAYERS, result)
+    def save_layers(self, result: LayersEvaluation) -> None:
+        self._write(LAYERS, result)
 
     def gate(self) -> GateDecision | None:
         return self._read(GATE, GateDecision)
@@ -228,8 +227,7 @@ class Run:
 
     def record(self) -> Record:
         """Return metrics and events; leave out lines that cannot be read, with a warning."""
-        metrics = [line for line in read_lines(self.storage, METRICS) if isinstance(line.get("step"), int)]
-        return Record(metrics, [line for line in read_lines(self.storage, EVENTS) if "event" in line])
+        return Record(read_lines(self.storage, METRICS), read_lines(self.storage, EVENTS))
 
     def require_writable(self, name: str = EVALUATION) -> None:
         """Raise `StorageError` where the file of this name cannot be written, before the work for it begins."""
@@ -259,15 +257,18 @@ class Run:
             raise self._no_checkpoint()
         return checkpoints.commit(name)
 
-    def load(self, rows: Mapping[str, range] | None = None) -> tuple[Commit, dict[str, Any]]:
+    def load(self, rows: Mapping[str, range] | None = None) -> tuple[Commit, SavedTraining]:
         """Return the checkpoint named, or the newest that is whole; raise `CheckpointError` without one.
 
         Of the tensors in `rows` only these rows are read.
         """
+        from pirl.checkpoint import saved_training
+
         loaded = self.checkpoints().load(self.checkpoint, rows)
         if loaded is None:
             raise self._no_checkpoint()
-        return loaded
+        commit, state = loaded
+        return commit, saved_training(state, f"checkpoint {commit.name} of {self.place}")
 
     def _no_checkpoint(self) -> CheckpointError:
         return CheckpointError(f"{self.place} has no checkpoint", NO_CHECKPOINT_HINT)

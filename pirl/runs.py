@@ -48,23 +48,22 @@ def list_runs(root: str) -> list[RunSummary]:
 def _summary(run: Run, name: str) -> RunSummary:
     record = _readable(run.record) or Record([], [])
     recipe, result, registered = _readable(run.recipe), _readable(run.evaluation), _readable(run.registered)
-    last = (record.metrics or [{}])[-1]
-    event = (record.events or [{}])[-1]
+    last, event = record.last, record.events[-1] if record.events else None
     scores = result.pretrained if result else {}
-    state = {"preempted": "preempted", "import": "imported"}.get(event.get("event", ""), "unfinished")
+    state = {"preempted": "preempted", "import": "imported"}.get(event["event"] if event else "", "unfinished")
     return RunSummary(
         run=name,
         recipe=recipe.name if recipe else None,
         state="done" if run.storage.exists(DONE) else state,
-        epoch=round(last["epoch"], 2) if "epoch" in last else None,
+        epoch=round(last["epoch"], 2) if last and "epoch" in last else None,
         epochs=recipe.train.epochs if recipe else None,
-        step=last.get("step"),
-        loss=last.get("loss"),
-        images_per_s=last.get("images_per_s"),
+        step=last["step"] if last else None,
+        loss=last.get("loss") if last else None,
+        images_per_s=last.get("images_per_s") if last else None,
         linear_top1=scores["linear"].top1.mean if "linear" in scores else None,
         knn_top1=scores["knn"].top1.mean if "knn" in scores else None,
         registered=f"{registered.model} {registered.version}" if registered else None,
-        updated=event.get("time"),
+        updated=event["time"] if event else None,
         uri=run.uri,
     )
 

@@ -25,7 +25,6 @@ class Rotation(Pretext):
 
     noun = "turned crop"
     order = "quarter turns"
-    invariance = "a turned crop of it"
     draws = CROP_DRAWS + 1
     labels = 4
 

@@ -25,7 +25,7 @@ from pirl.errors import CheckpointError, ConfigError, DataError, UsageError
 from pirl.evaluate import centre_crop, extract, load_trunk
 from pirl.export import export, trunk_bytes
 from pirl.model import build_model, weights_digest
-from pirl.registry import TRUNK, open_registry
+from pirl.registry import TRUNK, Provenance, open_registry
 from pirl.shards import ShardReader, open_source
 from pirl.training.loop import train
 from pirl.training.spec import Options
@@ -181,7 +181,7 @@ def registry(run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
             "m",
             run_id=name,
             files={TRUNK: trunk_bytes(weights, recipe)},
-            record={"config": recipe.model_dump(mode="json")},
+            provenance=Provenance(config=recipe),
             promote=promote,
         )
     return root.uri

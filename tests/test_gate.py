@@ -25,7 +25,7 @@ from pirl.gains import score_text
 from pirl.gate import RejectedError, decide, register_run
 from pirl.memory import MemoryBank
 from pirl.model import build_model, weights_digest
-from pirl.registry import FolderCatalogue, Version, open_registry
+from pirl.registry import FolderCatalogue, Provenance, Version, open_registry
 from pirl.results import PROBES, Completion, Evaluation, Score, Scores
 from pirl.run import Run
 from pirl.shards import Manifest
@@ -298,7 +298,7 @@ def test_a_moved_run_is_registered_with_its_own_weights(tmp_path: Path, registry
     assert weights_digest(weights) == version.lineage.weights
     assert torch.equal(weights["conv1.weight"], build_model(tiny_recipe("train.seed=1")).trunk.conv1.weight)
     assert version.lineage.checkpoint == Run.at(keep).checkpoint_uri("step-00000005")
-    assert run.uri != version.record["run_id"]
+    assert run.uri != version.record.run_id
 
 
 def test_the_name_of_the_run_and_the_working_folder_do_not_matter(
@@ -388,12 +388,12 @@ def test_a_run_that_version_0_1_registered_stays_that_version(tmp_path: Path, re
 
     new = champion(registry, 0.7)
     weights = registered_weights(new)
-    record = {key: new.record[key] for key in ("lineage", "config", "metrics", "gate")}
-    record["lineage"] = {key: value for key, value in record["lineage"].items() if key not in ("weights", "commit")}
+    lineage = new.lineage.model_copy(update={"weights": "", "commit": ""})
+    provenance = Provenance(lineage=lineage, config=new.record.config, metrics=new.record.metrics, gate=new.record.gate)
     shutil.rmtree(tmp_path / "registry")
     run = Run.at(str(tmp_path / "champion-1"))
     first = open_registry(registry).register(
-        "m", run_id=run.uri, files={"trunk.safetensors": save(weights)}, record=record, promote=True
+        "m", run_id=run.uri, files={"trunk.safetensors": save(weights)}, provenance=provenance, promote=True
     )
     assert register_run(run.uri, registry, "m") == first
     other = finished(tmp_path / "other", 0.8, seed=2)
@@ -470,7 +470,7 @@ def test_scores_are_compared_again_when_the_pointer_is_moved(
     calls = overtake(monkeypatch, registry, better)
     with pytest.raises(RejectedError, match="more"):
         register_run(worse.uri, registry, "m")
-    assert open_registry(registry).get("m").record["run_id"] == better.uri
+    assert open_registry(registry).get("m").record.run_id == better.uri
     assert calls == ["v0001", "v0002"]
 
 

@@ -86,8 +86,8 @@ def test_every_recipe_of_the_zoo_has_the_zoos_windows_and_crops() -> None:
         layers = on_meta(recipe)
         applied, differences = describe(ZooProtocol(), recipe, layers, 1_281_167)
         assert (layers.exact, differences) == (True, [])
-        assert (applied["resize"], applied["crop"], applied["batch_size"], applied["epochs"]) == (256, 224, 256, 28)
-        assert applied["lr_drops"] == [8, 16, 24]
+        assert (applied.resize, applied.crop, applied.batch_size, applied.epochs) == (256, 224, 256, 28)
+        assert applied.lr_drops == [8, 16, 24]
 
 
 def test_windows_by_hand() -> None:
@@ -350,8 +350,8 @@ def test_scores_are_shares_of_all_parts_in_evaluation_mode() -> None:
             for features, labels in parts
             for row, label in zip(head(features[HEADS[name]]), labels)
         ]
-        assert scores["top1"][name] == sum(rank < 1 for rank in ranks) / 7
-        assert scores["top5"][name] == sum(rank < 5 for rank in ranks) / 7
+        assert scores.top1[name] == sum(rank < 1 for rank in ranks) / 7
+        assert scores.top5[name] == sum(rank < 5 for rank in ranks) / 7
 
 
 # --- crops ---------------------------------------------------------------------------------------
@@ -447,7 +447,7 @@ def test_heads_learn_what_they_would_learn_alone(tiny_set: Set) -> None:
     records = tiny_set.train(together, QUICK)
     for name, head in alone.items():
         own = tiny_set.train(head, QUICK)
-        assert [record["top1"][name] for record in own] == [record["top1"][name] for record in records]
+        assert [record.top1[name] for record in own] == [record.top1[name] for record in records]
         for key, value in head.state_dict().items():
             assert torch.equal(value, together.state_dict()[key]), key
     changed = {key for key, value in together.state_dict().items() if not torch.equal(value, first[key])}
@@ -477,7 +477,7 @@ def test_epochs_are_exact_and_repeatable(tiny_set: Set, monkeypatch: pytest.Monk
     for _ in range(2):
         heads = build_heads(tiny_set.layers.shapes, 3, seed=1)
         records = tiny_set.train(heads, QUICK)
-        runs.append(([{k: v for k, v in r.items() if k != "seconds"} for r in records], heads.state_dict()))
+        runs.append(([record.model_copy(update={"seconds": 0}) for record in records], heads.state_dict()))
     assert runs[0][0] == runs[1][0]
     assert all(torch.equal(value, runs[1][1][name]) for name, value in runs[0][1].items())
     half = asked[: len(asked) // 2]
@@ -486,7 +486,7 @@ def test_epochs_are_exact_and_repeatable(tiny_set: Set, monkeypatch: pytest.Monk
         assert ids == epoch_order(1, epoch, 42).tolist()
         assert sorted(ids) == list(range(42))
     assert [id for at, part in half if at is None for id in part] == list(range(42))  # once: they are kept
-    assert [record["lr"] for record in runs[0][0]] == [QUICK.learning_rate(epoch, 16) for epoch in range(3)]
+    assert [record.lr for record in runs[0][0]] == [QUICK.learning_rate(epoch, 16) for epoch in range(3)]
 
 
 def test_features_do_not_depend_on_the_chunk(tiny_set: Set) -> None:
@@ -542,27 +542,27 @@ def test_a_separable_set_is_learned(colours: tuple[str, str], tmp_path: Path) ->
     said: list[str] = []
     protocol = ZooProtocol(epochs=8, batch_size=8, base_lr=1.0)
     result = evaluate_layers(run, *colours, protocol, Execution(progress=Progress(said.append)))
-    assert list(result["top1"]) == list(HEADS)
-    assert {name for name, share in result["top1"].items() if share < 1} <= {"res5avg"}  # nothing scales its features
-    assert set(result["top5"].values()) == {1.0}  # of two classes
-    losses = [epoch["loss"] for epoch in result["epochs"]]
+    assert list(result.top1) == list(HEADS)
+    assert {name for name, share in result.top1.items() if share < 1} <= {"res5avg"}  # nothing scales its features
+    assert set(result.top5.values()) == {1.0}  # of two classes
+    losses = [epoch.loss for epoch in result.epochs]
     assert all(losses[-1][name] < (1 if name == "res5avg" else 0.5) * losses[0][name] for name in HEADS)
     assert sum("epoch 8/8" in line for line in said) == 1
     assert sum("8 epochs for 28" in line for line in said) == 1
 
     path = tmp_path / "run" / "eval_zoo.json"
-    assert json.loads(path.read_text()) == result
-    assert result["checkpoint"] == "step-00000000"
-    assert [result["train_data"], result["test_data"]] == [ShardReader(uri).manifest.digest for uri in colours]
-    assert (result["train_images"], result["classes"]) == (24, ["blue", "red"])
-    assert result["protocol"]["batch_size"] == 8
-    assert result["protocol"]["heads"]["res5avg"] == {
+    assert json.loads(path.read_text()) == result.to_json()
+    assert result.checkpoint == "step-00000000"
+    assert [result.train_data, result.test_data] == [ShardReader(uri).manifest.digest for uri in colours]
+    assert (result.train_images, result.classes) == (24, ["blue", "red"])
+    assert result.protocol.batch_size == 8
+    assert result.protocol.heads["res5avg"].to_json() == {
         "layer": "res5avg",
         "pooling": "Identity()",
         "features": 32,
         "batch_norm": False,
     }
-    assert [line.split(";")[0].split(":")[0] for line in result["differences"]] == [
+    assert [line.split(";")[0].split(":")[0] for line in result.differences] == [
         "8 epochs for 28",
         "a learning rate of 1 for 0.01",
         "batches of 8 for 256",
@@ -574,7 +574,7 @@ def test_a_separable_set_is_learned(colours: tuple[str, str], tmp_path: Path) ->
     assert evaluate_layers(f"{run}/checkpoints/step-00000000", *colours, protocol) == result
     assert path.stat().st_mtime_ns == before  # the same for the same is kept
     other = evaluate_layers(run, *colours, ZooProtocol(epochs=1))
-    assert len(other["epochs"]) == 1
+    assert len(other.epochs) == 1
     assert path.stat().st_mtime_ns != before
 
 

@@ -93,8 +93,9 @@ def test_repeating_it_trains_nothing_again_and_registers(
     assert promoted.read_bytes("metrics.jsonl") == facts["metrics.jsonl"]
     assert promoted.read_bytes("eval.json") == facts["eval.json"]
     champion = open_registry(f"{arguments['root']}/registry").get("pirl", "champion", verify=True)
-    assert champion.record["lineage"]["data_digest"] == json.loads(facts["DONE.json"])["data_digest"]
-    assert champion.record["metrics"] == json.loads(facts["eval.json"])
+    assert champion.lineage.data_digest == json.loads(facts["DONE.json"])["data_digest"]
+    assert champion.record.metrics
+    assert champion.record.metrics.to_json() == json.loads(facts["eval.json"])
     assert champion.version.encode() in promoted.read_bytes("report.html")
 
 

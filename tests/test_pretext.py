@@ -15,7 +15,7 @@ from pirl.data import CropDataset
 from pirl.errors import ConfigError
 from pirl.model import build_model
 from pirl.plan import plan_training
-from pirl.registry.card import model_card
+from pirl.registry import VersionRecord, model_card
 from pirl.report import write_preview
 from pirl.run import Run
 from pirl.sections import PRETEXTS
@@ -66,8 +66,9 @@ def test_the_sheet_of_views_shows_it(recipe: Recipe, tmp_path: Path, name: str) 
 
 
 def test_the_model_card_names_it(recipe: Recipe) -> None:
-    assert "an image and a turned crop of it the same embedding" in model_card({"config": recipe.model_dump()})
-    assert "an image and its shuffled patches the same embedding" in model_card({})
+    record = VersionRecord(run_id="run", files={}, config=recipe)
+    assert "what the pretext rotation makes of it" in model_card(record)
+    assert "what the pretext jigsaw makes of it" in model_card(VersionRecord(run_id="run", files={}))
 
 
 def test_an_unknown_pretext_is_refused() -> None:

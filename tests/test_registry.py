@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import re
@@ -16,12 +15,14 @@ from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401
 
 from pirl.config import ModelConfig, load_recipe
 from pirl.errors import PirlError, RegistryError, StorageError, UsageError
-from pirl.registry import FolderCatalogue, Registry, Version, model_card, open_registry
+from pirl.registry import FolderCatalogue, Provenance, Registry, Version, VersionRecord, model_card, open_registry
 from pirl.storage import LocalStorage, Storage, open_storage
 
 SPAWN = multiprocessing.get_context("spawn")
 FILES = {"trunk.safetensors": b"weights"}
 EVALUATION: dict[str, Any] = {
+    "checkpoint": "step-00000001",
+    "train_data": "beefbeef",
     "test_data": "feedbeef",
     "train_images": 60000,
     "test_images": 10000,
@@ -34,10 +35,12 @@ EVALUATION: dict[str, Any] = {
     },
     "random": {"linear": {"top1": {"mean": 0.71, "std": 0.002, "runs": [0.71]}}},
 }
-RECORD = {
-    "lineage": {"data_digest": "abc123", "recipe": "demo", "code_version": "0.1.0", "checkpoint": "file:///run/c"},
-    "metrics": EVALUATION,
-}
+RECORD = Provenance.model_validate(
+    {
+        "lineage": {"data_digest": "abc123", "recipe": "demo", "code_version": "0.1.0", "checkpoint": "file:///run/c"},
+        "metrics": EVALUATION,
+    }
+)
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -51,7 +54,7 @@ def registry(root: str) -> Registry:
 
 
 def register(registry: Registry, run: str, *, promote: bool = False, model: str = "pirl-demo", **more: Any) -> Version:
-    return registry.register(model, run_id=run, files=more.get("files", FILES), record=RECORD, promote=promote)
+    return registry.register(model, run_id=run, files=more.get("files", FILES), provenance=RECORD, promote=promote)
 
 
 def folder(registry: Registry) -> Storage:
@@ -85,12 +88,12 @@ class TestRegister:
         place = open_storage(version.uri)
         assert place.list() == ["COMMIT.json", "README.md", "extra.json", "model.json", "trunk.safetensors"]
         assert place.read_bytes("trunk.safetensors") == b"weights"
-        assert place.read_json("model.json") == version.record
-        assert version.record["lineage"] == RECORD["lineage"]
-        assert version.record["metrics"] == EVALUATION
-        assert version.record["run_id"] == "run-1"
-        assert version.record["files"]["trunk.safetensors"]["bytes"] == 7
-        assert len(version.record["files"]["trunk.safetensors"]["sha256"]) == 64
+        assert place.read_json("model.json") == version.record.to_json()
+        assert version.record.lineage == RECORD.lineage
+        assert version.record.metrics == RECORD.metrics
+        assert version.record.run_id == "run-1"
+        assert version.record.files["trunk.safetensors"].bytes == 7
+        assert len(version.record.files["trunk.safetensors"].sha256) == 64
         assert place.read_bytes("README.md").decode() == model_card(version.record)
         assert registry.get("pirl-demo", "v0001", verify=True) == version
 
@@ -127,8 +130,6 @@ class TestRegister:
     def test_what_the_registry_writes_itself_is_refused(self, registry: Registry) -> None:
         with pytest.raises(ValueError, match=r"COMMIT\.json"):
             register(registry, "r", files={"COMMIT.json": b""})
-        with pytest.raises(ValueError, match="run_id"):
-            registry.register("m", run_id="r", files=FILES, record={"run_id": "x"}, promote=False)
 
     def test_a_file_that_is_not_there(self, registry: Registry, tmp_path: Path) -> None:
         text = message(lambda: register(registry, "r", files={"trunk.safetensors": tmp_path / "gone"}), RegistryError)
@@ -267,7 +268,7 @@ class TestConcurrency:
         registry = open_registry(str(tmp_path))
         versions = registry.versions("pirl-demo")
         assert [version.version for version in versions] == [f"v{number:04d}" for number in range(1, count + 1)]
-        assert {version.record["run_id"]: version.version for version in versions} == dict(results)
+        assert {version.record.run_id: version.version for version in versions} == dict(results)
         assert pointers(registry) == (f"v{count:04d}", f"v{count:04d}")
 
     def test_a_slow_promotion_does_not_stay_before_a_newer_one(self, tmp_path: Path) -> None:
@@ -399,11 +400,11 @@ class TestPointers:
             champion = registry.pointer("pirl-demo", "champion")
             answers.append(champion)
             if champion is None:
-                registry.register("pirl-demo", run_id="quick", files=FILES, record=RECORD, promote=False)
+                registry.register("pirl-demo", run_id="quick", files=FILES, provenance=RECORD, promote=False)
                 registry.catalogue.move_champion("pirl-demo", "v0002", 0)
             return champion is None
 
-        slow = registry.register("pirl-demo", run_id="slow", files=FILES, record=RECORD, promote=True, ask=ask)
+        slow = registry.register("pirl-demo", run_id="slow", files=FILES, provenance=RECORD, promote=True, ask=ask)
         assert answers == [None, "v0002"]
         assert slow.version == "v0001"
         assert registry.pointer("pirl-demo", "champion") == "v0002"
@@ -442,7 +443,8 @@ class TestWrongNamesAndDamage:
 
 class TestModelCard:
     def test_numbers_and_their_meaning(self) -> None:
-        card = model_card({"name": "pirl-demo", "version": "v0001", "run_id": "run-1", **RECORD})
+        own = VersionRecord(name="pirl-demo", version="v0001", run_id="run-1", files={})
+        card = model_card(own.model_copy(update={"lineage": RECORD.lineage, "metrics": RECORD.metrics}))
         assert card.startswith("# pirl-demo v0001\n")
         assert "- data digest: `abc123`" in card
         assert "| linear, all labels, top-1 | 85.12 ± 0.37 | 71.00 ± 0.45 |" in card
@@ -452,7 +454,7 @@ class TestModelCard:
         assert card.endswith("\n")
 
     def test_an_empty_record(self) -> None:
-        card = model_card({})
+        card = model_card(VersionRecord(run_id="run-1", files={}))
         assert "registered without an evaluation" in card
         assert "has no architecture" in card
 
@@ -480,8 +482,8 @@ class TestModelCard:
         trunk = Trunk(model).eval()
         monkeypatch.chdir(tmp_path)
         save_file(trunk.state_dict(), "trunk.safetensors")
-        config = {"model": model.model_dump(), "views": load_recipe("demo").views.model_dump()}
-        card = model_card(json.loads(json.dumps({"config": config})))
+        recipe = load_recipe("demo").model_copy(update={"model": model})
+        card = model_card(VersionRecord(run_id="run-1", files={}).model_copy(update={"config": recipe}))
         snippets = re.findall(r"```python\n(.*?)```", card, re.S)
         assert len(snippets) == ways
         images = torch.rand(2, 3, 32, 32)

@@ -5,20 +5,26 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from model_registry_server import ModelRegistryServer
 
 from pirl.errors import PirlError, RegistryError, UsageError
-from pirl.registry import Version, open_registry
+from pirl.registry import Provenance, Version, open_registry
 from pirl.registry.kubeflow import KubeflowCatalogue
 from pirl.storage import open_storage
 
-RECORD: dict[str, Any] = {
-    "lineage": {"data_digest": "abc123", "recipe_digest": "def456", "code_version": "0.1.0", "epochs": 3},
-    "metrics": {"pretrained": {"knn": {"top1": {"mean": 0.8, "std": 0.004}}}},
-}
+RECORD = Provenance.model_validate(
+    {
+        "lineage": {"data_digest": "abc123", "recipe_digest": "def456", "code_version": "0.1.0", "epochs": 3},
+        "metrics": {
+            "checkpoint": "",
+            "train_data": "",
+            "test_data": "",
+            "pretrained": {"knn": {"top1": {"mean": 0.8, "std": 0.004}}},
+        },
+    }
+)
 
 
 @pytest.fixture(params=["v1alpha3", "v1"])
@@ -34,7 +40,8 @@ def register(server: ModelRegistryServer, tmp_path: Path) -> Callable[..., Versi
     def call(run: str, promote: bool = True, weights: bytes = b"weights") -> Version:
         files = {"trunk.safetensors": weights}
         run_id = f"file://{tmp_path}/{run}"
-        return open_registry(server.uri).register("pirl", run_id=run_id, files=files, record=RECORD, promote=promote)
+        registry = open_registry(server.uri)
+        return registry.register("pirl", run_id=run_id, files=files, provenance=RECORD, promote=promote)
 
     return call
 
@@ -58,13 +65,13 @@ def test_a_version_with_its_lineage_and_its_artifact(
     assert (version.model, version.version, version.gated) == ("pirl", "v0001", True)
     assert version.uri == f"file://{tmp_path}/run-1/registered/pirl"
     assert open_storage(version.uri).list() == ["README.md", "model.json", "trunk.safetensors"]
-    assert version.record["lineage"] == RECORD["lineage"]
+    assert version.record.lineage == RECORD.lineage
     registry = open_registry(server.uri)
     assert registry.models() == ["pirl"]
     assert registry.get("pirl", verify=True) == version
     (artifact,) = server.objects["artifacts"]
     assert artifact["uri"] == f"{version.uri}/trunk.safetensors"
-    assert artifact["modelSourceId"] == version.record["run_id"]
+    assert artifact["modelSourceId"] == version.record.run_id
     (found,) = server.objects["model_versions"]
     assert found["state"] == "LIVE"
     assert found["customProperties"]["data_digest"]["string_value"] == "abc123"

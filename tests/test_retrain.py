@@ -29,8 +29,8 @@ from pirl.gate import question
 from pirl.memory import MemoryBank
 from pirl.model import build_model
 from pirl.programs import EvaluationProgram, Program, Training
-from pirl.registry import open_registry
-from pirl.results import Evaluation, GateDecision, Score, Scores
+from pirl.registry import Provenance, open_registry
+from pirl.results import Evaluation, GateDecision, Lineage, Score, Scores
 from pirl.retraining import Gating, data_uri, decide_retrain
 from pirl.retraining.retrain import Retraining, keep_up_to_date
 from pirl.retraining.warm import WarmStart, only_added, same_images, warm_start
@@ -74,7 +74,11 @@ def champion(root: Path, data: str, recipe: Recipe, **lineage: str) -> str:
     registry = f"{root}/registry"
     number = len(open_registry(registry).versions("pirl")) if open_registry(registry).has("pirl") else 0
     open_registry(registry).register(
-        "pirl", run_id=f"run-{number}", files={}, record={"lineage": known | lineage}, promote=True
+        "pirl",
+        run_id=f"run-{number}",
+        files={},
+        provenance=Provenance(lineage=Lineage(**known | lineage)),
+        promote=True,
     )
     return registry
 

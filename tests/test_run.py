@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from conftest import TINY, warned
 
 from pirl.errors import CheckpointError, StorageError, StorageNotFoundError
+from pirl.export.importing import Import
+from pirl.layer_results import LayersHeader
+from pirl.registry import Catalogue, Registry, Version, VersionRecord
 from pirl.results import Completion, Evaluation, GateDecision, GateQuestion, Registered, StepRecord, WarmRecord
-from pirl.run import Run, Workspace
+from pirl.run import Record, Run, Workspace
 from pirl.runs import list_runs
 from pirl.storage import open_storage
+from pirl.training.state import TrainState
 
 SCORES = {
     name: {"top1": {"mean": 0.5, "std": 0.01, "runs": [0.49, 0.51]}, "top5": {"mean": 1.0, "std": 0.0, "runs": [1.0]}}
@@ -150,6 +156,67 @@ def test_a_line_that_is_cut_off_is_left_out_with_a_warning(old: Run) -> None:
         old.storage.write_bytes("metrics.jsonl", whole + tail)
         with warned(r"metrics.jsonl has 1 line that cannot be read"):
             assert [line["step"] for line in old.record().metrics] == [1, 2]
+
+
+def test_a_line_of_another_kind_is_left_out_and_a_newer_value_is_kept(old: Run) -> None:
+    old.storage.write_bytes("metrics.jsonl", b'{"step": 1, "newer": 4}\n{"loss": 2.0}\n{"step": 2, "loss": "?"}\n')
+    old.storage.write_bytes("events.jsonl", b'{"event": "start", "time": 5.0, "ranks": 1}\n{"event": "start"}\n')
+    with warned(r"metrics.jsonl has 2 lines that cannot be read"):
+        record = old.record()
+    assert record.metrics == [{"step": 1, "newer": 4}]
+    assert [event["event"] for event in record.events] == ["start"]
+
+
+def test_a_result_by_layers_of_version_0_1_is_read(old: Run) -> None:
+    """It had no format number, no digest of the weights and the URI of its checkpoint."""
+    rates = {"res5": 0.5}
+    head = {"layer": "res5", "pooling": "AvgPool2d()", "features": 8192, "batch_norm": True}
+    epoch = {"epoch": 1, "lr": 0.01, "loss": {"res5": 2.0}, "top1": rates, "top5": rates, "seconds": 3.0}
+    content = {
+        "checkpoint": "file:///gone/runs/a/checkpoints/step-00000010",
+        "train_data": "d",
+        "test_data": "t",
+        "train_images": 42,
+        "test_images": 12,
+        "classes": ["a", "b"],
+        "protocol": {
+            "name": "zoo",
+            "epochs": 1,
+            "batch_size": 8,
+            "lr_drops": [],
+            "resize": 16,
+            "crop": 16,
+            "heads": {"res5": head},
+        },
+        "differences": [],
+        "top1": rates,
+        "top5": rates,
+        "epochs": [epoch],
+        "seconds": 4.0,
+    }
+    old.storage.write_json("eval_zoo.json", content)
+    layers = old.layers()
+    assert layers
+    assert (layers.top1, layers.epochs[0].loss, layers.protocol.heads["res5"].features) == (rates, {"res5": 2.0}, 8192)
+    header = LayersHeader.model_validate(content)
+    assert layers.measures(header)
+    assert not layers.measures(header.model_copy(update={"weights": "w"}))
+    assert layers.to_json() == content | {"format": 1, "weights": "", "untested": [], "ranks": 1}
+
+
+@pytest.mark.parametrize("kind", [Run, Record, Version, VersionRecord, Registry, Catalogue, Import, TrainState])
+def test_what_flows_between_steps_has_a_type(kind: type) -> None:
+    """No value of a run's folder or of a registry, and no state of a training, is a dictionary of anything."""
+    from pirl.checkpoint import Checkpoints, Commit, SavedTraining
+
+    names = {"Checkpoints": Checkpoints, "Commit": Commit, "SavedTraining": SavedTraining}
+    methods = [value for name, value in vars(kind).items() if inspect.isfunction(value) and not name.startswith("_")]
+    methods += [value.fget for value in vars(kind).values() if isinstance(value, property) and value.fget]
+    kinds = [hint for each in [kind, *methods] for hint in get_type_hints(each, localns=names).items()]
+    hints = [f"{name}: {hint}" for name, hint in kinds]
+    assert hints
+    untyped = re.compile(r"(dict|Mapping)\[str, (typing\.Any|object)\]")
+    assert [hint for hint in hints if untyped.search(hint)] == []
 
 
 @pytest.mark.parametrize(

@@ -14,5 +14,17 @@ from pirl.checkpoint.commit import FORMAT, Commit, Cursor, Part
 from pirl.checkpoint.lease import Lease
 from pirl.checkpoint.state import Rows
 from pirl.checkpoint.store import Checkpoints
+from pirl.checkpoint.training import SavedBank, SavedTraining, saved_training
 
-__all__ = ["FORMAT", "Checkpoints", "Commit", "Cursor", "Lease", "Part", "Rows"]
+__all__ = [
+    "FORMAT",
+    "Checkpoints",
+    "Commit",
+    "Cursor",
+    "Lease",
+    "Part",
+    "Rows",
+    "SavedBank",
+    "SavedTraining",
+    "saved_training",
+]

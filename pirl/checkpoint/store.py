@@ -67,7 +67,7 @@ class Checkpoints:
 
     def save(
         self,
-        state: dict[str, Any],
+        state: Mapping[str, Any],
         cursor: Cursor,
         recipe_digest: str,
         data_digest: str,

@@ -146,7 +146,7 @@ def show_result(run: Run) -> None:
     if result is None or gate is None:
         raise PirlError(f"{run.uri} has no evaluation or no decision of the gate", "run the same command again")
     show_gains(result)
-    if reason := collapse((run.record().metrics or [{}])[-1]):
+    if reason := collapse(run.record().last):
         console.print(reason)
     console.print("seconds: " + ", ".join(f"{step.step} {step.seconds:.0f}" for step in run.steps()))
     if gate.promote and registered:

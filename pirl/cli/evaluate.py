@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -16,6 +16,7 @@ from .. import logs
 from ..backends import prepare_evaluation
 from ..evaluate.spec import EvaluationOptions
 from ..gains import caveats, gains, row_title, score_text
+from ..layer_results import LayersEvaluation
 from ..results import Evaluation
 from ..shards import untested_notes
 from ..text import count
@@ -62,10 +63,12 @@ def evaluate(
     else:
         program.update()
     result = program.result()
-    if isinstance(result, Evaluation):
-        logs.output(f"{json.dumps(result.to_json())}\n") if as_json else show_scores(result)
+    if as_json:
+        logs.output(f"{json.dumps(result.to_json())}\n")
+    elif isinstance(result, LayersEvaluation):
+        show_layers(result)
     else:
-        logs.output(f"{json.dumps(result)}\n") if as_json else show_layers(result)
+        show_scores(result)
 
 
 @contextmanager
@@ -126,27 +129,26 @@ def show_caveats(result: Evaluation) -> None:
         console.print(f"note: {line}")
 
 
-def show_layers(result: dict[str, Any]) -> None:
+def show_layers(result: LayersEvaluation) -> None:
     """Print the table of the protocol zoo."""
-    epochs = result["epochs"]
-    trained = f"after {count(len(epochs), 'epoch')} of the zoo's linear protocol"
+    trained = f"after {count(len(result.epochs), 'epoch')} of the zoo's linear protocol"
     table = Table(title=f"the frozen trunk, layer by layer, {trained}")
     for column in ("head", "pooling", "features", "top-1, %", "top-5, %", "best top-1, %"):
         table.add_column(column, justify="left" if column in ("head", "pooling") else "right")
-    for name, head in result["protocol"]["heads"].items():
-        best = max(epochs, key=lambda epoch: epoch["top1"][name])
+    for name, head in result.protocol.heads.items():
+        best = max(result.epochs, key=lambda epoch: epoch.top1[name])
         table.add_row(
             name,
-            head["pooling"],
-            str(head["features"]),
-            f"{100 * result['top1'][name]:.2f}",
-            f"{100 * result['top5'][name]:.2f}",
-            f"{100 * best['top1'][name]:.2f} (epoch {best['epoch']})",
+            head.pooling,
+            str(head.features),
+            f"{100 * result.top1[name]:.2f}",
+            f"{100 * result.top5[name]:.2f}",
+            f"{100 * best.top1[name]:.2f} (epoch {best.epoch})",
         )
     show_table(table)
-    for note in untested_notes(result.get("untested", [])):
+    for note in untested_notes(result.untested):
         console.print(note)
-    for difference in result["differences"]:
+    for difference in result.differences:
         console.print(f"not as in the zoo: {difference}")
 
 

@@ -65,7 +65,7 @@ def models(
                     "version": version.version,
                     "is": " ".join(pointer for pointer, at in pointers.items() if at == version.version),
                     **{f"{key}_top1": round(value.top1.mean, 4) for key, value in scores.items()},
-                    "created": version.record["created"],
+                    "created": version.record.created,
                     "uri": version.uri,
                 }
             )

@@ -17,12 +17,13 @@ from pirl.evaluate.progress import Progress
 from pirl.evaluate.schedules import SCHEDULES
 from pirl.evaluate.spec import EvaluationOptions, EvaluationSpec
 from pirl.evaluate.zoo import ZooProtocol, evaluate_layers, kept_layers
+from pirl.layer_results import LayersEvaluation
 from pirl.results import Evaluation
 from pirl.run import Run
 from pirl.settings import validated
 
-Result = Evaluation | dict[str, Any]
-"""Of the protocol zoo the content of `eval_zoo.json`, else an evaluation."""
+Result = Evaluation | LayersEvaluation
+"""Of the protocol zoo by layers, else an evaluation."""
 
 
 def apply_protocol(spec: EvaluationSpec, execution: Execution | None = None) -> Result:
@@ -69,7 +70,7 @@ def evaluate_options(
     progress: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> Result:
-    """Probe the frozen backbone of a run in this process; return the scores, of the protocol zoo a dictionary.
+    """Probe the frozen backbone of a run in this process; return the scores, of the protocol zoo by layers.
 
     data, test: labelled shards to train the probe on and to test it on. options: those of `pirl eval`, such as
     protocol, epochs and workers (none if not given).

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pirl.evaluate.execution import ALONE
 from pirl.evaluate.layers import LAYERS, Shapes
+from pirl.layer_results import HeadRates
 from pirl.world import World
 
 if TYPE_CHECKING:
@@ -131,16 +132,15 @@ def top_hits(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def score_heads(
-    heads: nn.ModuleDict, parts: Iterable[Part], images: int, world: World = ALONE
-) -> dict[str, dict[str, float]]:
-    """Return {"top1": {head: share}, "top5": ...} over the parts of all ranks, which have `images` together."""
+def score_heads(heads: nn.ModuleDict, parts: Iterable[Part], images: int, world: World = ALONE) -> HeadRates:
+    """Return the rates over the parts of all ranks, which have `images` together."""
     hits = torch.zeros(len(heads), 2, dtype=torch.int64, device=world.device)
     for features, labels in parts:
         for row, (name, head) in enumerate(heads.items()):
             hits[row] += top_hits(head(features[HEADS[name]]), labels)
     shares = (world.sum(hits).double() / images).tolist()
-    return {f"top{k}": {name: shares[row][at] for row, name in enumerate(heads)} for at, k in ((0, 1), (1, 5))}
+    top1, top5 = ({name: shares[row][at] for row, name in enumerate(heads)} for at in (0, 1))
+    return HeadRates(top1=top1, top5=top5)
 
 
 def empty_part(shapes: Shapes, device: torch.device) -> Part:

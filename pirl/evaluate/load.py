@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pirl.checkpoint import Commit
+from pirl.checkpoint import Commit, SavedTraining
 from pirl.config import Recipe, parse_recipe
 from pirl.errors import CheckpointError
 from pirl.model import PIRL, Trunk, build_model
@@ -36,7 +35,7 @@ def load_trunk(uri: str | Run) -> tuple[Recipe, Commit, Trunk]:
     return recipe, commit, model.trunk
 
 
-def _load(uri: str | Run, rows: Mapping[str, range] | None = None) -> tuple[Recipe, Commit, PIRL, dict[str, Any]]:
+def _load(uri: str | Run, rows: Mapping[str, range] | None = None) -> tuple[Recipe, Commit, PIRL, SavedTraining]:
     run = uri if isinstance(uri, Run) else Run.at(uri)
     commit, saved = run.load(rows)
     recipe = parse_recipe(saved["recipe"], origin=f"the recipe inside {commit.name}")

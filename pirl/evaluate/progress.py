@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
+from pirl.lines import ProgressLine
 from pirl.text import duration
 
 REPORT_EVERY_S = 15.0
@@ -17,7 +17,7 @@ class Progress:
     def __init__(
         self,
         say: Callable[[str], None] = lambda text: None,
-        record: Callable[[Mapping[str, Any]], None] = lambda line: None,
+        record: Callable[[ProgressLine], None] = lambda line: None,
         every_s: float = REPORT_EVERY_S,
     ) -> None:
         """`record` gets a line about every `every_s` seconds, whose number `step` grows over all phases."""
@@ -54,7 +54,7 @@ class Progress:
         )
 
 
-def describe(line: Mapping[str, Any]) -> str:
+def describe(line: ProgressLine) -> str:
     """Return a line of the record in words."""
     return (
         f"{line['phase']}: {line['done']:,} of {line['total']:,} {line['unit']}  {line['rate']:,.0f} {line['unit']}/s"

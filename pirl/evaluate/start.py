@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from .. import logs
 from ..errors import PirlError, PreemptedError, UsageError
 from ..launch import default_processes, handled_signals, only_argument, run_ranks
+from ..lines import ProgressLine
 from ..metrics import Telemetry, check_port
 from ..run import Run
 from ..shards import Manifest
@@ -75,7 +76,7 @@ def progress_of(spec: EvaluationSpec, world: World) -> Progress:
     run, telemetry = Run.at(spec.run), Telemetry(Run.at(spec.run).uri, world.rank)
     telemetry.serve()
 
-    def record(line: Mapping[str, Any]) -> None:
+    def record(line: ProgressLine) -> None:
         telemetry.set("pirl_evaluation_progress_ratio", line["done"] / max(1, line["total"]), phase=line["phase"])
         telemetry.set("pirl_evaluation_throughput", line["rate"], phase=line["phase"])
         try:

@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +35,7 @@ from pirl.evaluate.layers import FrozenLayers
 from pirl.evaluate.load import load_trunk, require_finite
 from pirl.evaluate.schedules import SCHEDULES, Schedule, moved_drops
 from pirl.evaluate.states import EpochStates
+from pirl.layer_results import LayersEpoch, LayersEvaluation, LayersHeader, ZooSettings
 from pirl.model import weights_digest
 from pirl.optim import set_learning_rate
 from pirl.order import epoch_order
@@ -120,7 +120,7 @@ def train_heads(
     protocol: ZooProtocol,
     execution: Execution | None = None,
     states: EpochStates | None = None,
-) -> list[dict[str, Any]]:
+) -> list[LayersEpoch]:
     """Train `heads` in place, from the newest of `states`.
 
     Return, for each epoch, its learning rate, losses, and top-1 and top-5 on `test`.
@@ -131,11 +131,11 @@ def train_heads(
     optimizer = head_optimizer(heads, protocol)
     size = min(protocol.batch_size, len(train))
     test_features = CentreFeatures(layers, test, execution.workers, execution.world)
-    records: list[dict[str, Any]] = []
+    records: list[LayersEpoch] = []
     if saved := states.load():
         heads.load_state_dict(saved["heads"])
         optimizer.load_state_dict(saved["optimizer"])
-        records = saved["records"]
+        records = [LayersEpoch.model_validate(record) for record in saved["records"]]
         execution.progress.note(f"resumed after epoch {len(records)}")
     execution.progress.begin("zoo", protocol.epochs * len(train), "images", done=len(records) * len(train))
     for epoch in range(len(records), protocol.epochs):
@@ -144,11 +144,13 @@ def train_heads(
         losses = _train_epoch(heads, optimizer, layers, train, protocol.seed, epoch, size, execution)
         scores = score_heads(heads, test_features, len(test), execution.world)
         seconds = round(time.monotonic() - started, 2)
-        records.append({"epoch": epoch + 1, "lr": rate, "loss": losses, **scores, "seconds": seconds})
-        shown = "  ".join(f"{name} {100 * top1:.1f}" for name, top1 in scores["top1"].items())
+        rates = scores.model_dump()
+        records.append(LayersEpoch(epoch=epoch + 1, lr=rate, loss=losses, seconds=seconds, **rates))
+        shown = "  ".join(f"{name} {100 * top1:.1f}" for name, top1 in scores.top1.items())
         execution.progress.note(f"epoch {epoch + 1}/{protocol.epochs}  lr {rate:.3g}  top-1 in %: {shown}")
         if epoch + 1 < protocol.epochs:
-            state = {"heads": heads.state_dict(), "optimizer": optimizer.state_dict(), "records": records}
+            kept = [record.to_json() for record in records]
+            state = {"heads": heads.state_dict(), "optimizer": optimizer.state_dict(), "records": kept}
             states.save(epoch + 1, state)
     return records
 
@@ -184,9 +186,7 @@ def _train_epoch(
     return losses
 
 
-def describe(
-    protocol: ZooProtocol, recipe: Recipe, layers: FrozenLayers, images: int
-) -> tuple[dict[str, Any], list[str]]:
+def describe(protocol: ZooProtocol, recipe: Recipe, layers: FrozenLayers, images: int) -> tuple[ZooSettings, list[str]]:
     """Return the protocol as it is applied to `images` training images, and its differences from the zoo's."""
     batch = min(protocol.batch_size, images)
     applied = {
@@ -231,7 +231,7 @@ def describe(
             "adaptive pooling to at most 9,216 features: the zoo's windows are made for a bottleneck ResNet of width "
             "1 or 2 on crops of 224 pixels"
         )
-    return applied, differences
+    return ZooSettings.model_validate(applied), differences
 
 
 def evaluate_layers(
@@ -240,54 +240,55 @@ def evaluate_layers(
     test_data: str,
     protocol: ZooProtocol = ZooProtocol(),
     execution: Execution | None = None,
-) -> dict[str, Any]:
+) -> LayersEvaluation:
     """Apply the protocol to a run's newest checkpoint, or to the one named, and write the run's `eval_zoo.json`.
 
-    Return its content: top-1 and top-5 by head after the last epoch, and all of it for each epoch, as shares of 1.
+    Return its content.
     An existing result for the same checkpoint, data and protocol is kept.
     """
     started, execution = time.monotonic(), execution or Execution()
     world, folder = execution.world, Run.at(run)
     if world.is_main:
         folder.require_writable(LAYERS_RESULT)
-    recipe, layers, readers, result = _prepare(folder, train_data, test_data, protocol, world.device)
-    if before := world.broadcast_object(_matching(folder, result) if world.is_main else None):
-        return dict(before)
-    for difference in result["differences"]:
+    recipe, layers, readers, header = _prepare(folder, train_data, test_data, protocol, world.device)
+    before: LayersEvaluation | None = world.broadcast_object(_matching(folder, header) if world.is_main else None)
+    if before:
+        return before
+    for difference in header.differences:
         execution.progress.note(f"not as in the zoo: {difference}")
-    heads = build_heads(layers.shapes, len(result["classes"]), protocol.seed)
+    heads = build_heads(layers.shapes, len(header.classes), protocol.seed)
     train, test = (LabelledCrops(reader, recipe, protocol.seed) for reader in readers)
-    digest = hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(header.to_json(), sort_keys=True).encode()).hexdigest()
     states = EpochStates(folder.evaluation_parts(f"zoo-{digest[:16]}"), digest, world)
     epochs = train_heads(heads, layers, train, test, protocol, execution, states)
-    result |= {name: epochs[-1][name] for name in ("top1", "top5")}
-    result |= {
-        "untested": readers[1].match_classes(result["classes"]),
-        "epochs": epochs,
-        "ranks": world.size,
-        "seconds": round(time.monotonic() - started, 1),
-    }
+    result = LayersEvaluation(
+        **header.to_json(),
+        top1=epochs[-1].top1,
+        top5=epochs[-1].top5,
+        untested=readers[1].match_classes(header.classes),
+        epochs=epochs,
+        ranks=world.size,
+        seconds=round(time.monotonic() - started, 1),
+    )
     if world.is_main:
         folder.save_layers(result)
         folder.discard_evaluation_parts("zoo")
     return result
 
 
-def kept_layers(run: Run, train_data: str, test_data: str, protocol: ZooProtocol) -> dict[str, Any] | None:
+def kept_layers(run: Run, train_data: str, test_data: str, protocol: ZooProtocol) -> LayersEvaluation | None:
     """Return the run's result if it is of the same checkpoint, data and protocol."""
     return _matching(run, _prepare(run, train_data, test_data, protocol, torch.device("cpu"))[3])
 
 
-def _matching(run: Run, header: dict[str, Any]) -> dict[str, Any] | None:
+def _matching(run: Run, header: LayersHeader) -> LayersEvaluation | None:
     before = run.layers()
-    if before:  # version 0.1 had one schedule
-        before["protocol"] = {"schedule": "imagenet", **before.get("protocol", {})}
-    return before if before and all(before.get(key) == value for key, value in header.items()) else None
+    return before if before and before.measures(header) else None
 
 
 def _prepare(
     run: Run, train_data: str, test_data: str, protocol: ZooProtocol, device: torch.device
-) -> tuple[Recipe, FrozenLayers, list[ShardReader], dict[str, Any]]:
+) -> tuple[Recipe, FrozenLayers, list[ShardReader], LayersHeader]:
     """Return recipe, frozen layers, readers of both data sets, and the result without scores."""
     recipe, commit, trunk = load_trunk(run)
     readers = [ShardReader(uri) for uri in (train_data, test_data)]
@@ -297,15 +298,15 @@ def _prepare(
     weights = weights_digest(trunk.state_dict())
     layers = FrozenLayers(trunk, recipe, device)
     applied, differences = describe(protocol, recipe, layers, len(readers[0]))
-    header: dict[str, Any] = {
-        "checkpoint": commit.name,
-        "weights": weights,
-        "train_data": readers[0].manifest.digest,
-        "test_data": readers[1].manifest.digest,
-        "train_images": len(readers[0]),
-        "test_images": len(readers[1]),
-        "classes": classes,
-        "protocol": applied,
-        "differences": differences,
-    }
+    header = LayersHeader(
+        checkpoint=commit.name,
+        weights=weights,
+        train_data=readers[0].manifest.digest,
+        test_data=readers[1].manifest.digest,
+        train_images=len(readers[0]),
+        test_images=len(readers[1]),
+        classes=classes,
+        protocol=applied,
+        differences=differences,
+    )
     return recipe, layers, readers, header

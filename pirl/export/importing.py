@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pirl import __version__
-from pirl.checkpoint import Cursor, Rows
+from pirl.checkpoint import Cursor, Rows, SavedTraining, saved_training
 from pirl.config import Recipe
 from pirl.errors import CheckpointError, UsageError
 from pirl.export.identify import check, identify
@@ -39,7 +39,7 @@ class Import:
     recipe: Recipe
     candidates: list[str]
     """Names of the recipes that it may be of: one, unless the file fits several."""
-    state: dict[str, Any]
+    state: SavedTraining
     cursor: Cursor
     data_digest: str
     lacks: list[str] = field(default_factory=list)
@@ -151,7 +151,8 @@ def examine(path: Path, data: str | None = None, recipe: str | None = None, over
         remarks.append(f"no {', '.join(lacks)} in the file: the run can be evaluated and exported, not resumed")
     elif digest == UNKNOWN_DATA and cursor.epoch < chosen.train.epochs:
         remarks.append("to continue this training, import with --data: the shards that it was trained on")
-    return Import(contents, chosen, candidates, state, cursor, digest, lacks, [*notes, *remarks])
+    saved = saved_training(state, f"the state in {path}")
+    return Import(contents, chosen, candidates, saved, cursor, digest, lacks, [*notes, *remarks])
 
 
 def _digest(contents: Contents, manifest: Manifest | None, lacks: list[str]) -> str:

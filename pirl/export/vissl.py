@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pirl.checkpoint import Commit, Cursor
+from pirl.checkpoint import Commit, Cursor, SavedTraining
 from pirl.config import Recipe
 from pirl.errors import CheckpointError
 from pirl.export.safe_load import read_file
@@ -196,7 +196,7 @@ def _scaler(amp: dict[str, Any]) -> dict[str, Any]:
 # --- to VISSL ------------------------------------------------------------------------------------
 
 
-def to_vissl(saved: dict[str, Any], recipe: Recipe, commit: Commit) -> dict[str, Any]:
+def to_vissl(saved: SavedTraining, recipe: Recipe, commit: Commit) -> dict[str, Any]:
     """Return the content of a VISSL checkpoint, for `torch.save`. Parts that an import lacked are left out.
 
     Equal tensors are shared: the file has each once.

@@ -7,10 +7,11 @@ import math
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from .. import logs
 from ..errors import PirlError
+from ..lines import Event, MetricsLine
 from ..run import EVENTS, METRICS, Record
 from .sink import Context, Sink
 
@@ -24,8 +25,8 @@ class JsonLines(Sink):
         super().__init__(context)
         self.run = context.run
         self.flush_s = flush_s
-        self.metrics: list[dict[str, Any]] = []
-        self.events: list[dict[str, Any]] = []
+        self.metrics: list[MetricsLine] = []
+        self.events: list[Event] = []
         self._flushed = time.monotonic()
         self._writing = threading.Lock()
         self._unwritten = ""
@@ -37,7 +38,7 @@ class JsonLines(Sink):
 
     def step(self, values: Mapping[str, float]) -> None:
         """Add one line; write in the background what has waited for `flush_s`."""
-        self.metrics.append({key: _rounded(value) for key, value in values.items()})
+        self.metrics.append(cast(MetricsLine, {key: _rounded(value) for key, value in values.items()}))
         if time.monotonic() - self._flushed > self.flush_s and not self._writing.locked():
             self._flushed = time.monotonic()
             try:
@@ -47,7 +48,7 @@ class JsonLines(Sink):
 
     def event(self, kind: str, values: Mapping[str, Any]) -> None:
         """Add one line."""
-        self.events.append({"time": values["time"], "event": kind, **values})
+        self.events.append(cast(Event, {"time": values["time"], "event": kind, **values}))
 
     def flush(self, patience_s: float = 0.0) -> None:
         """Write all lines and wait for it. No error is raised: the next write has all lines again."""

@@ -4,7 +4,7 @@ from pirl.registry.card import model_card
 from pirl.registry.catalogue import Catalogue
 from pirl.registry.folder import FolderCatalogue
 from pirl.registry.locate import open_registry
-from pirl.registry.record import CHAMPION, LATEST, TRUNK, Version, check_name
+from pirl.registry.record import CHAMPION, LATEST, TRUNK, Provenance, Version, VersionRecord, check_name
 from pirl.registry.registry import Registry
 
 __all__ = [
@@ -13,8 +13,10 @@ __all__ = [
     "TRUNK",
     "Catalogue",
     "FolderCatalogue",
+    "Provenance",
     "Registry",
     "Version",
+    "VersionRecord",
     "check_name",
     "model_card",
     "open_registry",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Protocol
 
-from pirl.registry.record import Version
+from pirl.registry.record import Provenance, Stamps, Version
 from pirl.storage import Storage
 
 
@@ -20,7 +19,7 @@ class Catalogue(Protocol):
     def uri(self) -> str:
         """The URI that opens this catalogue again."""
 
-    def claim(self, model: str, run_id: str, stamps: dict[str, Any], record: Mapping[str, Any]) -> tuple[str, bytes]:
+    def claim(self, model: str, run_id: str, stamps: Stamps, provenance: Provenance) -> tuple[str, bytes]:
         """Return the version of this run, a new one if it has none, and the content of its model.json.
 
         A number is given once, a run gets one. `RegistryError` where the run was registered with other files.

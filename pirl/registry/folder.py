@@ -17,8 +17,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from pirl.errors import RegistryError, StorageError, StorageNotFoundError
 from pirl.registry.record import (
@@ -28,6 +26,8 @@ from pirl.registry.record import (
     NUMBER,
     RECORD,
     RESTORE,
+    Provenance,
+    Stamps,
     Version,
     new_record,
     now,
@@ -49,7 +49,7 @@ class FolderCatalogue:
         self.storage = open_storage(root) if isinstance(root, str) else root
         self.uri = self.storage.uri
 
-    def claim(self, model: str, run_id: str, stamps: dict[str, Any], record: Mapping[str, Any]) -> tuple[str, bytes]:
+    def claim(self, model: str, run_id: str, stamps: Stamps, provenance: Provenance) -> tuple[str, bytes]:
         """Return the version of this run and its model.json.
 
         Every process walks the numbers upwards from 1 and stops at the first that is free or its own; creating
@@ -62,7 +62,7 @@ class FolderCatalogue:
             if claims.get(version, run_id) != run_id:
                 continue
             files = self.files(model, version)
-            claim = new_record(model, version, run_id, stamps, record)
+            claim = new_record(model, version, run_id, stamps, provenance)
             try:  # reading comes first, because nearly all numbers on the way are taken
                 registered = files.read_small(RECORD)
             except StorageNotFoundError:
@@ -71,8 +71,8 @@ class FolderCatalogue:
                     return version, claim
                 registered = files.read_small(RECORD)
             owner = parse_record(registered, files)
-            claims[version] = owner["run_id"]
-            if owner["run_id"] == run_id:
+            claims[version] = owner.run_id
+            if owner.run_id == run_id:
                 require_same_files(owner, stamps, version)
                 return version, registered
         raise AssertionError  # the numbers have no end

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -28,6 +28,8 @@ from pirl.registry.record import (
     RECORD,
     RESTORE,
     TRUNK,
+    Provenance,
+    Stamps,
     Version,
     new_record,
     order,
@@ -35,6 +37,7 @@ from pirl.registry.record import (
     require_digest,
     require_same_files,
 )
+from pirl.results import Evaluation
 from pirl.storage import Storage, open_storage
 from pirl.storage.base import without_login
 
@@ -53,25 +56,25 @@ class KubeflowCatalogue:
         self.uri = uri.rstrip("/")
         self._api = _Api(self.uri.removeprefix("model-registry+"))
 
-    def claim(self, model: str, run_id: str, stamps: dict[str, Any], record: Mapping[str, Any]) -> tuple[str, bytes]:
+    def claim(self, model: str, run_id: str, stamps: Stamps, provenance: Provenance) -> tuple[str, bytes]:
         """Return the version of this run and its model.json, which lies in the run."""
-        version = self._number(model, run_id, record)
+        version = self._number(model, run_id, provenance)
         files = _files_of(run_id, model)
-        claim = new_record(model, version, run_id, stamps, record)
+        claim = new_record(model, version, run_id, stamps, provenance)
         if files.create(RECORD, claim):
             return version, claim
         registered = files.read_small(RECORD)
         require_same_files(parse_record(registered, files), stamps, version)
         return version, registered
 
-    def _number(self, model: str, run_id: str, record: Mapping[str, Any]) -> str:
+    def _number(self, model: str, run_id: str, provenance: Provenance) -> str:
         """Return the version of this run, a new one if it has none.
 
         The server refuses a name that is taken: a number has one winner, and the losers look again.
         """
         parent = self._model(model) or self._create_model(model)
-        lineage = {key: value for key, value in record.get("lineage", {}).items() if value is not None}
-        properties = _properties({_RUN: run_id, **lineage, **_scores(record)})
+        lineage = provenance.lineage.model_dump(exclude_defaults=True)
+        properties = _properties({_RUN: run_id, **lineage, **_scores(provenance.metrics)})
         while True:
             versions = self._versions(parent["id"])
             for name, version in versions.items():
@@ -309,9 +312,9 @@ def _get(entry: dict[str, Any], key: str) -> str:
     return str(entry.get("customProperties", {}).get(key, {}).get("string_value", ""))
 
 
-def _scores(record: Mapping[str, Any]) -> dict[str, float]:
-    scores = (record.get("metrics") or {}).get("pretrained") or {}
-    return {f"{name}_top1": float(rates["top1"]["mean"]) for name, rates in scores.items() if "top1" in rates}
+def _scores(evaluation: Evaluation | None) -> dict[str, float]:
+    scores = evaluation.pretrained if evaluation else {}
+    return {f"{name}_top1": rates.top1.mean for name, rates in scores.items()}
 
 
 def is_model_registry(uri: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load
 
@@ -19,13 +18,14 @@ def load_version(version: Version) -> tuple[Recipe, Trunk, str]:
     """Return the recipe, the trunk in evaluation mode, and its digest; raise `RegistryError` where it is damaged."""
     where = f"{version.uri}/{TRUNK}"
     data = open_storage(version.uri).read_bytes(TRUNK)
-    stamp = version.record["files"].get(TRUNK, {})
-    if hashlib.sha256(data).hexdigest() != stamp.get("sha256"):
+    stamp = version.record.files.get(TRUNK)
+    if stamp is None or hashlib.sha256(data).hexdigest() != stamp.sha256:
         raise RegistryError(f"{where} is not what was registered: its SHA-256 differs", RESTORE)
+    if (recipe := version.record.config) is None:
+        raise RegistryError(f"{version.uri} has no recipe in its record", RESTORE)
     try:
-        recipe = Recipe.model_validate(version.record.get("config"))
         trunk = Trunk(recipe.model)
         trunk.load_state_dict(load(data))
-    except (ValidationError, SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError) as error:
         raise RegistryError(f"{where} does not fit the recipe that was registered with it: {error}", RESTORE) from None
     return recipe, trunk.eval(), weights_digest(trunk.state_dict())

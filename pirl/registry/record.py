@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
+from pydantic import ValidationError
+
+from pirl.config import Recipe
 from pirl.errors import RegistryError, StorageNotFoundError, UsageError
-from pirl.results import Evaluation, Lineage
+from pirl.results import Content, Evaluation, GateDecision, Lineage, Versioned
 from pirl.storage import Storage, encode_json, sha256_file
 
 CHAMPION = "champion"
@@ -20,12 +20,42 @@ LATEST = "latest"
 TRUNK = "trunk.safetensors"
 RECORD, CARD, COMMIT, GATE = "model.json", "README.md", "COMMIT.json", "GATE.json"
 OWN_FILES = (RECORD, CARD, COMMIT, GATE)
-OWN_FIELDS = ("name", "version", "run_id", "created", "files")
 RESTORE = "restore the version from a backup, or register the run again under a new run id"
 
 NUMBER = re.compile(r"v(\d{4,})")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _CHUNK_BYTES = 16 << 20
+
+
+class Stamp(Content):
+    """Size and SHA-256 of a file of a version."""
+
+    bytes: int
+    sha256: str
+
+
+Stamps = dict[str, Stamp]
+"""By the name of the file."""
+
+
+class Provenance(Content):
+    """Origin of a version: its training, recipe, evaluation and the decision of the gate."""
+
+    lineage: Lineage = Lineage()
+    config: Recipe | None = None
+    """The resolved recipe."""
+    metrics: Evaluation | None = None
+    gate: GateDecision | None = None
+
+
+class VersionRecord(Versioned, Provenance):
+    """`model.json`. Version 0.1 wrote no format number."""
+
+    name: str = ""
+    version: str = ""
+    run_id: str
+    created: str = ""
+    files: Stamps
 
 
 @dataclass(frozen=True)
@@ -35,36 +65,35 @@ class Version:
     model: str
     version: str
     uri: str
-    record: dict[str, Any]
+    record: VersionRecord
     gated: bool
 
     @property
     def lineage(self) -> Lineage:
         """Data, recipe, code and weights that the version was made of."""
-        return Lineage.parse(self.record.get("lineage") or {}, f"the lineage in {self.uri}/{RECORD}")
+        return self.record.lineage
 
     @property
     def evaluation(self) -> Evaluation | None:
         """Its evaluation before the registration; None for a version that was not evaluated."""
-        metrics = self.record.get("metrics")
-        return Evaluation.parse(metrics, f"the evaluation in {self.uri}/{RECORD}") if metrics else None
+        return self.record.metrics
 
 
-def new_record(model: str, version: str, run_id: str, stamps: dict[str, Any], record: Mapping[str, Any]) -> bytes:
+def new_record(model: str, version: str, run_id: str, stamps: Stamps, provenance: Provenance) -> bytes:
     """Return the content of a version's model.json."""
     own = {"name": model, "version": version, "run_id": run_id, "created": now(), "files": stamps}
-    return encode_json({**own, **record})
+    record = VersionRecord(**own, **{name: getattr(provenance, name) for name in Provenance.model_fields})
+    return encode_json(record.to_json())
 
 
-def parse_record(data: bytes, files: Storage) -> dict[str, Any]:
+def parse_record(data: bytes, files: Storage) -> VersionRecord:
     """Return a model.json; raise `RegistryError` where it is damaged."""
     try:
-        record = json.loads(data)
-        if isinstance(record, dict) and "run_id" in record and isinstance(record.get("files"), dict):
-            return record
-    except ValueError:
-        pass
-    raise RegistryError(f"{files.uri}/{RECORD} is damaged: expected JSON with `run_id` and `files`", RESTORE)
+        return VersionRecord.model_validate_json(data)
+    except ValidationError as error:
+        problem = error.errors()[0]
+    where = ".".join(map(str, problem["loc"])) or "content"
+    raise RegistryError(f"{files.uri}/{RECORD} is damaged, or of a newer version: {where}: {problem['msg']}", RESTORE)
 
 
 def require_digest(record: bytes, digest: str, files: Storage) -> None:
@@ -73,33 +102,31 @@ def require_digest(record: bytes, digest: str, files: Storage) -> None:
         raise RegistryError(f"{files.uri}/{RECORD} was changed after it was registered: its SHA-256 differs", RESTORE)
 
 
-def require_same_files(record: Mapping[str, Any], stamps: Mapping[str, Any], version: str) -> None:
+def require_same_files(record: VersionRecord, stamps: Stamps, version: str) -> None:
     """Raise `RegistryError` unless the files of a record are those to be registered now."""
-    registered = record["files"]
-    if registered != stamps:
-        names = registered.keys() | stamps.keys()
-        differing = sorted(name for name in names if registered.get(name) != stamps.get(name))
+    if record.files != stamps:
+        names = record.files.keys() | stamps.keys()
+        differing = sorted(name for name in names if record.files.get(name) != stamps.get(name))
         raise RegistryError(
-            f"run {record['run_id']!r} is registered as {record.get('name')} {version} with other files: "
-            f"{', '.join(differing)}",
+            f"run {record.run_id!r} is registered as {record.name} {version} with other files: {', '.join(differing)}",
             "a version never changes: move this training to a folder of its own (mv, or aws s3 mv) and register it "
             "from that folder, or give another --model",
         )
 
 
-def stamp(content: Path | bytes) -> dict[str, Any]:
+def stamp(content: Path | bytes) -> Stamp:
     """Return the size and the SHA-256 of a file."""
     if isinstance(content, bytes):
-        return {"bytes": len(content), "sha256": sha256(content)}
+        return Stamp(bytes=len(content), sha256=sha256(content))
     try:
-        return {"bytes": content.stat().st_size, "sha256": sha256_file(content)}
+        return Stamp(bytes=content.stat().st_size, sha256=sha256_file(content))
     except OSError as error:
         raise RegistryError(
             f"{content} cannot be read: {error.strerror}", "run the step that exports it again"
         ) from error
 
 
-def verify_file(files: Storage, name: str, expected: Mapping[str, Any], hint: str) -> None:
+def verify_file(files: Storage, name: str, expected: Stamp, hint: str) -> None:
     """Read a stored file back; raise `RegistryError` unless it has the expected stamp."""
     digest = hashlib.sha256()
     try:
@@ -108,7 +135,7 @@ def verify_file(files: Storage, name: str, expected: Mapping[str, Any], hint: st
             digest.update(files.read_range(name, offset, _CHUNK_BYTES))
     except StorageNotFoundError as error:
         raise RegistryError(f"{files.uri}/{name} is missing", hint) from error
-    if {"bytes": size, "sha256": digest.hexdigest()} != expected:
+    if Stamp(bytes=size, sha256=digest.hexdigest()) != expected:
         raise RegistryError(f"{files.uri}/{name} is not what was registered: its SHA-256 differs", hint)
 
 

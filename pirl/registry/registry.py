@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from pirl import logs
 from pirl.errors import RegistryError, StorageNotFoundError, UsageError, did_you_mean
@@ -15,12 +13,14 @@ from pirl.registry.record import (
     CARD,
     CHAMPION,
     LATEST,
-    OWN_FIELDS,
     OWN_FILES,
     RESTORE,
+    Provenance,
+    Stamps,
     Version,
     check_name,
     order,
+    parse_record,
     sha256,
     stamp,
     verify_file,
@@ -40,11 +40,11 @@ class Registry:
         *,
         run_id: str,
         files: Mapping[str, Path | bytes],
-        record: Mapping[str, Any],
+        provenance: Provenance,
         promote: bool,
         ask: Callable[[], bool] | None = None,
     ) -> Version:
-        """Store `files` and `record` as the version of this run; with `promote` it also becomes latest and champion.
+        """Store `files` and `provenance` as the version of this run; `promote` makes it latest and champion too.
 
         The same run gives the same version, however often it is registered and wherever an earlier attempt broke off;
         the record of the first attempt stays. `RegistryError` when the run was registered with other files.
@@ -58,11 +58,9 @@ class Registry:
             check_name(name, "file")
             if name in OWN_FILES:
                 raise ValueError(f"{name} is written by the registry itself")
-        if clash := set(OWN_FIELDS) & set(record):
-            raise ValueError(f"the record may not set {sorted(clash)}: the registry does")
 
         stamps = {name: stamp(content) for name, content in files.items()}
-        version, claim = self.catalogue.claim(model, run_id, stamps, record)
+        version, claim = self.catalogue.claim(model, run_id, stamps, provenance)
         if version not in self.catalogue.versions(model):
             self._fill(model, version, files, stamps, claim)
             self.catalogue.commit(model, version, sha256(claim))
@@ -70,9 +68,7 @@ class Registry:
             self._advance(model, version, ask)
         return self.catalogue.load(model, version)
 
-    def _fill(
-        self, model: str, version: str, files: Mapping[str, Path | bytes], stamps: Mapping[str, Any], claim: bytes
-    ) -> None:
+    def _fill(self, model: str, version: str, files: Mapping[str, Path | bytes], stamps: Stamps, claim: bytes) -> None:
         """Write the files of a version and its card; verify the files, because the source may change meanwhile."""
         target = self.catalogue.files(model, version)
         for name, content in files.items():
@@ -82,7 +78,7 @@ class Registry:
                 target.upload(content, name)
         for name in files:
             verify_file(target, name, stamps[name], "register the run again, while nothing else writes its files")
-        target.write_bytes(CARD, model_card(json.loads(claim)).encode())
+        target.write_bytes(CARD, model_card(parse_record(claim, target)).encode())
 
     def _advance(self, model: str, version: str, ask: Callable[[], bool] | None) -> None:
         """Make a version champion and latest, unless that was done before or `ask` returns False.
@@ -156,7 +152,7 @@ class Registry:
             )
         registered = self.catalogue.load(model, number)
         if verify:
-            for name, expected in registered.record["files"].items():
+            for name, expected in registered.record.files.items():
                 verify_file(self.catalogue.files(model, number), name, expected, RESTORE)
         return registered
 

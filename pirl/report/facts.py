@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 from pirl.checkpoint import Checkpoints, Commit
 from pirl.collapse import collapse
 from pirl.config import Recipe
 from pirl.errors import CheckpointError, StorageError
 from pirl.gains import Gain, gains, labels_text, number_text, row_title
+from pirl.lines import Event, MetricsLine
 from pirl.report.charts import Chart, Line, line_chart, number, ticks
 from pirl.results import Completion, Evaluation, GateDecision, Registered, StepRecord
 from pirl.run import Run
@@ -46,8 +47,8 @@ class RunFacts:
     recipe: Recipe
     config: str
     """The text of config.toml, short arrays on one line."""
-    metrics: list[dict[str, Any]]
-    events: list[dict[str, Any]]
+    metrics: list[MetricsLine]
+    events: list[Event]
     done: Completion | None
     evaluation: Evaluation | None
     gate: GateDecision | None
@@ -63,7 +64,7 @@ class RunFacts:
     @property
     def collapsed(self) -> str:
         """Why the last logged interval shows a collapse; empty where it does not."""
-        return collapse(self.metrics[-1]) if self.metrics else ""
+        return collapse(self.metrics[-1] if self.metrics else None)
 
     @property
     def data_digest(self) -> str | None:
@@ -254,7 +255,8 @@ def curves(run: RunFacts) -> list[Chart]:
     ]
 
     def line(name: str, key: str, style: int = 0, scale: float = 1.0) -> Line:
-        return Line(name, [(row["epoch"], row[key] * scale) for row in lines if key in row], style)
+        rows = [cast(Mapping[str, float], row) for row in lines]
+        return Line(name, [(row["epoch"], row[key] * scale) for row in rows if key in row], style)
 
     loss = run.recipe.loss
     levels = []

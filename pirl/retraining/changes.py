@@ -77,7 +77,7 @@ def decide_retrain(root: str, gating: Gating, recipe: Recipe, data: str, warm_ep
             reason = f"{model} {version.version} was made of the same data, recipe and code"
             if version.version != current:
                 reason += f"; the champion is {current}, promote by hand to change that"
-            return Decision(False, [reason], version.record["run_id"], recipe)
+            return Decision(False, [reason], version.record.run_id, recipe)
 
     if champion is None:
         return _unless_rejected(Decision(True, [f"{model} has no champion yet"], cold, recipe), gating, None)

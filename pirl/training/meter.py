@@ -13,6 +13,7 @@ from ..collapse import collapse
 from ..config import Recipe
 from ..data import Share
 from ..errors import TrainingError
+from ..lines import MetricsLine
 from ..loader import Loader
 from ..logs import info, warn
 from ..loss import StepLoss
@@ -101,7 +102,7 @@ class Meter:
             self._watch_collapse(line)
         self._reset()
 
-    def _line(self, cursor: Cursor, rate: float, means: list[float], spread: float, elapsed: float) -> dict[str, float]:
+    def _line(self, cursor: Cursor, rate: float, means: list[float], spread: float, elapsed: float) -> MetricsLine:
         """Return a line of `metrics.jsonl`."""
         return {
             "step": cursor.step,
@@ -119,7 +120,7 @@ class Meter:
             "embedding_std": spread,
         }
 
-    def _print(self, line: dict[str, float], elapsed: float) -> None:
+    def _print(self, line: MetricsLine, elapsed: float) -> None:
         self.log.step(**line)
         step = int(line["step"])
         eta = duration((self.total_steps - step) * line["step_s"])
@@ -130,7 +131,7 @@ class Meter:
             **line,
         )
 
-    def _watch_collapse(self, line: dict[str, float]) -> None:
+    def _watch_collapse(self, line: MetricsLine) -> None:
         """Warn once when the embeddings collapse; a registered model would be refused by the gate."""
         reason = collapse(line)
         if reason and not self._collapsed:

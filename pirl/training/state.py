@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoints, Commit, Cursor, Rows
+from ..checkpoint import Checkpoints, Commit, Cursor, Rows, SavedBank, SavedTraining, saved_training
 from ..config import Recipe
 from ..errors import CheckpointError, StorageNotFoundError, TrainingError, UsageError
 from ..logs import info
@@ -34,20 +34,20 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
 
-    def to_dict(self, recipe: Recipe, data_digest: str) -> dict[str, Any]:
+    def to_dict(self, recipe: Recipe, data_digest: str) -> SavedTraining:
         bank = self.bank.state_dict()
         if self.bank.cut:
             bank["memory"] = Rows(self.bank.memory, self.bank.first, self.bank.images)
         return {
             "model": self.model.state_dict(),
-            "bank": {**bank, **self.criterion.state_dict()},  # one place on disk, as in version 0.1
+            "bank": cast(SavedBank, {**bank, **self.criterion.state_dict()}),  # one place on disk, as in version 0.1
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "recipe": recipe.to_toml(),
             "data_digest": data_digest,
         }
 
-    def load_dict(self, saved: dict[str, Any]) -> None:
+    def load_dict(self, saved: SavedTraining) -> None:
         self.model.load_state_dict(saved["model"])
         self.bank.load(saved["bank"]["memory"])
         self.criterion.load_state_dict({"z": saved["bank"]["z"]})
@@ -73,7 +73,7 @@ def resume(
         raise CheckpointError(f"{run.uri} has lost its checkpoints", "run the same command again")
     commit, saved = newest
     check_same_data(run.uri, commit, data_digest)
-    state.load_dict(saved)
+    state.load_dict(saved_training(saved, f"checkpoint {commit.name} of {run.place}"))
     if world.is_main:
         info(f"resuming from {commit.name}: epoch {commit.cursor.epoch}, {commit.cursor.samples} samples into it")
     return commit.cursor

@@ -29,7 +29,6 @@ class Jigsaw(Pretext):
 
     noun = "patches"
     order = "permutation"
-    invariance = "its shuffled patches"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

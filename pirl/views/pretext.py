@@ -36,8 +36,6 @@ class Pretext(ABC):
     """The second view in a word, for people: "patches"."""
     order: ClassVar[str]
     """The labels of a sample's marks in a word: "permutation"."""
-    invariance: ClassVar[str]
-    """The second view in a sentence: an image and ... get one embedding."""
 
     def __init__(self, views: ViewsConfig) -> None:
         self.views = views
