@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from test_launcher import TOYJOB, Scene, Steps, kubernetes, scene  # noqa: F401 fixtures
 
+import components
 from pipelines.arguments import complete
 from pirl import backends, cli
 from pirl.backends import BACKENDS, Backend, ClusterBackend, LocalBackend, open_backend
@@ -63,7 +66,31 @@ COMMANDS = {
     "run": ["run", "no-folder", "no-folder"],
     "retrain": ["retrain", "--train-source", "no-folder", "--test-source", "no-folder"],
     "doctor": ["doctor", "--cluster"],
+    "eval": ["eval", "no-run", "--data", SHARED["data"], "--test", SHARED["data"]],
 }
+
+
+def test_every_command_with_a_backend_is_tested() -> None:
+    """`submit` and `schedule` take it as an input of the pipeline: `backend=...`."""
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    taking = {name for name, each in commands.items() if any("--backend" in option.opts for option in each.params)}
+    assert taking == set(COMMANDS)
+    assert set(COMPONENTS) >= {"pretrain", "linear_eval", "retrain"}
+
+
+def functions_with_a_backend() -> dict[str, Callable[..., object]]:
+    """Return the functions of the components that take a backend, by name."""
+    names = [module.name for module in pkgutil.iter_modules(components.__path__)]
+    modules = [importlib.import_module(f"components.{name}") for name in names]
+    functions = {name: getattr(module, name, None) for name, module in zip(names, modules)}
+    return {
+        name: each.python_func
+        for name, each in functions.items()
+        if hasattr(each, "python_func") and "backend" in inspect.signature(each.python_func).parameters
+    }
+
+
+COMPONENTS = functions_with_a_backend()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -75,10 +102,10 @@ def test_commands_refuse_an_unknown_backend(
     assert "backend 'pytorch-job' does not exist. Did you mean 'pytorchjob'?" in " ".join(shown.split())
 
 
-@pytest.mark.parametrize("name", ["pretrain", "retrain"])
+@pytest.mark.parametrize("name", COMPONENTS)
 def test_components_refuse_an_unknown_backend(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The step ends before it reads anything, and trains nowhere."""
-    function = getattr(importlib.import_module(f"components.{name}"), name).python_func
+    function = COMPONENTS[name]
     given = {"root": str(tmp_path / "root"), "backend": "pytorch-job", "recipe": "demo"}
     texts = {
         key: given.get(key, "" if parameter.annotation in (str, "str") else 0)
