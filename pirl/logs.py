@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Any, TextIO, cast
 
 from .errors import StorageError, UsageError
+from .text import with_paths
 
 BLANK = "[redacted]"
 _SECRET_NAME = r"(?:secret[\w-]*|(?:[\w-]*token)|password|passwd|api[_-]?key|access[_-]?key(?:[_-]?id)?|authorization|\
@@ -249,6 +250,11 @@ def redact(text: str) -> str:
     return text
 
 
+def shown(text: str) -> str:
+    """Return `text` for people: without secrets, with paths in place of `file://` URIs."""
+    return redact(with_paths(text))
+
+
 def readable(line: str) -> str:
     """Return the words of a JSON line that this module wrote; any other line as it is."""
     try:
@@ -264,7 +270,7 @@ def _line(level: str, text: str, fields: dict[str, Any]) -> None:
         _emit(stream, level, {"message": text, **fields})
     else:
         prefix = "" if level == "info" else f"{level}: "
-        write(stream, f"{redact(prefix + text)}\n")
+        write(stream, f"{shown(prefix + text)}\n")
 
 
 def _emit(stream: TextIO, level: str, fields: dict[str, Any]) -> None:

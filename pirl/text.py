@@ -1,6 +1,9 @@
-"""Numbers as text for people."""
+"""Numbers and locations as text for people."""
 
 from __future__ import annotations
+
+import re
+from urllib.parse import unquote
 
 
 def count(number: int, noun: str, plural: str = "") -> str:
@@ -34,3 +37,8 @@ def percent(share: float) -> str:
 def score(mean: float, std: float) -> str:
     """Return a mean share of 1 and its standard deviation in percent: 12.50 ± 0.31."""
     return f"{percent(mean)} ± {percent(std)}"
+
+
+def with_paths(text: str) -> str:
+    """Return a text with paths in place of `file://` URIs: without the scheme, and with a blank for each %20."""
+    return re.sub(r"file://(/[^\s/]\S*)", lambda match: unquote(match[1]), text)

@@ -16,6 +16,8 @@ from images import flat_folder, folder_of_classes, truncated_jpeg
 from test_cli import Pirl, pirl
 
 from pirl import logs
+from pirl.cli import _show as show_error
+from pirl.cli.app import plain_console, show_rows
 from pirl.errors import DataError, StorageError
 from pirl.shards import open_source, write_shards
 from pirl.storage import open_storage
@@ -185,6 +187,20 @@ def test_names_are_printed_as_they_are(
     (run / "config.toml").write_text("")
     shown = pirl(*command(tmp_path))
     assert NAME in shown.out + shown.err
+    assert "file:///" not in shown.out + shown.err
+
+
+def test_every_way_to_print_has_paths(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    uri = open_storage(tmp_path / "my runs").uri
+    logs.info(f"run: {uri}")
+    logs.warn(f"{uri} is left out")
+    logs.error(f"{uri} is damaged")
+    plain_console().print(f"run: {uri}")
+    show_rows([{"run": "a", "uri": uri}], as_json=False)
+    show_error(DataError(f"{uri} is empty", f"run `pirl shard SOURCE {uri}`"))
+    shown = "".join(capsys.readouterr())
+    assert "file:///" not in shown
+    assert shown.count("my runs") == 7
 
 
 def test_a_hint_names_the_option_of_the_command(pirl: Pirl, tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import tomllib
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +52,16 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def rejected(arguments: dict[str, Any]) -> Storage:
+def console() -> io.StringIO:
+    """Lines that the steps of the rejected run have printed, which the runner prints again."""
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def rejected(arguments: dict[str, Any], console: io.StringIO) -> Storage:
     """The DAG with a gate that nothing passes."""
-    return run_local(**arguments, min_gain=2.0)
+    with redirect_stdout(console), redirect_stderr(console):
+        return run_local(**arguments, min_gain=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +84,14 @@ def test_a_rejected_run_says_why_and_is_not_registered(facts: dict[str, Any], ar
     assert open_registry(f"{arguments['root']}/registry").models() == []
     assert {name.split("/")[1].removesuffix(".json") for name in facts if name.startswith("steps/")} == STEPS
     assert b"not more than 200.00" in facts["report.html"]
+
+
+def test_the_console_has_paths_as_a_person_writes_them(rejected: Storage, console: io.StringIO) -> None:
+    printed = console.getvalue()
+    assert rejected.uri.removeprefix("file://") in printed
+    kfp = re.compile(r"\s*(Output:|\"|\S+: ')|.*KFP")  # the runner's own lines: arguments and outputs of its steps
+    lines = [line for line in printed.splitlines() if "file:///" in line and not kfp.match(line)]
+    assert lines == [], "\n".join(lines)
 
 
 def test_every_image_went_in(facts: dict[str, Any]) -> None:

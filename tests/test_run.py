@@ -201,7 +201,7 @@ def test_a_result_by_layers_of_version_0_1_is_read(old: Run) -> None:
     header = LayersHeader.model_validate(content)
     assert layers.measures(header)
     assert not layers.measures(header.model_copy(update={"weights": "w"}))
-    assert layers.to_json() == content | {"format": 1, "weights": "", "untested": [], "ranks": 1}
+    assert (layers.format, layers.protocol.schedule, layers.ranks) == (1, "imagenet", 1)
 
 
 @pytest.mark.parametrize("kind", [Run, Record, Version, VersionRecord, Registry, Catalogue, Import, TrainState])

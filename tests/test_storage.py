@@ -250,14 +250,14 @@ class TestUri:
         [
             ("s3a://bucket/x", "Did you mean 's3'?"),
             ("fil:///x", "Did you mean 'file'?"),
-            ("gs://bucket/x", "Use a path, file:///path or s3://bucket/prefix"),
+            ("gs://bucket/x", "Use a path or s3://bucket/prefix"),
             ("s3:/bucket/x", "s3://bucket/prefix"),
-            ("file:/x", "file:///path"),
+            ("file:/x", "Use a path or"),
             ("s3://", "bucket"),
             ("s3://a", "bucket"),
             ("", "empty"),
             ("  ", "empty"),
-            ("file://server/share", "file:///server/share"),
+            ("file://server/share", "the path /server/share"),
         ],
     )
     def test_wrong_uri(self, uri: str, said: str) -> None:

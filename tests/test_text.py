@@ -1,8 +1,8 @@
-"""Numbers as text."""
+"""Numbers and locations as text."""
 
 from __future__ import annotations
 
-from pirl.text import count, duration, percent, score, size
+from pirl.text import count, duration, percent, score, size, with_paths
 
 
 def test_a_number_and_its_noun_agree() -> None:
@@ -23,3 +23,9 @@ def test_bytes_as_text() -> None:
 def test_shares_as_text() -> None:
     assert percent(0.125) == "12.50"
     assert score(0.125, 0.0031) == "12.50 ± 0.31"
+
+
+def test_a_person_reads_paths() -> None:
+    """A location with a blank or a percent sign is as it was typed; other URIs stay."""
+    assert with_paths("file:///a%20b/runs has no checkpoint") == "/a b/runs has no checkpoint"
+    assert with_paths("register file:///r/m: s3://b/x, file://") == "register /r/m: s3://b/x, file://"

@@ -43,6 +43,6 @@ def _show(error: PirlError) -> None:
         logs.error(str(error))
         return
     console = plain_console(stderr=True)
-    console.print(Text.assemble(("error:", "bold red"), f" {logs.redact(logs.with_options(error.what))}"))
+    console.print(Text.assemble(("error:", "bold red"), f" {logs.shown(logs.with_options(error.what))}"))
     if error.hint:
-        console.print(f"  -> {logs.redact(logs.with_options(error.hint))}")
+        console.print(f"  -> {logs.shown(logs.with_options(error.hint))}")

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from .. import __version__, logs
 from ..backends import BACKENDS
+from ..text import with_paths
 
 
 class Commands(TyperGroup):
@@ -40,9 +41,17 @@ app = typer.Typer(
 )
 
 
+class PlainConsole(Console):
+    """Console with paths in place of `file://` URIs."""
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        """Print texts and tables."""
+        super().print(*(with_paths(each) if isinstance(each, str) else each for each in objects), **settings)
+
+
 def plain_console(**settings: Any) -> Console:
     """Return a console that prints names as they are: no markup, no emoji, no folded lines."""
-    return Console(markup=False, emoji=False, highlight=False, soft_wrap=True, **settings)
+    return PlainConsole(markup=False, emoji=False, highlight=False, soft_wrap=True, **settings)
 
 
 console = plain_console(width=None if logs.is_terminal() else 120)
@@ -89,9 +98,14 @@ def show_rows(rows: list[dict[str, Any]], as_json: bool, hide: tuple[str, ...] =
     for key in keys:
         table.add_column(key.replace("_", " "), overflow="fold")
     for row in rows:
-        values = (row[key] for key in keys)
-        table.add_row(*("" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
+        table.add_row(*(_cell(row[key]) for key in keys))
     show_table(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else with_paths(str(value))
 
 
 def show_table(table: Table) -> None:

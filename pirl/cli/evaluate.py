@@ -19,7 +19,7 @@ from ..gains import caveats, gains, row_title, score_text
 from ..layer_results import LayersEvaluation
 from ..results import Evaluation
 from ..shards import untested_notes
-from ..text import count
+from ..text import count, with_paths
 from .app import DRY_RUN_HELP, BackendName, JobItems, Json, app, console, show_table
 from .options import options_of
 
@@ -53,7 +53,7 @@ def evaluate(
     chosen, program = prepare_evaluation(run, data=data, test=test, options=options, backend=backend, job=job or ())
     if dry_run:
         plan = chosen.plan(program)
-        logs.output(program.spec.to_json() if as_json else plan)
+        logs.output(program.spec.to_json() if as_json else with_paths(plan))
         return
     if program.result() is None:
         with stdout_to_stderr() if as_json else nullcontext():

@@ -8,6 +8,7 @@ import typer
 
 from .. import logs
 from ..backends import prepare_training
+from ..text import with_paths
 from ..training.spec import TrainingOptions
 from .app import DRY_RUN_HELP, BackendName, JobItems, Json, Overrides, RecipeName, app
 from .options import options_of
@@ -41,4 +42,4 @@ def train(
     if not dry_run:
         raise typer.Exit(chosen.run(program))
     plan = chosen.plan(program)
-    logs.output(program.spec.to_json() if as_json else plan)
+    logs.output(program.spec.to_json() if as_json else with_paths(plan))

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pirl.report.facts import points, when
-from pirl.text import duration, percent, size
+from pirl.text import duration, percent, size, with_paths
 
 
 def render(template: str, **values: Any) -> str:
@@ -22,6 +22,7 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"duration": duration, "percent": percent, "points": points, "when": when, "size": size}
+    environment.filters["with_paths"] = with_paths
     return writable(environment.get_template(template).render(**values))
 
 

@@ -47,7 +47,7 @@ def _open_folder(rest: str) -> LocalStorage:
     """Return the folder at `rest` of file://`rest`."""
     host, slash, path = rest.partition("/")
     if host not in ("", "localhost") or not slash:
-        raise UsageError(f"file://{rest} names another machine.", f"Write file:///{rest.strip('/')} for a local path.")
+        raise UsageError(f"file://{rest} names another machine.", f"Write the path /{rest.strip('/')} if it is local.")
     return LocalStorage(Path(os.fsdecode(b"/" + unquote_to_bytes(path))))
 
 
@@ -75,7 +75,7 @@ def open_storage(uri: str | Path) -> Storage:
     raise UsageError(
         f"{without_login(text)!r} is not a storage location."
         + ("" if scheme[1] in SCHEMES else did_you_mean(scheme[1], SCHEMES)),  # else its slashes are wrong
-        "Use a path, file:///path or s3://bucket/prefix.",
+        "Use a path or s3://bucket/prefix.",
     )
 
 
