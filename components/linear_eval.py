@@ -11,6 +11,7 @@ def linear_eval(
     train_data: str,
     test_data: str,
     metrics: dsl.Output[dsl.Metrics],
+    confusion: dsl.Output[dsl.ClassificationMetrics],
     options: str = "",
     backend: str = "local",
     job: str = "",
@@ -19,8 +20,8 @@ def linear_eval(
     """Probe the newest checkpoint of `run` into its folder; return the run's URI.
 
     `options` (`pirl eval --help`) and `job` (settings of the job, on a cluster) are NAME=VALUE items separated by
-    blanks. The gate reads the protocol fast; finetune begins with it. `kfp_run` is the id of the KFP run, a label of
-    the job.
+    blanks. The gate reads the protocol fast, whose probe on all labels has the confusion matrix; finetune begins with
+    it. `kfp_run` is the id of the KFP run, a label of the job.
     """
     from components.step import labels_of, step
     from pirl.backends import prepare_evaluation
@@ -40,4 +41,6 @@ def linear_eval(
             for trunk in ("pretrained", "random"):  # last in the name: the UI sorts, and compares what is adjacent
                 for name, scores in result.scores(trunk).items():
                     metrics.log_metric(f"{name}_top1_{trunk}", scores.top1.mean)
+            if result.confusion:  # at most 21 rows, which the UI can draw
+                confusion.log_confusion_matrix(result.confusion.names(result.classes), result.confusion.counts)
     return run

@@ -16,8 +16,9 @@ def register(
 ) -> str:
     """Register the run's trunk in `registry`, or in ROOT/registry; return the version's URI.
 
-    The artifacts are the version, by its metadata, and its model card, which KFP's UI renders.
+    The artifacts are the version, by its metadata and its record, and its model card, which KFP's UI renders.
     """
+    import json
     from pathlib import Path
 
     from components.step import step
@@ -28,6 +29,7 @@ def register(
     with step(run, "register"):
         version = register_run(run, registry or Workspace(root).registry, model)
         Path(card.path).write_text(model_card(version.record))
-        # not as its uri: a backend fails the step where that is outside of the run's own place for artifacts
+        # its folder is not the uri: a backend fails the step where that is outside of the run's own place for artifacts
+        Path(trunk.path).write_text(json.dumps({"uri": version.uri, **version.record}, indent=1))
         trunk.metadata.update({"version": version.version, "uri": version.uri})
     return version.uri

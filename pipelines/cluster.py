@@ -39,7 +39,8 @@ def write_settings(spec: dict[str, Any], settings: StepSettings) -> dict[str, An
                 "maxRetryCount": settings.retries,
                 "backoffDuration": f"{settings.retry_wait_s}s",
                 "backoffFactor": 2.0,
-                "backoffMaxDuration": "3600s",
+                # Argo counts it from the first start: a longer step would not be retried, a retried one would be killed
+                "backoffMaxDuration": f"{settings.timeout_s * (settings.retries + 1)}s",
             }
     pods = {name: _pod(settings) for name in names}
     return {"platforms": {"kubernetes": {"deploymentSpec": {"executors": pods}}}}

@@ -126,6 +126,20 @@ class ProbeSettings(Content):
     neighbours: int = 20
 
 
+class Confusion(Content):
+    """Counts of test images by true class (row) and predicted class (column), of a linear probe on all labels."""
+
+    classes: list[int]
+    """Numbers of the classes with a row of their own: those with the most errors, at most 20."""
+    counts: list[list[int]]
+    """The last row and column are all other classes, if there are any."""
+
+    def names(self, classes: list[str]) -> list[str]:
+        """Return the names of rows and columns."""
+        others = ["other classes"] if len(self.counts) > len(self.classes) else []
+        return [classes[number] for number in self.classes] + others
+
+
 class FewLabels(Content):
     """Labels of the probe with few labels."""
 
@@ -197,6 +211,8 @@ class Evaluation(Versioned):
     protocol: ProbeSettings = ProbeSettings()
     pretrained: dict[str, Scores] = {}
     random: dict[str, Scores] = {}
+    confusion: Confusion | None = None
+    """Of the pretrained backbone's probe `linear` with its first seed; absent in folders of version 0.1."""
     collapsed: list[str] = []
     """Of "pretrained" and "random": backbones whose features do not vary over the training images."""
     bank: BankScores | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -116,3 +117,30 @@ def test_an_image_that_does_not_exist_is_refused() -> None:
     )
     assert done.returncode == 2
     assert "->" in done.stderr
+
+
+def test_extras_of_the_images() -> None:
+    plain = requirements()
+    more = requirements("--extras", "heif,parquet", "--without", "kfp")
+    assert {line for line in more if line not in plain} == {"pillow>=11.3", "pillow-heif>=1.0", "pyarrow>=17"}
+    assert {line.split("=")[0].rstrip("><") for line in plain if line not in more} == {"kfp"}
+    command = [sys.executable, "docker/requirements.py", "--extras", "heic"]
+    wrong = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 1
+    assert "has no extra heic, expected heif" in wrong.stderr
+    assert "ARG EXTRAS=" in stages()["requirements"]
+    assert '--build-arg "EXTRAS=${EXTRAS:-}"' in (ROOT / "docker" / "build").read_text()
+
+
+def test_the_bill_of_materials_names_each_installed_package() -> None:
+    (folder,) = {str(Path(pytest.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "docker/sbom.py", folder], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    document = json.loads(done.stdout)
+    packages = {each["name"]: each for each in document["components"]}
+    assert (document["bomFormat"], document["specVersion"]) == ("CycloneDX", "1.5")
+    assert packages["pytest"]["purl"] == f"pkg:pypi/pytest@{pytest.__version__}"
+    assert {"torch", "boto3", "kfp"} <= set(packages)
+    for image in ("trainer", "steps"):
+        assert f"COPY --from={image}-sbom /sbom.json /opt/pirl/" in stages()[image]

@@ -35,6 +35,7 @@ from pirl.evaluate import (
     nearest,
     require_finite,
 )
+from pirl.evaluate.confusion import confusion
 from pirl.evaluate.crops import LabelledCrops
 from pirl.evaluate.features import Moments, fold_norms, moments
 from pirl.evaluate.neighbours import vote
@@ -153,12 +154,34 @@ def test_probe_scales_features_by_the_training_set() -> None:
     for features in (train, test):
         features.x[:, 0] *= 1e6
         features.x[:, 1] = 7.0
-    scores, collapsed = probe({"pretrained": Pair(train, test)}, 6, replace(QUICK, label_share=0.2))
+    scores, collapsed, errors = probe({"pretrained": Pair(train, test)}, 6, replace(QUICK, label_share=0.2))
     result = scores["pretrained"]
     assert collapsed == []
     assert result["linear"].top1.mean == 1.0
     assert result["linear_1pct"].top1.mean == 1.0
     assert len(result["linear"].top1.runs) == 2
+    assert errors.counts == torch.diag(torch.full((6,), 10)).tolist()
+
+
+@pytest.mark.parametrize("classes", [3, 20, 21, 1000])
+def test_the_confusion_matrix_shows_the_classes_with_most_errors(classes: int) -> None:
+    """Every test image of class 2 is taken for class 1, all others are right."""
+    weights = torch.cat([torch.eye(classes), torch.zeros(1, classes)])
+    y = torch.arange(classes).repeat(2)
+    x = torch.nn.functional.one_hot(torch.where(y == 2, 1, y), classes).float()
+    plain = Moments(torch.zeros(classes), torch.ones(classes), collapsed=False)
+    test = Standardised(Features(x, y), plain, torch.device("cpu"))
+    found = confusion(test, weights, classes, World())
+    counts = np.array(found.counts)
+    assert found.classes == list(range(min(classes, 20)))
+    assert counts.shape == (min(classes, 21),) * 2
+    assert counts.sum() == 2 * classes
+    assert (counts[2, 1], counts[2, 2], counts[1, 1]) == (2, 0, 2)
+    assert counts.trace() == 2 * classes - 2
+    names = found.names([f"c{k}" for k in range(classes)])
+    assert names[:3] == ["c0", "c1", "c2"]
+    assert (names[-1] == "other classes") == (classes > 20)
+    assert len(names) == len(counts)
 
 
 def test_spread() -> None:
@@ -598,8 +621,8 @@ def test_a_run_is_evaluated_once(
     assert not list((folder / "checkpoints").rglob("eval.json"))
 
 
-def no_probe(pairs: dict[str, Pair], *_: Any) -> tuple[dict[str, Any], list[str]]:
-    return {name: {"linear": Scores(top1=spread([0.5]))} for name in pairs}, []
+def no_probe(pairs: dict[str, Pair], *_: Any) -> tuple[dict[str, Any], list[str], None]:
+    return {name: {"linear": Scores(top1=spread([0.5]))} for name in pairs}, [], None
 
 
 def test_another_eval_section_is_applied_to_a_finished_run(

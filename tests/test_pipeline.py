@@ -140,6 +140,7 @@ def test_the_artifacts_are_what_the_ui_renders(promoted: Storage, arguments: dic
     given = {"run": promoted.uri, "root": arguments["root"], "model": "pirl"}
     version = register.python_func(**given, trunk=trunk, card=card)
     assert trunk.metadata == {"version": "v0001", "uri": version}
+    assert json.loads(Path(trunk.path).read_text())["uri"] == version
     assert Path(card.path).read_text() == open_storage(version).read_bytes("README.md").decode()
 
 

@@ -126,6 +126,8 @@ def test_every_setting_stands_in_every_pod() -> None:
         assert pod["activeDeadlineSeconds"] == "3600"
     retries = {task["retryPolicy"]["maxRetryCount"] for _, task in tasks(spec) if "retryPolicy" in task}
     assert retries == {4}
+    longest = {task["retryPolicy"]["backoffMaxDuration"] for _, task in tasks(spec) if "retryPolicy" in task}
+    assert longest == {"18000s"}, "all attempts together: Argo counts it from the first start"
 
 
 def test_without_a_secret_or_retries_nothing_of_them_is_written() -> None:

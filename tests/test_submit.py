@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 from kfp_server import KfpServer
+from kubernetes_server import KubernetesServer, kubernetes  # noqa: F401 fixture
+from s3_server import bucket, s3_endpoint, s3_environment  # noqa: F401 fixtures
 
 from pipelines import backend as backend_module
 from pirl.cli import main
+from pirl.storage import open_storage
 
 ARGUMENTS = ["train_source=s3://bucket/train", "test_source=s3://bucket/test"]
 ARGUMENTS += ["recipe=demo", "root=s3://bucket/pirl"]
@@ -162,7 +165,10 @@ def test_an_unknown_pipeline(pirl: Pirl, server: KfpServer) -> None:
     assert server.runs == []
 
 
+@pytest.mark.usefixtures("s3_environment")
 def test_a_dry_run_changes_nothing(pirl: Pirl, server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # no storage there, and no cluster
+    monkeypatch.setenv("KUBECONFIG", "/nonexistent")
     code, shown = pirl("submit", "pirl-pretrain", *ARGUMENTS, "--dry-run")
     assert code == 0
     assert "to be uploaded first" in shown
@@ -174,6 +180,8 @@ def test_a_dry_run_changes_nothing(pirl: Pirl, server: KfpServer, monkeypatch: p
     assert code == 0, shown
     assert "image of the steps: r.io/steps:7\nimage of the job: registry.example.com/trainer:7\n" in shown
     assert "kfp-default-account" in shown
+    assert "root: note, not checked from this machine" in shown
+    assert "cluster: note, not checked from this machine" in shown
     code, shown = pirl("submit", "pirl-pretrain", *ARGUMENTS, *job, "--service-account", "pirl-launcher", "--dry-run")
     assert "account of the steps: pirl-launcher\n" in shown
     assert {request.split()[0] for request in server.requests} == {"GET"}
@@ -182,6 +190,28 @@ def test_a_dry_run_changes_nothing(pirl: Pirl, server: KfpServer, monkeypatch: p
     code, shown = pirl("submit", "pirl-pretrain", *ARGUMENTS)
     assert code == 2
     assert "KFP_ENDPOINT" in shown
+
+
+def test_a_dry_run_lists_storage_and_cluster(
+    pirl: Pirl,
+    server: KfpServer,
+    kubernetes: KubernetesServer,  # noqa: F811
+    bucket: str,  # noqa: F811
+) -> None:
+    open_storage(f"{bucket}/train").write_bytes("a/1.jpg", b"x")
+    given = ["recipe=demo", f"root={bucket}/pirl", f"train_source={bucket}/train", "backend=pytorchjob"]
+    code, shown = pirl("submit", "pirl-pretrain", *given, f"test_source={bucket}/tset", "--dry-run")
+    assert code == 1, shown
+    assert f"test_source: bad, {bucket}/tset has no objects" in shown
+    assert f"train_source: ok, {bucket}/train can be listed" in shown
+    assert "API server: ok" in shown
+    assert "PyTorchJob: ok" in shown
+    code, shown = pirl("submit", "pirl-pretrain", *given, f"test_source={bucket}/train", "--dry-run")
+    assert code == 0, shown
+    given += [f"test_source={bucket}/train", "job=queue=nowhere"]
+    code, shown = pirl("submit", "pirl-pretrain", *given, "--dry-run")
+    assert code == 1
+    assert "Kueue: bad, not installed, but queue nowhere is asked for" in shown
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from .submit import (
     StepItems,
     Upload,
     connect,
+    preflight,
     print_plan,
-    print_pods,
     resolve,
 )
 
@@ -78,7 +78,7 @@ test_source=s3://bucket/test root=s3://bucket/pirl
     version, values = resolve(backend, pipeline, arguments or [], step, upload, dry_run)
     if dry_run:
         print_plan(f"would schedule {name} at {six}:", pipeline, version, values)
-        print_pods(pipeline, values, step, service_account)
+        preflight(pipeline, values, step, service_account)
         return
     done = backend.schedule(name, version, values, six, experiment, service_account)
     console.print(f"{name}: {done}, {six}, version {version.name}")

@@ -9,9 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import logs
-from ..backends import ClusterBackend, open_backend
-from ..errors import PirlError, UsageError, did_you_mean
-from ..settings import split_items
+from ..errors import EXIT_FAILURE, PirlError, UsageError, did_you_mean
 from .app import DRY_RUN_HELP, app, console
 from .options import items_from
 
@@ -65,7 +63,7 @@ train_source=s3://bucket/train test_source=s3://bucket/test backend=pytorchjob j
     name = f"{pipeline} {values['run']}" if values.get("run") else pipeline
     if dry_run:
         print_plan("would run", pipeline, version, values)
-        print_pods(pipeline, values, step, service_account)
+        preflight(pipeline, values, step, service_account)
         return
     run_id = backend.run(version, name, values, experiment, service_account)
     link = backend.link(run_id)
@@ -150,24 +148,15 @@ def print_plan(action: str, pipeline: str, version: Any, values: dict[str, Any])
         console.print(f"  {name} = {json.dumps(value)}")
 
 
-def print_pods(pipeline: str, values: dict[str, Any], step: list[str] | None, service_account: str) -> None:
-    """Print images and account of the steps and of the job, with a hint where a cluster cannot use them."""
+def preflight(pipeline: str, values: dict[str, Any], step: list[str] | None, service_account: str) -> None:
+    """Print images, account and checks of a dry run; end with 1 where a check has failed."""
     from pipelines.cluster import step_settings
     from pipelines.compiled import PIPELINES
+
+    from .preflight import print_pods
 
     if pipeline not in PIPELINES:
         return
     settings = step_settings(step or items_from("PIRL_STEP")())
-    images = {"the steps": settings.image}
-    backend = open_backend(str(values.get("backend", "local")), split_items(str(values.get("job", ""))))
-    if isinstance(backend, ClusterBackend):
-        images["the job"] = backend.settings.image
-    for name, image in images.items():
-        console.print(f"image of {name}: {image}")
-        if image.startswith("localhost/"):
-            console.print("  -> only this machine has it: name one of a registry (--step image=..., job='image=...')")
-    if isinstance(backend, ClusterBackend):
-        console.print(f"account of the steps: {service_account or 'the default of KFP, pipeline-runner'}")
-        if not service_account:
-            overlay = "manifests/overlays/kfp-default-account"
-            console.print(f"  -> it may start no job without `kubectl apply -k {overlay}`; else use --service-account")
+    if print_pods(values, settings.image, service_account):
+        raise typer.Exit(EXIT_FAILURE)

@@ -134,9 +134,15 @@ def probe_trunks(
         crops = LabelledCrops(reader, recipe, seed=0)
         sets.append(extract_all(extractor, crops, world, execution.workers, Parts(folder, title), progress))
     pairs = {name: Pair(sets[0][name], sets[1][name]) for name in trunks}
-    scores, collapsed = probe(pairs, len(header.classes), protocol, world, progress)
+    scores, collapsed, errors = probe(pairs, len(header.classes), protocol, world, progress)
     train = next(iter(pairs.values())).train
-    update = {**scores, "collapsed": collapsed, "ranks": world.size, **_bounds(train, header, protocol)}
+    update = {
+        **scores,
+        "collapsed": collapsed,
+        "confusion": errors,
+        "ranks": world.size,
+        **_bounds(train, header, protocol),
+    }
     return header.model_copy(update=update), pairs
 
 

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from pirl.config import Recipe
 from pirl.data import CropDataset
+from pirl.evaluate.confusion import confusion
 from pirl.evaluate.execution import ALONE
 from pirl.evaluate.features import ROWS, Features, moments, share_of
 from pirl.evaluate.neighbours import vote
 from pirl.evaluate.progress import Progress
 from pirl.evaluate.sgd import Standardised, train_probes
 from pirl.model import PIRL
-from pirl.results import BankScores, FewLabels, Score, Scores
+from pirl.results import BankScores, Confusion, FewLabels, Score, Scores
 from pirl.world import World
 
 MOST_STEPS = 20_000
@@ -80,8 +81,8 @@ def probe(
     protocol: Protocol,
     world: World = ALONE,
     progress: Progress | None = None,
-) -> tuple[dict[str, dict[str, Scores]], list[str]]:
-    """Return the scores of each backbone, and the names of those whose features have collapsed.
+) -> tuple[dict[str, dict[str, Scores]], list[str], Confusion]:
+    """Return the scores of each backbone, the names of those whose features have collapsed, and the first's confusion.
 
     The probes of all backbones and seeds are trained together. Every rank calls it with its own rows.
     """
@@ -98,6 +99,8 @@ def probe(
     scores: list[dict[str, Scores]] = [{} for _ in sides]
     for name, subsets in (("linear", [torch.arange(len(y))] * len(few)), ("linear_1pct", few)):
         weights = train_probes(train, subsets, classes, protocol, world, progress, name)
+        if name == "linear":
+            errors = confusion(test[0], weights[0], classes, world)
         for side, rates in enumerate(score_probes(test, weights, world)):
             top1, top5 = ([rate[at] for rate in rates] for at in (0, 1))
             scores[side][name] = Scores(top1=spread(top1), top5=spread(top5))
@@ -105,7 +108,7 @@ def probe(
     for side, pair in enumerate(sides):
         hits = vote(*pair, classes, protocol.neighbours, protocol.knn_temperature, world, progress)
         scores[side]["knn"] = Scores(top1=share_score(hits, len(pair.test.y)))
-    return dict(zip(pairs, scores)), collapsed
+    return dict(zip(pairs, scores)), collapsed, errors
 
 
 @torch.no_grad()
