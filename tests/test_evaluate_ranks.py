@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from pirl.evaluate.crops import LabelledCrops
 from pirl.evaluate.features import Extractor, extract_all
 from pirl.evaluate.parts import Parts
 from pirl.evaluate.spec import EvaluationSpec
+from pirl.evaluate.start import progress_of
 from pirl.model import build_model
 from pirl.programs import EvaluationProgram
 from pirl.run import Run
@@ -212,6 +215,22 @@ def test_the_program_by_its_backend(
     assert result
     assert result.ranks == 2
     assert not program(out, shards, test_shards, "protocol=zoo", "epochs=2").is_complete()
+
+
+def test_every_machine_of_an_evaluation_answers_prometheus(
+    run: str, shards: str, test_shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only its first rank does: another one has no server. A pod that does not answer is a pod in trouble."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("PIRL_METRICS_PORT", str(port))
+    spec = EvaluationSpec.parse(run, data=shards, test=test_shards)
+    progress_of(spec, World(rank=3, size=4, local_rank=1))
+    with pytest.raises(OSError):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10)
+    progress_of(spec, World(rank=2, size=4, local_rank=0))
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+        assert reply.status == 200
 
 
 def test_a_job_evaluates_under_a_name_of_its_own() -> None:

@@ -63,6 +63,12 @@ def training(
     values = {key: changes.get(key, f"{text}x{length} stale" if text else None) for key, text in usual.items()}
     found = {f'{names[key]}{{namespace="pirl",pod="a-0",run="a"}}': text for key, text in values.items() if text}
     up = changes.get("up", f"1x{length} stale")
+    if (progress := changes.get("evaluation")) is not None:
+        found = {
+            f'pirl_evaluation_progress_ratio{{namespace="pirl",phase="{phase}",pod="a-e",run="a"}}': text
+            for phase, text in progress.items()
+        }
+        ranks = ()
     found['up{job="pirl/pirl-training",namespace="pirl",pirl_dev_run="a"}'] = up
     for rank, parts in enumerate(ranks):
         for part, seconds in zip(("data", "forward", "backward"), parts, strict=True):
@@ -108,6 +114,16 @@ CASES = [
         "no more steps, and deleted at last",
         training(90, steps="0+60x30 1800x59 stale"),
         {30: NONE, 43: NONE, 46: alert("TrainingStalled"), 90: alert("TrainingStalled"), 97: NONE},
+    ),
+    Case(
+        "an evaluation whose second phase stalls, and deleted at last",
+        training(evaluation={"features": "0+0.05x20 1x69 stale", "probes": "_x20 0+0.02x30 0.6x38 stale"}),
+        {15: NONE, 30: NONE, 58: NONE, 74: alert("EvaluationStalled"), 88: alert("EvaluationStalled"), 102: NONE},
+    ),
+    Case(
+        "an evaluation one of whose pods does not answer",
+        training(evaluation={"features": "0+0.001x120 stale"}, up="0x40 1x80"),
+        {14: NONE, 20: alert("TrainingSilent"), 45: NONE},
     ),
     Case("never a first step", training(steps="0x120"), {8: NONE, 12: alert("TrainingStalled")}),
     Case("a first step after six minutes", training(steps="0x6 0+60x90"), dict.fromkeys((6, 8, 12, 20), NONE)),
@@ -259,7 +275,8 @@ def test_the_dashboard_shows_every_metric_of_a_training() -> None:
     shown = {name.removesuffix("_bucket") for name in shown}
     by_alert = {"pirl_training_nonfinite_timestamp_seconds"}
     derived = {"pirl_training_images_total"}  # its rate is shown as the training itself tells it
-    assert shown | by_alert | derived == METRICS.keys() - {metric.name for metric in TASKS}
+    evaluation = {"pirl_evaluation_progress_ratio", "pirl_evaluation_throughput"}
+    assert shown | by_alert | derived == METRICS.keys() - {metric.name for metric in TASKS} | evaluation
 
 
 @pytest.fixture(scope="module")
@@ -324,8 +341,8 @@ def filled(query: str, **variables: str) -> str:
 @pytest.mark.parametrize("name", QUERIES)
 def test_a_query_of_the_dashboard_finds_what_a_training_tells(name: str, ask: Callable[..., Any]) -> None:
     result = ask("query", query=filled(QUERIES[name]))["result"]
-    if name.startswith("GPU memory"):
-        assert result == []  # there is none here
+    if name.startswith(("GPU memory", "Evaluation")):
+        assert result == []  # there is none in a training on a CPU
         return
     legend = next(
         target["legendFormat"] for panel in PANELS for target in panel["targets"] if target["expr"] == QUERIES[name]

@@ -70,11 +70,15 @@ def workers(given: int) -> int:
 
 
 def progress_of(spec: EvaluationSpec, world: World) -> Progress:
-    """Return the progress of this rank: rank 0 prints it, serves it and leaves it in the run."""
+    """Return the progress of this rank: rank 0 prints it and leaves it in the run.
+
+    The first rank of each machine answers Prometheus, so that a pod that does not is a pod in trouble.
+    """
+    run, telemetry = Run.at(spec.run), Telemetry(Run.at(spec.run).uri, world.rank)
+    if world.local_rank == 0:
+        telemetry.serve()
     if not world.is_main:
         return Progress()
-    run, telemetry = Run.at(spec.run), Telemetry(Run.at(spec.run).uri, world.rank)
-    telemetry.serve()
 
     def record(line: ProgressLine) -> None:
         telemetry.set("pirl_evaluation_progress_ratio", line["done"] / max(1, line["total"]), phase=line["phase"])

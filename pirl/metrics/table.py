@@ -134,7 +134,8 @@ The first rank of each machine serves the metrics of all ranks there. In a PyTor
 `metrics`. Values are read from the device every `--log-every` steps, when the log line asks for them anyway; the step
 counters move with each step.
 
-**Sharding and evaluation** end before Prometheus scrapes them: with
+**An evaluation** answers likewise while it runs, with the progress and throughput of its phases. **Sharding and the
+steps** end before Prometheus scrapes them: with
 `PIRL_METRICS_FILE=/some/folder/pirl-{task}.prom` each leaves a file for node-exporter's textfile collector
 (written aside and renamed; `{task}` becomes the step's name).
 
