@@ -28,6 +28,7 @@ from pirl.loss import Contrast
 from pirl.memory import MemoryBank
 from pirl.model import build_model, memory_format
 from pirl.optim import build_optimizer, set_learning_rate
+from pirl.training.feed import deliver
 from pirl.training.state import TrainState
 from pirl.training.step import train_step, warm_up_ddp
 from pirl.views import open_pretext
@@ -84,7 +85,8 @@ class Training:
         counts = [self.mine] * self.world.size
         share = Share(rows, 1 / self.mine, counts, self.mine * self.world.size, 0)
         ids = torch.from_numpy(rows)
-        train_step(self.recipe, self.network, self.state, self.world, 0, share, Batch(ids, ids, *self.pixels))
+        inputs = deliver(self.recipe, self.world, 0, Batch(ids, ids, *self.pixels))
+        train_step(self.recipe, self.network, self.state, self.world, 0, share, inputs)
 
     def count_bytes(self) -> dict[str, int]:
         """Return the bytes of one step's collectives: this rank's gradients, and the bank's new rows of all ranks."""

@@ -41,6 +41,7 @@ from pirl.optim import build_optimizer, set_learning_rate
 from pirl.order import epoch_order
 from pirl.shards import open_source, write_shards
 from pirl.storage import open_storage
+from pirl.training.feed import deliver
 from pirl.training.loop import train
 from pirl.training.spec import Options
 from pirl.training.state import TrainState
@@ -76,7 +77,7 @@ def train_ours(folder: Path, recipe: Recipe, save_every_s: float) -> None:
 
     def noting_step(*arguments: Any) -> Any:
         result = step(*arguments)
-        note(arguments[-1].ids)
+        note(torch.from_numpy(arguments[-1].ids))
         return result
 
     pirl.training.loop.train_step = noting_step
@@ -102,7 +103,7 @@ def train_reference(folder: Path, recipe: Recipe) -> None:
         views = crop_batch(pixels, share.rows, recipe.train.seed, 0, recipe.views)
         ids = torch.from_numpy(share.rows.copy())
         batch = Batch(ids, ids, *(torch.from_numpy(view) for view in views))
-        train_step(recipe, model, state, World(), 0, share, batch)
+        train_step(recipe, model, state, World(), 0, share, deliver(recipe, World(), 0, batch))
         note(ids)
 
 

@@ -8,7 +8,7 @@ drops. A run that stops after any number of samples resumes there, on any number
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ class Batch(NamedTuple):
     """(B, S, S, 3) uint8 crops."""
     elements: Tensor
     """(B * elements, P, P, 3) uint8, sample-major: the second views."""
+    slot: Any = None
+    """`loader.Slot` of the pixels, which gets the mark after their copy; None: memory of their own."""
 
 
 class Share(NamedTuple):

@@ -8,8 +8,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from . import logs
 from .config import Recipe
 from .data import Batch, CropDataset, Share, epoch_shares
+from .device import Event, abandon_pages, lock_pages, unlock_pages, wait_for
 from .errors import DataError, PirlError
 from .launch import STOP_SIGNALS
 from .order import open_order
@@ -93,17 +94,20 @@ class Loader:
     def batches(self, epoch: int, samples: int) -> Generator[tuple[int, int, Share, Batch], None, None]:
         """Yield (epoch, samples of it seen before, share, batch) from the cursor to the end of the last epoch.
 
-        The pixels of a batch are valid until the next one is requested. Closing the generator ends the workers.
+        The pixels of a batch are valid until the next one is requested, and until the mark that its slot was given has
+        been reached. Closing the generator ends the workers.
         """
         if not self.workers:
             for at, seen, share in self._plan(epoch, samples):
                 yield at, seen, share, self.dataset[at, share.rows]
             return
         processes = LoadingProcesses(self.dataset, self.world, self.workers, self._plan(epoch, samples), self.limit_s)
-        with closing(processes):
+        try:
             for number, (at, seen, share) in enumerate(self._plan(epoch, samples)):
                 yield at, seen, share, processes.batch(number, share.rows)
-                processes.release(number)
+            processes.unlock()
+        finally:
+            processes.close()
 
     def batch_ids(self, epoch: int, start: int, stop: int) -> list[int]:
         """Return the ids of the images that all ranks together see as the samples `start` to `stop` of an epoch."""
@@ -119,6 +123,25 @@ class Loader:
                 seen += share.size
 
 
+class Slot:
+    """Host memory of one batch; loading processes write it again once the device has copied it."""
+
+    def __init__(self) -> None:
+        self.copied: Event | None = None
+        """Mark after the copy; None where nothing copies while this process continues."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until the slot may be written again."""
+        if self.copied is not None:
+            wait_for(self.copied, timeout_s)
+            self.copied = None
+
+
+def slots_of(workers: int) -> int:
+    """Return the slots of a rank: the batches under way, the one in use, and the one before, still being copied."""
+    return workers * PREFETCH + 2
+
+
 class LoadingProcesses:
     """The loading processes of one rank, and the shared memory that they write batches into."""
 
@@ -132,12 +155,12 @@ class LoadingProcesses:
     ) -> None:
         """Start them; a batch that takes longer than `limit_s` is an error."""
         self.world, self.plan, self.limit_s = world, plan, limit_s
-        self.slots = workers * PREFETCH + 1  # batches that are under way, and the one that is in use
+        count = slots_of(workers)
         most = -(-dataset.recipe.train.batch_size // world.size)
-        self.shared = Slots(dataset, self.slots, most)
-        self.pins = (
-            Pins([self.shared.images, self.shared.elements], self.slots) if world.device.type == "cuda" else None
-        )
+        self.shared = Slots(dataset, count, most)
+        self.slots = [Slot() for _ in range(count)]
+        self._locked = [self.shared.images, self.shared.elements] if world.device.type != "cpu" else []
+        lock_pages(self._locked)
         _start_server()
         self._loader = DataLoader(
             ErrorsAsValues(self.shared),
@@ -153,9 +176,9 @@ class LoadingProcesses:
 
     def _tasks(self) -> Iterator[tuple[int, np.ndarray, int]]:
         for number, (epoch, _, share) in enumerate(self.plan):
-            if self.pins:
-                self.pins.wait(number % self.slots)
-            yield epoch, share.rows, number % self.slots
+            slot = number % len(self.slots)
+            self.slots[slot].wait(self.limit_s)
+            yield epoch, share.rows, slot
 
     def batch(self, number: int, rows: np.ndarray) -> Batch:
         """Wait for the batch `number` of the plan, which has these rows."""
@@ -165,12 +188,15 @@ class LoadingProcesses:
             error = self._next()
         if error is not None:
             raise error
-        return self.shared.batch(rows, number % self.slots)
+        slot = number % len(self.slots)
+        return self.shared.batch(rows, slot)._replace(slot=self.slots[slot])
 
-    def release(self, number: int) -> None:
-        """Let the slot of the batch `number` be written again, once the device has done what was queued with it."""
-        if self.pins:
-            self.pins.used(number % self.slots)
+    def unlock(self) -> None:
+        """Let the pages of the slots go, at the end of the plan."""
+        for slot in self.slots:
+            slot.wait(self.limit_s)
+        unlock_pages(self._locked)
+        self._locked = []
 
     def close(self) -> None:
         """End the processes, however busy."""
@@ -178,8 +204,7 @@ class LoadingProcesses:
             self._results._shutdown_workers()
             for process in self._results._workers:
                 process.kill()  # because a stalled one does not see the request, and this process waits for it
-        if self.pins:
-            self.pins.release()
+        abandon_pages(self._locked)
 
     def _next(self) -> Any:
         """Return the next item of the workers.
@@ -213,30 +238,6 @@ class LoadingProcesses:
                     "it may have run out of memory or of shared memory (/dev/shm); use fewer workers or more memory",
                 ) from error
             raise
-
-
-class Pins:
-    """Slots in page-locked memory, from which a GPU copies while this process continues.
-
-    A slot must not be written again before the GPU has done what was queued while the slot was in use.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor], slots: int) -> None:
-        self.tensors = tensors
-        self.events = [torch.cuda.Event() for _ in range(slots)]
-        for tensor in tensors:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
-
-    def used(self, slot: int) -> None:
-        self.events[slot].record()
-
-    def wait(self, slot: int) -> None:
-        self.events[slot].synchronize()  # at once where nothing was recorded
-
-    def release(self) -> None:
-        torch.cuda.synchronize()
-        for tensor in self.tensors:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr()))
 
 
 def _start_server() -> None:

@@ -106,7 +106,7 @@ class ContrastTerm(torch.autograd.Function):
         """
         embeddings, own, temperature = embeddings.detach(), memory[ids], config.temperature
         positive = (own * embeddings).sum(1).div_(temperature)
-        products = products_at_once if memory.is_cuda else products_in_cache
+        products = products_at_once if memory.device.type != "cpu" else products_in_cache
         negative = products(memory, negatives, embeddings).div_(temperature)
         similarity = torch.stack([positive, negative.mean(1)], dim=1).mul_(temperature)
         if config.kind == "cross_entropy":
@@ -124,7 +124,7 @@ class ContrastTerm(torch.autograd.Function):
             losses = softplus(negative).sum(1) + softplus(-positive) + constant
             slopes = negative.sigmoid_()
             own_slope = -torch.sigmoid(-positive)
-        gradient = (sums_in_parts if memory.is_cuda else weighted_sums)(memory, negatives, slopes)
+        gradient = (sums_in_parts if memory.device.type != "cpu" else weighted_sums)(memory, negatives, slopes)
         gradient.addcmul_(own, own_slope[:, None]).div_(temperature)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(similarity)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .device import DeviceTimeoutError, wait_for_device
 from .errors import PirlError, TrainingError, UsageError
 
 T = TypeVar("T")
@@ -124,6 +125,10 @@ class World:
         if self.size > 1:
             dist.barrier(group=self.control)
 
+    def wait_for_device(self) -> None:
+        """Wait until this rank's device has done all that is queued, no longer than for another rank."""
+        wait_for_device(self.device, self.timeout_s)
+
 
 def start_world(timeout_s: float = 600) -> World:
     """Join the process group that `torchrun` describes in the environment; gloo on CPU, NCCL on CUDA devices."""
@@ -208,6 +213,23 @@ def stop_world(world: World) -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def joined_world(timeout_s: float) -> Iterator[World]:
+    """Be a rank of the world inside.
+
+    After an error GPUs are left as they are: to leave their group could wait for a stalled one until the watchdog of
+    NCCL aborts the process. The process ends.
+    """
+    world = start_world(timeout_s)
+    try:
+        yield world
+    except BaseException:
+        if world.device.type == "cpu":
+            stop_world(world)
+        raise
+    stop_world(world)
+
+
 LOST_PEER = ("onnection closed by peer", "onnection reset by peer", "roken pipe", "remote process exited")
 TIMED_OUT = ("Timed out waiting", "Application timeout")  # gloo's words
 REPORT_S = 10.0  # time for the other ranks to notice that a collective has failed
@@ -224,10 +246,17 @@ def report_stragglers(world: World) -> Iterator[None]:
         yield
     except RuntimeError as error:
         timed_out = _mentions(error, TIMED_OUT)
-        if world.size == 1 or not (timed_out or lost_peer(error)):
+        if not (timed_out or lost_peer(error)):
             raise
-        missing = _missing(world, wait_s=REPORT_S if timed_out else 0)
-        if not timed_out:
+        missing = _missing(world, wait_s=REPORT_S if timed_out else 0) if world.size > 1 else []
+        if isinstance(error, DeviceTimeoutError) and not missing:
+            raise TrainingError(
+                f"the device of rank {world.rank} has not finished its work within {world.timeout_s:g} s at "
+                f"{world.moment}",
+                "look at it (nvidia-smi, dmesg) and at the network between the GPUs, then run the same command again "
+                "to continue; --timeout-s sets the time",
+            ) from error
+        if world.size == 1 or not timed_out:
             raise  # secondary failure: the peer reports the cause
         subject = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}" if missing else "a rank"
         raise TrainingError(

@@ -19,6 +19,7 @@ from pirl.memory import MemoryBank
 from pirl.model import build_model, memory_format
 from pirl.negatives import draw_negatives
 from pirl.optim import build_optimizer, set_learning_rate
+from pirl.training.feed import Feed
 from pirl.training.loop import train
 from pirl.training.spec import Options
 from pirl.training.state import TrainState
@@ -97,11 +98,11 @@ def test_no_step_waits_for_the_device(shards: str) -> None:
         model, bank, criterion, build_optimizer(model, recipe), torch.amp.GradScaler("cuda", enabled=False)
     )
     set_learning_rate(state.optimizer, 0.01)
-    batches: Any = Loader(shards, recipe, world, workers=0).batches(0, 0)
-    for number, (epoch, _, share, batch) in zip(range(4), batches):
+    batches: Any = Feed(Loader(shards, recipe, world, workers=0), recipe, world).batches(0, 0)
+    for number, (epoch, _, share, inputs) in zip(range(4), batches):
         torch.cuda.set_sync_debug_mode("error" if number else "default")
         try:
-            train_step(recipe, model, state, world, epoch, share, batch)
+            train_step(recipe, model, state, world, epoch, share, inputs)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -12,8 +12,8 @@ import pirl
 
 ROOT = Path(pirl.__file__).parent
 ORDER = (
-    "errors extras text logs settings storage sections config world launch | heads shards views order data loader | "
-    "model negatives twister memory rowsums terms loss optim | "
+    "errors extras text logs settings storage sections config device world launch | heads shards views order data "
+    "loader | model negatives twister memory rowsums terms loss optim | "
     "checkpoint lines results layer_results gains collapse run runs comparison outputs metrics training train plan | "
     "evaluate export report | registry embedding gate arguments | programs jobs backends | "
     "retraining reference doctor api cli"

@@ -28,6 +28,7 @@ from pirl.memory import MemoryBank, RowsBank
 from pirl.model import build_model
 from pirl.optim import build_optimizer
 from pirl.plan import Machine, growth, measure, plan_training, saved_storages
+from pirl.training.feed import deliver
 from pirl.training.loop import train
 from pirl.training.spec import Options
 from pirl.training.state import TrainState
@@ -120,7 +121,7 @@ def count_messages(world: World, data: str, cut: bool) -> dict[str, int]:
         model, bank, criterion, build_optimizer(model, recipe), torch.amp.GradScaler("cpu", enabled=False)
     )
     _, _, share, batch = next(iter(Loader(data, recipe, world, workers=0).batches(0, 0)))
-    train_step(recipe, network, state, world, 0, share, batch)
+    train_step(recipe, network, state, world, 0, share, deliver(recipe, world, 0, batch))
     return counts
 
 

@@ -40,7 +40,7 @@ def test_cores_are_those_of_the_container(
         (48, 8, 2**40, 5),
         (48, 1, 2**40, 8),  # more would wait
         (2, 4, 2**40, 0),
-        (48, 1, 11 * 3 * 3 * (16**2 + 4 * 5**2), 5),  # eleven slots of a rank's three images
+        (48, 1, 12 * 3 * 3 * (16**2 + 4 * 5**2), 5),  # twelve slots of a rank's three images
         (48, 1, 0, 0),
     ],
 )

@@ -18,7 +18,7 @@ from ..shards import Manifest
 from ..storage import open_storage
 from ..text import count
 from ..training.workers import cores_for_loading
-from ..world import World, report_stragglers, start_world, stop_world
+from ..world import World, joined_world, report_stragglers
 from .apply import apply_protocol
 from .execution import Execution
 from .progress import Progress
@@ -53,12 +53,8 @@ def start(arguments: Sequence[str]) -> int:
     if "RANK" not in os.environ:
         plan(spec)
         return run_ranks("pirl.evaluate", arguments, spec.processes)
-    world = start_world(spec.timeout_s)
-    try:
-        with stopping(), report_stragglers(world):
-            apply_protocol(spec, Execution(world, workers(spec.workers), progress_of(spec, world)))
-    finally:
-        stop_world(world)
+    with joined_world(spec.timeout_s) as world, stopping(), report_stragglers(world):
+        apply_protocol(spec, Execution(world, workers(spec.workers), progress_of(spec, world)))
     return 0
 
 

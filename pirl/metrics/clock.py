@@ -10,7 +10,7 @@ PARTS = ("data", "forward", "backward", "other")
 
 
 class StepClock:
-    """Sums of seconds by part, from `begin` (the batch is there) over `forward_done` to `end`.
+    """Sums of seconds by part, from `wait` over `batch_came`, `begin` and `forward_done` to `end`.
 
     On a GPU the parts between are marks in its stream. `read` evaluates them, after the host has waited anyway.
     """
@@ -20,7 +20,7 @@ class StepClock:
         self._sums = dict.fromkeys(PARTS, 0.0)
         self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event]] = []
         self._ended: float | None = None
-        self._waited_from = self._started = self._half = time.perf_counter()
+        self._waited_from = self._came = self._started = self._half = time.perf_counter()
         self._gpu_started = self._gpu_half = self._mark()
 
     def wait(self) -> None:
@@ -30,10 +30,16 @@ class StepClock:
             self._sums["other"] += now - self._ended
         self._waited_from = now
 
+    def batch_came(self) -> None:
+        """Note that the batch has come; the time to the start of its step is `other`."""
+        now = time.perf_counter()
+        self._sums["data"] += now - self._waited_from
+        self._came = now
+
     def begin(self) -> None:
-        """Note that the batch has come."""
+        """Note the start of a step."""
         self._started = self._half = time.perf_counter()
-        self._sums["data"] += self._started - self._waited_from
+        self._sums["other"] += self._started - self._came
         self._gpu_started = self._gpu_half = self._mark()
 
     def forward_done(self) -> None:
@@ -56,7 +62,6 @@ class StepClock:
     def read(self) -> dict[str, float]:
         """Return the seconds by part since the last call."""
         for start, half, end in self._marks:
-            end.synchronize()
             self._sums["forward"] += start.elapsed_time(half) / 1000
             self._sums["backward"] += half.elapsed_time(end) / 1000
         self._marks.clear()

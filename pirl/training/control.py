@@ -63,11 +63,20 @@ class Control:
             if previous is None:
                 return Decision.CONTINUE
             flags, work = previous
-            work.wait()
+            work.wait()  # at once after `settle`
         obsolete, self._obsolete = self._obsolete, False
         if flags[0]:
             return Decision.STOP
         return Decision.SAVE if flags[1] and not obsolete else Decision.CONTINUE
+
+    def settle(self) -> None:
+        """Wait until all ranks have queued their last step, before the next one is queued.
+
+        Here a stalled rank is reported. Later this host could be blocked in the driver: the GPU waits for that rank's
+        gradients, and its queue is finite.
+        """
+        if self._pending:
+            self._pending[1].wait()
 
     def postpone(self, seconds: float) -> None:
         """Leave out `seconds` in which training has waited for storage."""

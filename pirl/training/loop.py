@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from time import monotonic
@@ -14,7 +14,7 @@ from torch import nn
 from .. import __version__, logs
 from ..checkpoint import Cursor, Lease
 from ..config import Recipe
-from ..data import Batch, Share
+from ..data import Share
 from ..errors import PirlError, PreemptedError
 from ..loader import Loader
 from ..logs import info
@@ -29,6 +29,7 @@ from ..shards import Manifest
 from ..storage import open_storage
 from ..world import World, report_stragglers
 from .control import Control, Decision
+from .feed import Feed, Inputs
 from .meter import Meter
 from .placement import cuts_bank
 from .saver import FINAL_SAVE_RETRY_S, Saver
@@ -130,28 +131,35 @@ class Trainer:
             self.saver.save(self.cursor)
         self.control.restart()
         self.state.model.train()
-        batches = self.loader.batches(self.cursor.epoch, self.cursor.samples)
+        batches = Feed(self.loader, self.recipe, self.world).batches(self.cursor.epoch, self.cursor.samples)
         try:
-            self._await_batch()
-            for epoch, seen, share, batch in batches:
-                self._step(epoch, seen, share, batch)
-                every_s = self.saver.interval_s(self.options.checkpoint_every_s)
-                decision = self.control.agree(every_s, self.saver.is_busy)
-                if decision is Decision.STOP:
-                    self._preempt()
-                self._save_if_due(decision)
-                self._await_batch()
-            self.world.moment = "the end"
-            self.saver.save_final(self.cursor, self._last_loss())
-            return self._complete()
+            with report_stragglers(self.world):  # before the loading processes end, which takes time
+                self._fit(batches)
+                return self._complete()
         finally:
             batches.close()  # ends the loading processes, for which a process with a traceback would wait for ever
 
-    def _step(self, epoch: int, seen: int, share: Share, batch: Batch) -> None:
+    def _fit(self, batches: Iterable[tuple[int, int, Share, Inputs]]) -> None:
+        """Make all steps, and save the last one's state."""
+        self._await_batch()
+        for epoch, seen, share, inputs in batches:
+            self.meter.clock.batch_came()
+            self.control.settle()
+            self._step(epoch, seen, share, inputs)
+            every_s = self.saver.interval_s(self.options.checkpoint_every_s)
+            decision = self.control.agree(every_s, self.saver.is_busy)
+            if decision is Decision.STOP:
+                self._preempt()
+            self._save_if_due(decision)
+            self._await_batch()
+        self.world.moment = "the end"
+        self.saver.save_final(self.cursor, self._last_loss())
+
+    def _step(self, epoch: int, seen: int, share: Share, inputs: Inputs) -> None:
         rate = learning_rate(self.recipe, epoch + seen / self.rows)
         set_learning_rate(self.state.optimizer, rate)
         self.meter.begin_step()
-        self.loss = train_step(self.recipe, self.network, self.state, self.world, epoch, share, batch)
+        self.loss = train_step(self.recipe, self.network, self.state, self.world, epoch, share, inputs)
         self.cursor = replace(
             self.cursor,
             epoch=epoch,
@@ -264,6 +272,11 @@ def wrap_ddp(recipe: Recipe, model: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return model
     devices = [world.local_rank] if world.device.type == "cuda" else None
-    network = nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    network = nn.parallel.DistributedDataParallel(
+        model,
+        device_ids=devices,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,  # no step reads running statistics; a checkpoint has those of rank 0
+    )
     warm_up_ddp(network, recipe, world)
     return network

@@ -89,7 +89,9 @@ class Meter:
 
     def report(self, cursor: Cursor, rate: float, embeddings: Tensor) -> None:
         """Log the means of the interval over all ranks; raise `TrainingError` if the loss is not finite."""
-        means = (self.world.sum(self.sums.double()) / (self._steps * self.world.size)).tolist()
+        total = self.world.sum(self.sums.double())
+        self.world.wait_for_device()
+        means = (total / (self._steps * self.world.size)).tolist()
         self.sums.zero_()
         elapsed = time.perf_counter() - self._interval
         self.log.interval(self.clock.read())

@@ -68,6 +68,7 @@ class Saver:
         finite.
         """
         self.world.barrier()  # a stalled rank is reported here; waiting for its share of the last save would not
+        self.world.wait_for_device()
         if error := self._finish():
             self._warn(error)
         mean = check_state(self.state, loss, self.world, self.meter)

@@ -15,7 +15,7 @@ from ..shards import Manifest
 from ..storage import open_storage
 from ..storage.patience import longest_wait_s
 from ..text import count
-from ..world import start_world, stop_world
+from ..world import joined_world
 from .loop import train
 from .spec import TrainingSpec
 from .state import check_same_run
@@ -68,9 +68,6 @@ def start(arguments: Sequence[str]) -> int:
     if "RANK" not in os.environ:
         plan(spec)  # a mistake costs nothing as long as no process is started
         return run_ranks("pirl.train", arguments, spec.processes)
-    world = start_world(rank_timeout_s(spec))
-    try:
+    with joined_world(rank_timeout_s(spec)) as world:
         train(spec.recipe, with_workers(spec, world), world)
-    finally:
-        stop_world(world)
     return 0

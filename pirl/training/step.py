@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import nn
 
 from ..config import Recipe
-from ..data import Batch, Share, negative_seeds, step_seed
+from ..data import Share, step_seed
 from ..loss import Samples, StepLoss
 from ..model import memory_format
-from ..views import apply_photometrics, draw_photometrics, open_pretext
+from ..views import apply_photometrics, open_pretext
 from ..world import World
+from .feed import Inputs
 from .state import TrainState
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train_step(
-    recipe: Recipe, network: nn.Module, state: TrainState, world: World, epoch: int, share: Share, batch: Batch
+    recipe: Recipe, network: nn.Module, state: TrainState, world: World, epoch: int, share: Share, inputs: Inputs
 ) -> StepLoss:
     """Make one optimiser step on one global batch; return this rank's losses."""
-    seed, views, device = recipe.train.seed, recipe.views, world.device
-    ids = batch.ids.numpy()
-    images, elements = (
-        apply_photometrics(pixels.to(device, non_blocking=True), parameters, views)
-        for pixels, parameters in (
-            (batch.images, draw_photometrics(views, seed, epoch, ids, [0])),
-            (batch.elements, open_pretext(views).photometrics(seed, epoch, ids)),
-        )
-    )
-    rows = batch.rows.to(device, non_blocking=True)
+    images = apply_photometrics(inputs.images, inputs.image_photometrics, recipe.views)
+    elements = apply_photometrics(inputs.elements, inputs.element_photometrics, recipe.views)
     samples = Samples(
-        rows,
-        torch.stack([negative_seeds(seed, epoch, ids, view) for view in (0, 1)]),
-        torch.full((len(rows),), share.weight, device=device),
+        inputs.rows,
+        inputs.seeds,
+        torch.full((len(inputs.rows),), share.weight, device=world.device),
         share.counts,
-        step_seed(seed, epoch, share.first),
+        step_seed(recipe.train.seed, epoch, share.first),
     )
     layout = memory_format(state.model.trunk)
-    with torch.autocast(device.type, PRECISIONS.get(recipe.train.precision), recipe.train.precision != "fp32"):
+    with autocast(recipe, world):
         second, first = network(images.to(memory_format=layout), elements.to(memory_format=layout))
     result = state.criterion(state.bank, samples, second, first)
     state.bank.update(result.rows, result.embeddings)
@@ -48,6 +43,12 @@ def train_step(
     state.scaler.step(state.optimizer)
     state.scaler.update()
     return result
+
+
+def autocast(recipe: Recipe, world: World) -> AbstractContextManager[object]:
+    """Return the context in which the network runs in the recipe's precision."""
+    half = PRECISIONS.get(recipe.train.precision)
+    return torch.autocast(world.device.type, half) if half else nullcontext()
 
 
 def warm_up_ddp(network: nn.Module, recipe: Recipe, world: World) -> None:
@@ -61,7 +62,7 @@ def warm_up_ddp(network: nn.Module, recipe: Recipe, world: World) -> None:
     images = torch.zeros(2, 3, views.image_size, views.image_size, device=device)
     count, height, width, _ = open_pretext(views).shape
     elements = torch.zeros(2 * count, 3, height, width, device=device)
-    with torch.autocast(device.type, PRECISIONS.get(recipe.train.precision), recipe.train.precision != "fp32"):
+    with autocast(recipe, world):
         embeddings = network(images, elements)
     sum(embedding.float().sum() for embedding in embeddings).backward()
     with torch.no_grad():

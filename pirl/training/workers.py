@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from ..config import Recipe
+from ..loader import PREFETCH
 from ..views import open_pretext
 from ..world import World
 from .spec import TrainingSpec
@@ -25,7 +26,7 @@ def loading_processes(recipe: Recipe, ranks: int, local_ranks: int) -> int:
     share = -(-recipe.train.batch_size // ranks)
     views = recipe.views
     slot = share * (math.prod(views.image_shape) + math.prod(open_pretext(views).shape))
-    return max(0, min(cores_for_loading(local_ranks), (_free_shared_memory() // local_ranks // slot - 1) // 2))
+    return max(0, min(cores_for_loading(local_ranks), (_free_shared_memory() // local_ranks // slot - 2) // PREFETCH))
 
 
 def cores_for_loading(local_ranks: int) -> int:

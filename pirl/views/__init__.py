@@ -15,7 +15,8 @@ import numpy as np
 
 from ..config import ViewsConfig
 from .boxes import CROP_DRAWS, cut, random_box
-from .photometric import Photometrics, apply_photometrics, denormalise, draw_photometrics
+from .parameters import Photometrics, draw_photometrics
+from .photometric import apply_photometrics, denormalise
 from .pretext import Pretext, open_pretext
 from .random import philox4x32, uniforms
 

@@ -1,7 +1,8 @@
 """PIL's 8-bit image operations on many images at once, each image with its own parameter.
 
 Pixels are float32 tensors (m, C, H, W) that hold the integers 0..255, changed in place; C is 3, or 1 where all channels
-are equal. Parameters are numpy arrays (m,). Every operation rounds where PIL rounds and gives PIL's values exactly.
+are equal. Parameters are arrays (m,), or tensors on the device. Every operation rounds where PIL rounds and gives PIL's
+values exactly.
 """
 
 from __future__ import annotations
@@ -27,14 +28,20 @@ def on_some(x: Tensor, mask: np.ndarray, op: Callable[[Tensor, np.ndarray], obje
         x.index_copy_(0, where, part)
 
 
-def _column(x: Tensor, values: np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
+Values = np.ndarray | Tensor
+"""One value for each element."""
+
+
+def column(x: Tensor, values: Values, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return one value for each element, to broadcast over its pixels."""
+    if isinstance(values, Tensor):
+        return values.view(-1, 1, 1, 1)
     return torch.as_tensor(values, dtype=dtype).to(x.device, non_blocking=True).view(-1, 1, 1, 1)
 
 
 def _blend_(x: Tensor, degenerate: Tensor, factor: np.ndarray) -> None:
     """Set x to degenerate + factor (x - degenerate), clipped and cut to integers, as PIL's Image.blend."""
-    x.sub_(degenerate).mul_(_column(x, factor)).add_(degenerate).clamp_(0, 255).floor_()
+    x.sub_(degenerate).mul_(column(x, factor)).add_(degenerate).clamp_(0, 255).floor_()
 
 
 def luma(x: Tensor) -> Tensor:
@@ -48,15 +55,19 @@ def luma(x: Tensor) -> Tensor:
 
 def brightness_(x: Tensor, factor: np.ndarray) -> None:
     """Apply PIL's ImageEnhance.Brightness."""
-    x.mul_(_column(x, factor)).clamp_(max=255).floor_()
+    x.mul_(column(x, factor)).clamp_(max=255).floor_()
 
 
 def contrast_(x: Tensor, factor: np.ndarray) -> None:
     """Apply PIL's ImageEnhance.Contrast: away from the rounded mean luma."""
-    total = luma(x).sum(-1).sum((1, 2), dtype=torch.float64)  # of integers: exact in any order
-    pixels = torch.full_like(total, x.shape[2] * x.shape[3])  # a GPU divides by a number by way of its reciprocal
-    mean = (total / pixels + 0.5).floor_().float().view(-1, 1, 1, 1)
-    _blend_(x, mean, factor)
+    _blend_(x, mean_luma(luma(x)), factor)
+
+
+def mean_luma(gray: Tensor) -> Tensor:
+    """Return the rounded mean of each gray image, (m, 1, 1, 1)."""
+    total = gray.sum(-1).sum((1, 2), dtype=torch.float64)  # of integers: exact in any order
+    pixels = torch.full_like(total, gray.shape[2] * gray.shape[3])  # a GPU divides by a number by its reciprocal
+    return (total / pixels + 0.5).floor_().float().view(-1, 1, 1, 1)
 
 
 def saturation_(x: Tensor, factor: np.ndarray) -> None:
@@ -66,7 +77,7 @@ def saturation_(x: Tensor, factor: np.ndarray) -> None:
 
 
 @functools.cache
-def _hue_table(device: torch.device) -> Tensor:
+def hue_table(device: torch.device) -> Tensor:
     """Return PIL's 8-bit hue by two differences of colours: (511 * 511,) uint8 at 511 (R - G) + G - B, from -255."""
     red_green, green_blue = (axis - 255 for axis in np.mgrid[:511, :511])
     channels = np.stack([red_green + green_blue, green_blue, np.zeros_like(green_blue)], axis=-1)
@@ -85,9 +96,8 @@ def hue_(x: Tensor, turns: np.ndarray) -> None:
     # double precision as in PIL: a whole number may come out just below itself, and is then cut to the one before
     saturation = (chroma / value.clamp(min=1)).double().mul_(255).floor_().float()
     key = (red - green).mul_(511).add_(green).sub_(blue).add_(255 * 512).int()
-    hue = _hue_table(x.device).index_select(0, key.view(-1)).view(key.shape)
-    shift = np.trunc(turns.astype(np.float64) * 255) % 256
-    hue.add_(_column(x, shift, torch.uint8).view(-1, 1, 1))  # wraps around
+    hue = hue_table(x.device).index_select(0, key.view(-1)).view(key.shape)
+    hue.add_(column(x, hue_shift(turns), torch.uint8).view(-1, 1, 1))  # wraps around
 
     turn = hue.float().mul_(6)  # in 1/255 of a sixth of the circle; red, green and blue stand at 0 = 1530, 510 and 1020
     strength = saturation.mul_(value)
@@ -99,6 +109,11 @@ def hue_(x: Tensor, turns: np.ndarray) -> None:
         channel.clamp_(0, 255).mul_(strength).add_(32512).div_(scale).floor_().neg_().add_(value)
 
 
+def hue_shift(turns: np.ndarray) -> np.ndarray:
+    """Return the steps of 1/256 by which 8-bit hues are shifted."""
+    return np.trunc(turns.astype(np.float64) * 255) % 256
+
+
 def flip_(x: Tensor) -> None:
     """Exchange left and right."""
     x.copy_(x.flip(-1))
@@ -106,11 +121,17 @@ def flip_(x: Tensor) -> None:
 
 def posterize_(x: Tensor, bits: np.ndarray) -> None:
     """Apply PIL's ImageOps.posterize."""
+    down, up = posterize_steps(bits)
+    x.mul_(column(x, down)).floor_().mul_(column(x, up))
+
+
+def posterize_steps(bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the factors before and after the cut to integers."""
     step = 2.0 ** (8 - bits)
-    x.mul_(_column(x, 1 / step)).floor_().mul_(_column(x, step))
+    return 1 / step, step
 
 
-def sharpness_(x: Tensor, factor: np.ndarray) -> None:
+def sharpness_(x: Tensor, factor: Values) -> None:
     """Apply PIL's ImageEnhance.Sharpness: away from the image smoothed by a 3x3 kernel; border pixels stay."""
     height, width = x.shape[2:]
     if min(height, width) < 3:
@@ -125,13 +146,13 @@ def sharpness_(x: Tensor, factor: np.ndarray) -> None:
     sharp = torch.empty_like(x)
     middle = sharp.view(len(x), -1)[:, width + 1 : -width - 1]
     torch.sub(centre, smooth, out=middle)
-    middle.mul_(_column(x, factor).view(-1, 1)).add_(smooth).clamp_(0, 255).floor_()
+    middle.mul_(column(x, factor).view(-1, 1)).add_(smooth).clamp_(0, 255).floor_()
     x[..., 1:-1, 1:-1] = sharp[..., 1:-1, 1:-1]
 
 
-def solarize_(x: Tensor, threshold: np.ndarray) -> None:
+def solarize_(x: Tensor, threshold: Values) -> None:
     """Apply PIL's ImageOps.solarize."""
-    inverted = (x - _column(x, threshold - 1)).clamp_(0, 1)  # arithmetic is faster than torch.where on a CPU
+    inverted = (x - column(x, threshold - 1)).clamp_(0, 1)  # arithmetic is faster than torch.where on a CPU
     x.add_(inverted.mul_(torch.rsub(x, 255, alpha=2)))
 
 
@@ -158,7 +179,7 @@ def blur_(x: Tensor, sigma: np.ndarray) -> None:
     for radius in np.unique(reach).tolist():
 
         def blur(part: Tensor, index: np.ndarray, radius: int = radius) -> None:
-            weights = tuple(_column(x, w[index], torch.int32).view(-1, 1) for w in (inner, outer))
+            weights = tuple(column(x, w[index], torch.int32).view(-1, 1) for w in (inner, outer))
             pixels = part.to(torch.int32)
             for axis in (3, 2):
                 pixels = _box_blur(pixels, axis, radius, *weights)

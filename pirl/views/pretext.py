@@ -15,7 +15,7 @@ from torch import nn
 
 from ..config import ModelConfig, ViewsConfig
 from ..sections import PRETEXTS
-from .photometric import Photometrics, draw_photometrics
+from .parameters import Photometrics, draw_photometrics
 
 Box = tuple[float, float, float, float]
 """Left, top, width, height in pixels of the original image."""
