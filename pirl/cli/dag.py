@@ -9,7 +9,7 @@ import typer
 from ..backends import open_backend
 from ..collapse import collapse
 from ..config import Recipe, load_recipe
-from ..errors import PirlError
+from ..errors import PirlError, UsageError
 from ..evaluate.spec import options_like
 from ..run import REPORT, Run, Workspace
 from ..settings import join_items
@@ -20,6 +20,7 @@ from ..training.spec import TrainingOptions
 from .app import DEFAULT_ROOT, DRY_RUN_HELP, BackendName, JobItems, Overrides, app, console
 from .evaluate import show_gains
 from .options import options_of
+from .steps import Quiet, Verbose, log_path, step_console
 
 
 @app.command()
@@ -30,6 +31,8 @@ def demo(
     recipe: Annotated[str, typer.Option(help="Recipe; `demo-long` takes about 40 minutes.")] = "demo",
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP)] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run the whole DAG on this machine, on 70,000 real images.
 
@@ -44,6 +47,8 @@ def demo(
         options=TrainingOptions(),
         source_options=ShardingOptions(),
         dry_run=dry_run,
+        quiet=quiet,
+        verbose=verbose,
     )
 
 
@@ -62,6 +67,8 @@ def run(
     job: JobItems = None,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option(help=DRY_RUN_HELP)] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run the whole DAG on your own labelled images, all of it here or its training on a cluster.
 
@@ -88,6 +95,8 @@ def run(
         backend=backend,
         job=join_items(job or ()),
         dry_run=dry_run,
+        quiet=quiet,
+        verbose=verbose,
     )
 
 
@@ -98,6 +107,8 @@ def run_dag(
     options: TrainingOptions,
     source_options: ShardingOptions,
     dry_run: bool,
+    quiet: bool,
+    verbose: bool,
     **arguments: Any,
 ) -> None:
     """Run the pipeline's steps here, one after the other, and show its result."""
@@ -128,7 +139,13 @@ def run_dag(
     items = {"overrides": overrides or [], "options": options.items(), "source_options": source_options.items()}
     items["evaluation"] = options_like(options).items()
     texts = {name: join_items(each) for name, each in items.items()}
-    done = run_local(root=root, run=name, recipe=recipe, **texts, **arguments)
+    if quiet and verbose:
+        raise UsageError("--quiet and --verbose exclude each other", "give one of them")
+    log = log_path(root, name)
+    if not quiet:
+        console.print(f"log: {log}")
+    with step_console(log, verbose, quiet):
+        done = run_local(root=root, run=name, recipe=recipe, **texts, **arguments)
     show_result(Run(done))
 
 
