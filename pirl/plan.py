@@ -54,6 +54,12 @@ class Machine:
     """From a failure to the next new step."""
     price: float = 3.5
     """Of a GPU for an hour."""
+    shard_images_per_s: float = 1100.0
+    """Checked, hashed and written by one core: `benchmarks/g1_sharding.py`, photographs of 500x375."""
+
+    def gpu_rate(self, traffic: float) -> float:
+        """Return the images/s of a GPU in training, from the bytes that a step moves for one image."""
+        return self.images_per_s or self.step_bytes_per_s / traffic
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,11 @@ def saved_storages() -> Iterator[dict[int, int]]:
         yield sizes_by_storage
 
 
+def step_traffic(recipe: Recipe, sizes: Sizes) -> float:
+    """Return the bytes of memory that a training step moves for one image with its second view."""
+    return sizes.convolution_values * PASSES * value_bytes(recipe)
+
+
 def value_bytes(recipe: Recipe) -> int:
     """Of one activation."""
     return 4 if recipe.train.precision == "fp32" else 2
@@ -219,9 +230,7 @@ class Step(NamedTuple):
 def predict_step(recipe: Recipe, sizes: Sizes, nodes: int, ranks: int, machine: Machine, bank: Bank) -> Step:
     """Return the times of a step; the slowest of GPU, decoding and reading sets the pace."""
     batch = recipe.train.batch_size
-    traffic = sizes.convolution_values * PASSES * value_bytes(recipe)
-    gpu_rate = machine.images_per_s or machine.step_bytes_per_s / traffic
-    compute_s = -(-batch // ranks) / gpu_rate
+    compute_s = -(-batch // ranks) / machine.gpu_rate(step_traffic(recipe, sizes))
     gradients = 4 * sizes.parameters
     sent = 2 * (nodes - 1) / nodes * gradients + (nodes - 1) / nodes * (bank.gathered + bank.returned)
     network_s = sent / machine.network_bytes_per_s

@@ -28,6 +28,7 @@ from pirl.memory import MemoryBank, RowsBank
 from pirl.model import build_model
 from pirl.optim import build_optimizer
 from pirl.plan import Machine, growth, measure, plan_training, saved_storages
+from pirl.plan_steps import measure_trunk, plan_dag, plan_evaluation, plan_sharding
 from pirl.training.feed import deliver
 from pirl.training.loop import train
 from pirl.training.spec import Options
@@ -208,6 +209,50 @@ def test_growth_tells_where_a_bank_no_longer_fits() -> None:
     assert {plan.activation_bytes_per_rank for plan in plans} == {plans[0].activation_bytes_per_rank}
 
 
+# ---- the other steps
+
+
+def test_a_resnet50s_evaluation() -> None:
+    """11.11 M values of a 224 view as published, and 2,048 features; the wide one has 4,096."""
+    trunk = measure_trunk(load_recipe("r50-200ep-linear"))
+    assert trunk.convolution_values == pytest.approx(11.11e6, rel=1e-3)
+    assert trunk.features == 2048
+    assert measure_trunk(load_recipe("r50w2-400ep-linear")).features == 4096
+
+
+@pytest.mark.parametrize(("nodes", "gpus"), [(4, 8), (1, 1)])
+def test_steps_by_closed_forms(nodes: int, gpus: int) -> None:
+    recipe = load_recipe("r50-200ep-linear", ["train.batch_size=64"])
+    slow = Machine(images_per_s=10, image_bytes=100e3, price=2)  # so slow that the GPU limits each step
+    training = plan_training(recipe, nodes, gpus, 1_000_000, slow)
+    shard, pretrain, fast = plan_dag(recipe, training, 50_000, 8, slow)
+    assert (shard.seconds, shard.limited_by) == (pytest.approx(1_050_000 / (8 * 1100)), "checking")
+    assert shard.storage_bytes == 1_050_000 * 100e3
+    assert (pretrain.seconds, pretrain.cost) == (training.hours * 3600, training.cost)
+    # a forward pass of one view is 4 of 14 passes over 1 of 1 + 36/49 of the values of a step
+    forward_s = 4 / 14 / (1 + 36 / 49) / 10
+    assert fast.limited_by == "gpu"
+    assert fast.seconds * nodes * gpus == pytest.approx(2 * 1_050_000 * forward_s, rel=0.02)
+    assert fast.storage_bytes == 2 * 1_050_000 * 2048 * 2  # both backbones, in half precision
+    assert fast.memory_bytes_per_rank == 1.5e9 + fast.storage_bytes / (nodes * gpus)
+    assert fast.cost == pytest.approx(fast.seconds / 3600 * nodes * gpus * 2)
+    zoo = plan_evaluation(recipe, training, 50_000, slow, "zoo")
+    assert zoo.seconds * nodes * gpus == pytest.approx((28 * 1_000_000 + 50_000) * forward_s, rel=1e-3)
+    assert zoo.storage_bytes == 0
+
+
+def test_what_limits_the_other_steps() -> None:
+    recipe = load_recipe("r50-200ep-linear")
+    slow_disk = Machine(storage_bytes_per_s=1e8)
+    assert plan_sharding(IMAGENET, 64, slow_disk).limited_by == "writing"
+    assert plan_sharding(IMAGENET, 64, Machine(network_bytes_per_s=1e8)).limited_by == "reading"
+    few_cores = Machine(cpus=4)
+    training = plan_training(recipe, 4, 8, IMAGENET, few_cores)
+    starved = plan_evaluation(recipe, training, 50_000, few_cores, "fast")
+    assert starved.limited_by == "decoding"
+    assert starved.seconds == pytest.approx((IMAGENET + 50_000) / (4 * 4 * 320))
+
+
 # ---- the command
 
 
@@ -219,9 +264,11 @@ def test_the_command(tiny_toml: Path) -> None:
     assert printed["plan"]["images"] == 70_000
     assert printed["plan"]["bank_bytes_per_rank"] == 70_000 * 8 * 4
     assert len(printed["growth"]) == 4
+    assert [step["step"] for step in printed["steps"]] == ["shard", "pretrain", "evaluate (fast)"]
     text = CliRunner().invoke(app, [*arguments, "--gpu-gb", "0.1"]).output
     assert "DOES NOT FIT" not in text
     assert "2.24 MB" in text  # the bank
+    assert "pod of 1 GPU: cpu 9: 1 rank x (1 + 8 loading processes)" in text
     refused = CliRunner().invoke(app, ["plan", str(tiny_toml), "--nodes", "4", "--gpus", "8"])
     assert isinstance(refused.exception, UsageError)
     assert "train.batch_size=1024" in refused.exception.hint

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from .. import logs
 from ..errors import UsageError
-from ..text import count, size
+from ..jobs.resources import derived, formulas
+from ..text import count, duration, size
 from ..training.placement import BankPlacement
 from .app import Json, Overrides, RecipeName, app, console, show_rows
 
 if TYPE_CHECKING:
     from ..plan import Plan
+    from ..plan_steps import StepPlan
 
 Bank = Annotated[
     BankPlacement, typer.Option(help="Memory bank: whole, or by rows over all GPUs; auto: as a training does.")
 ]
+PlannedProtocol = Literal["fast", "zoo"]
+ASSUMPTIONS = (
+    "speed of a GPU: {}. The bank is cut by rows where the whole one would take more than a quarter of a GPU's memory; "
+    "--bank whole or rows decides it. A row is written once an epoch, so a bank needs several."
+)
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -56,9 +64,12 @@ def plan(
         float, typer.Option(help="Hours between failures of one GPU; a few hundred if preemptible.", min=0.01)
     ] = 50_700.0,
     bank: Bank = "auto",
+    test_images: Annotated[str, typer.Option(help="Images of the test set.")] = "50000",
+    shard_cpus: Annotated[int, typer.Option(help="Cores of the sharding.", min=1)] = 8,
+    protocol: Annotated[PlannedProtocol, typer.Option(help="Protocol of the evaluation.")] = "fast",
     as_json: Json = False,
 ) -> None:
-    """Tell what a training will take, before anything runs: hours, cost, memory, network, checkpoints.
+    """Tell what each step of the DAG will take, before anything runs: hours, cost, memory, network, checkpoints.
 
     Sizes are counted on the recipe's network. Times rest on the rates given: measure yours and give them.
 
@@ -66,6 +77,7 @@ def plan(
     """
     from ..config import load_recipe
     from ..plan import Machine, growth, plan_training
+    from ..plan_steps import plan_dag
 
     chosen = load_recipe(recipe, overrides or [])
     machine = Machine(
@@ -80,19 +92,28 @@ def plan(
         price=price,
     )
     training_plan = plan_training(chosen, nodes, gpus, parse_count(images), machine, bank)
+    steps = plan_dag(chosen, training_plan, parse_count(test_images), shard_cpus, machine, protocol)
     grown = growth(chosen, gpus, -(-training_plan.batch_size // (nodes * gpus)), machine, bank)
     if as_json:
-        result = {"plan": asdict(training_plan), "growth": [asdict(each) for each in grown]}
+        rows = {"steps": [asdict(each) for each in steps], "growth": [asdict(each) for each in grown]}
+        result = {"plan": asdict(training_plan), **rows}
         logs.output(f"{json.dumps(result)}\n")
         return
-    show_rows([{"what": name, chosen.name: text} for name, text in summary(training_plan, chosen.train.epochs)], False)
-    console.print("\nthe same with more images and nodes, the batch growing with the GPUs:")
+    print_plan(chosen.name, training_plan, chosen.train.epochs, steps, grown, bool(images_per_s))
+
+
+def print_plan(
+    name: str, plan: Plan, epochs: int, steps: Sequence[StepPlan], grown: Sequence[Plan], measured: bool
+) -> None:
+    """Print the training, the steps of the DAG, the resources of a pod, and the growth."""
+    show_rows([{"what": what, name: text} for what, text in summary(plan, epochs)], False)
+    console.print("\nthe steps of the DAG:")
+    show_rows([step_row(each) for each in steps], False)
+    for line in formulas(derived(plan.gpus) | {"gpus": plan.gpus, "processes": 0}, plan.gpus):
+        console.print(f"pod of {count(plan.gpus, 'GPU')}: {line}")
+    console.print("\nthe same training with more images and nodes, the batch growing with the GPUs:")
     show_rows([growth_row(each) for each in grown], False)
-    estimate = "given" if images_per_s else "estimated for an H200: give yours by --images-per-s"
-    console.print(
-        f"speed of a GPU: {estimate}. The bank is cut by rows where the whole one would take more than a quarter of a "
-        "GPU's memory; --bank whole or rows decides it. A row is written once an epoch, so a bank needs several.",
-    )
+    console.print(ASSUMPTIONS.format("given" if measured else "estimated for an H200: give yours by --images-per-s"))
 
 
 def summary(plan: Plan, epochs: int) -> list[tuple[str, str]]:
@@ -140,6 +161,20 @@ def bank_message(plan: Plan) -> str:
     """Return what a rank gathers and gives out for the bank in each step."""
     returned = f", sums {size(plan.returned_bytes_per_rank)}" if plan.returned_bytes_per_rank else ""
     return f"queries {size(plan.gathered_bytes_per_rank)}{returned}"
+
+
+def step_row(step: StepPlan) -> dict[str, Any]:
+    """Return a row of the table of steps."""
+    return {
+        "step": step.step,
+        "time": duration(step.seconds),
+        "limited by": step.limited_by,
+        "ranks": step.ranks,
+        "memory of a rank": size(step.memory_bytes_per_rank),
+        "network, each node": size(step.network_bytes_per_node),
+        "storage": size(step.storage_bytes),
+        "cost": f"{step.cost:,.2f}",
+    }
 
 
 def growth_row(plan: Plan) -> dict[str, Any]:

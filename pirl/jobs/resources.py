@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pirl.text import count
+
 WORKERS = 8
 """Loading processes for each GPU: `loading_processes` starts as many where there are cores."""
 RANK_GIB, WORKER_GIB, SLOTS_GIB = 7, 1, 1
@@ -26,10 +28,10 @@ def derived(gpus: int, processes: int = 0) -> dict[str, str]:
 def formulas(settings: Mapping[str, Any], ranks: int) -> list[str]:
     """Return a line for each derived value that `settings` have, with its formula."""
     words = {
-        "cpu": f"{ranks} ranks x (1 + {WORKERS} loading processes)",
-        "memory": f"{ranks} ranks x ({RANK_GIB} + {WORKERS} loading processes x {WORKER_GIB} + "
+        "cpu": f"{count(ranks, 'rank')} x (1 + {WORKERS} loading processes)",
+        "memory": f"{count(ranks, 'rank')} x ({RANK_GIB} + {WORKERS} loading processes x {WORKER_GIB} + "
         f"{SLOTS_GIB} of shared memory) GiB",
-        "shared_memory": f"{ranks} ranks x {SLOTS_GIB} GiB",
+        "shared_memory": f"{count(ranks, 'rank')} x {SLOTS_GIB} GiB",
     }
     values = derived(int(settings["gpus"]), int(settings["processes"]))
     return [f"{name} {value}: {words[name]}" for name, value in values.items() if settings[name] == value]
