@@ -28,9 +28,6 @@ def test_equal_images_collapse(tmp_path: Path) -> None:
     with warned("the embeddings have collapsed") as printed:
         train(recipe, Options(data=str(data), out=out, log_every=2), World())
 
-    record = Run.at(out).record()
-    (event,) = (event for event in record.events if event["event"] == "collapse")
-    assert "similarity to the own row" in event["reason"]
-    collapsed = next(line for line in record.metrics if line["step"] == event["step"])
-    assert collapsed["neg_similarity"] > 0.85 > record.metrics[0]["neg_similarity"]
     assert printed.getvalue().count("have collapsed") == 1
+    first, *_, last = Run.at(out).record().metrics
+    assert first["neg_similarity"] < 0.85 < last["neg_similarity"]

@@ -137,9 +137,7 @@ class Meter:
         """Warn once when the embeddings collapse; a registered model would be refused by the gate."""
         reason = collapse(line)
         if reason and not self._collapsed:
-            step = int(line["step"])
-            self.log.event("collapse", step=step, reason=reason)
-            warn(f"step {step}: {reason}; look at the images with `pirl preview`, or lower optim.base_lr")
+            warn(f"step {int(line['step'])}: {reason}; look at the images with `pirl preview`, or lower optim.base_lr")
         self._collapsed = bool(reason)
 
     def not_finite(self, *losses: float, where: str = "") -> TrainingError:
