@@ -30,6 +30,6 @@ def register(
         version = register_run(run, registry or Workspace(root).registry, model)
         Path(card.path).write_text(model_card(version.record))
         # its folder is not the uri: a backend fails the step where that is outside of the run's own place for artifacts
-        Path(trunk.path).write_text(json.dumps({"uri": version.uri, **version.record}, indent=1))
+        Path(trunk.path).write_text(json.dumps({"uri": version.uri, **version.record.to_json()}, indent=1))
         trunk.metadata.update({"version": version.version, "uri": version.uri})
     return version.uri
