@@ -99,6 +99,7 @@ class LocalBackend(Backend):
         from .launch import run_ranks
 
         self.check(program)
+        program.prepare()
         with tempfile.TemporaryDirectory(prefix="pirl-") as folder:
             path = ""
             if file := program.file():
@@ -179,6 +180,7 @@ class ClusterBackend(Backend):
         from .jobs.launcher import Launcher
 
         self.check(program)
+        program.prepare()
         Launcher(program, self.settings, Cluster(self.settings.namespace, self.kind), labels or {}).run()
         return EXIT_DONE
 

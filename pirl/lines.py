@@ -51,6 +51,9 @@ class Event(TypedDict, total=False):
     bytes: int
     reason: str
     error: str
+    init: str
+    """Place of the initial weights."""
+    init_digest: str
 
 
 class ProgressLine(TypedDict):

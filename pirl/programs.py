@@ -57,6 +57,9 @@ class Program(Command, Protocol):
     def plan(self) -> list[str]:
         """Return what it would do, in a few lines; raise if it cannot work."""
 
+    def prepare(self) -> None:
+        """Write what its ranks start from, after the plan and before they start."""
+
     def is_complete(self) -> bool:
         """Return whether its completion marker exists; raise `UsageError` if it is another program's."""
 
@@ -113,8 +116,23 @@ class Training(Specified):
         return {"data": self.spec.data, "out": self.spec.out}
 
     def plan(self) -> list[str]:
-        """Check recipe, data and run, and return what would be done."""
-        return plan(self.spec)
+        """Check recipe, data, run and initial weights, and return what would be done."""
+        return [*plan(self.spec), *self._origin().check_origin(self.spec)] if self._has_origin else plan(self.spec)
+
+    def prepare(self) -> None:
+        """Copy the initial weights into the run."""
+        if self._has_origin or Run.at(self.out).initial():
+            self._origin().prepare_origin(self.spec)
+
+    @property
+    def _has_origin(self) -> bool:
+        return bool(self.spec.init or self.spec.extend)
+
+    @staticmethod
+    def _origin() -> Any:
+        from .initial import weights  # loads torch, which other trainings need in their ranks alone
+
+        return weights
 
     def is_complete(self) -> bool:
         """Return whether the completion marker exists; raise if it names another recipe or other data."""
@@ -175,6 +193,9 @@ class EvaluationProgram(Specified):
         from .evaluate.start import plan as plan_evaluation
 
         return plan_evaluation(self.spec)
+
+    def prepare(self) -> None:
+        """Prepare nothing: the run has its weights."""
 
     def is_complete(self) -> bool:
         """Return whether the run has the result of this checkpoint, data and protocol."""

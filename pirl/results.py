@@ -318,3 +318,15 @@ class WarmRecord(Versioned):
     source: str = Field(alias="from")
     rows: int
     kept: int
+
+
+class InitialRecord(Versioned):
+    """`init.json`: the place of the weights that a run started from, and their digest."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+
+    source: str = Field(alias="from")
+    digest: str
+    """Of the weights, whatever file they came from."""
+    sha256: str
+    """Of the copy in the run."""

@@ -7,6 +7,7 @@
     DONE.json        written last by rank 0          steps/           time and memory of each step
     warm.json        what a warm start began with    report.html      all of this on one page
     eval_bank.json   neighbours in the memory bank   eval_parts/      of an evaluation under way
+    init.json        weights that it started from    init.safetensors the weights
     sinks/           files of TensorBoard, MLflow, Weights & Biases
 
 No other module has these names. Contents are typed (`pirl.results`). Nothing is read until it is asked for.
@@ -25,7 +26,16 @@ from pirl.config import Recipe, parse_recipe
 from pirl.errors import CheckpointError, StorageNotFoundError
 from pirl.layer_results import LayersEvaluation
 from pirl.lines import Event, MetricsLine, ProgressLine, parse_lines
-from pirl.results import Completion, Content, Evaluation, GateDecision, Registered, StepRecord, WarmRecord
+from pirl.results import (
+    Completion,
+    Content,
+    Evaluation,
+    GateDecision,
+    InitialRecord,
+    Registered,
+    StepRecord,
+    WarmRecord,
+)
 from pirl.storage import Storage, local_path, open_storage
 from pirl.text import count
 
@@ -38,6 +48,7 @@ EVALUATION, LAYERS, CHAMPION = "eval.json", "eval_zoo.json", "eval_champion.json
 BANK_EVALUATION = "eval_bank.json"
 GATE, REGISTERED = "gate.json", "registered.json"
 WARM, REPORT = "warm.json", "report.html"
+INITIAL, INITIAL_WEIGHTS = "init.json", "init.safetensors"
 CHECKPOINTS, STEPS, SINKS, EVALUATION_PARTS = "checkpoints", "steps", "sinks", "eval_parts"
 EVALUATION_PROGRESS = "eval_progress.jsonl"
 
@@ -203,6 +214,25 @@ class Run:
 
     def save_warm_start(self, record: WarmRecord) -> None:
         self._write(WARM, record)
+
+    def initial(self) -> InitialRecord | None:
+        """Return the origin of the weights that it started from; None where they were random."""
+        return self._read(INITIAL, InitialRecord)
+
+    def save_initial(self, record: InitialRecord, weights: bytes) -> None:
+        """Write initial weights as safetensors, then the record that names them."""
+        self.storage.write_bytes(INITIAL_WEIGHTS, weights)
+        self._write(INITIAL, record)
+
+    def initial_weights(self) -> bytes:
+        """Return the initial weights, a safetensors file."""
+        return self.storage.read_bytes(INITIAL_WEIGHTS)
+
+    def discard_initial(self) -> None:
+        """Delete the initial weights of a start that made no checkpoint."""
+        for name in (INITIAL, INITIAL_WEIGHTS):
+            if self.storage.exists(name):
+                self.storage.delete(name)
 
     def mismatch(self, evaluation: Evaluation) -> str:
         """Return why an evaluation is not of the newest checkpoint, or of the one named; "" where it is."""

@@ -15,7 +15,7 @@ ORDER = (
     "errors extras text logs settings storage sections config device world launch | heads shards views order data "
     "loader | model negatives twister memory rowsums terms loss optim | "
     "checkpoint lines results layer_results gains collapse run runs comparison outputs metrics training train plan | "
-    "evaluate export report plan_steps | registry embedding gate arguments | programs jobs backends | "
+    "evaluate export report plan_steps | registry embedding initial gate arguments | programs jobs backends | "
     "retraining reference doctor api cli"
 )
 POSITION = {name: index for index, name in enumerate(ORDER.replace("|", "").split())}

@@ -26,6 +26,7 @@ from pirl.config import Recipe
 from pirl.errors import EXIT_PREEMPTED, PreemptedError, UsageError
 from pirl.evaluate import apply
 from pirl.gate import question
+from pirl.initial.warm import WarmStart, only_added, same_images, warm_start
 from pirl.memory import MemoryBank
 from pirl.model import build_model
 from pirl.programs import EvaluationProgram, Program, Training
@@ -33,7 +34,6 @@ from pirl.registry import Provenance, open_registry
 from pirl.results import Evaluation, GateDecision, Lineage, Score, Scores
 from pirl.retraining import Gating, data_uri, decide_retrain
 from pirl.retraining.retrain import Retraining, keep_up_to_date
-from pirl.retraining.warm import WarmStart, only_added, same_images, warm_start
 from pirl.run import Run
 from pirl.shards import Manifest, ShardReader, SourceOptions, open_source, write_shards
 from pirl.storage import open_storage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Any
 
 import typer
@@ -126,7 +127,7 @@ def run_dag(
             console.print(f"{split}: {line}")
     for note in notes:
         console.print(note)
-    name = run_name(root, resolved)
+    name = run_name(root, resolved, options)
     schedule = f"{count(resolved.train.epochs, 'epoch')} of {count(resolved.rows(len(train)), 'image')}"
     workspace = Workspace(root)
     console.print(f"run: {workspace.run_uri(name)} ({schedule})")
@@ -149,8 +150,14 @@ def run_dag(
     show_result(Run(done))
 
 
-def run_name(root: str, recipe: Recipe) -> str:
-    """Return the name of the run of a recipe: that of an existing run of version 0.1, or by the recipe's digest."""
+def run_name(root: str, recipe: Recipe, options: TrainingOptions | None = None) -> str:
+    """Return the name of the run of a recipe: that of an existing run of version 0.1, or by the recipe's digest.
+
+    Another start, as by --init, makes another run.
+    """
+    if options and (options.init or options.extend):
+        key = hashlib.sha256(f"{recipe.digest()} {options.init} {options.extend}".encode()).hexdigest()
+        return f"{recipe.name}-{key[:8]}"
     names = [f"{recipe.name}-{digest[:8]}" for digest in sorted(recipe.digests(), key=recipe.digest().__ne__)]
     return next((name for name in names if Workspace(root).run(name).exists()), names[0])
 

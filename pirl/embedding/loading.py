@@ -63,7 +63,7 @@ def load(
     run = Run.at(text)
     if model is None and (split_checkpoint_uri(text)[1] or run.exists()):
         return _encoder(*_of_run(run), run.uri, device)
-    return load(_registered(text, model, version), device=device)
+    return load(registered_version(text, model, version), device=device)
 
 
 def _encoder(recipe: Recipe, trunk: Trunk, origin: str, device: str | torch.device | None) -> Encoder:
@@ -75,7 +75,7 @@ def _of_run(run: Run) -> tuple[Recipe, Trunk]:
     return recipe, trunk
 
 
-def _registered(uri: str, model: str | None, version: str) -> Version:
+def registered_version(uri: str, model: str | None = None, version: str = CHAMPION) -> Version:
     """Return the version that a registry's URI names, or that of a model or a version in it."""
     storage = open_storage(uri)
     *above, name = storage.uri.rstrip("/").split("/")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,7 @@ def identify(
     names = [name] if name else [name for name in recipe_names() if load_recipe(name).published_top1]
     plain = {name: load_recipe(name, overrides) for name in names}
     fitting = {name: recipe for name, recipe in plain.items() if _architecture(contents) == _architecture(recipe)}
-    if not fitting:
-        expected = " or ".join(dict.fromkeys(_described(_architecture(recipe)) for recipe in plain.values()))
-        raise CheckpointError(
-            f"{path} is of another architecture: {_described(_architecture(contents))}; expected {expected}",
-            "give a recipe of its architecture with --recipe, or settings such as model.width=4",
-        )
+    check_architecture(contents, plain, path)
     fewest = min(len(_misfits(contents, recipe)) for recipe in fitting.values())
     fitting = {name: recipe for name, recipe in fitting.items() if len(_misfits(contents, recipe)) == fewest}
     long_enough = {name: recipe for name, recipe in fitting.items() if recipe.train.epochs >= contents.epochs}
@@ -62,6 +57,17 @@ def identify(
             'trained; VISSL has "hidden" since April 2021'
         )
     return recipe, candidates, notes
+
+
+def check_architecture(contents: Contents, recipes: Mapping[str, Recipe], path: Path | str) -> None:
+    """Raise `CheckpointError` where the trunk in a file is of none of these recipes."""
+    if _architecture(contents) in map(_architecture, recipes.values()):
+        return
+    expected = " or ".join(dict.fromkeys(_described(_architecture(recipe)) for recipe in recipes.values()))
+    raise CheckpointError(
+        f"{path} is of another architecture: {_described(_architecture(contents))}; expected {expected}",
+        "give a recipe of its architecture with --recipe, or settings such as model.width=4",
+    )
 
 
 def _settings(contents: Contents, recipe: Recipe) -> list[str]:

@@ -106,7 +106,11 @@ def trunk_name(name: str) -> str:
 
 def read_contents(path: Path) -> Contents:
     """Read a checkpoint of VISSL's, a trunk converted for it, or a plain state dict of a ResNet."""
-    content = read_file(path)
+    return contents_of(read_file(path), path)
+
+
+def contents_of(content: Any, path: Path) -> Contents:
+    """Return the content of a file that was read as plain values and tensors."""
     if isinstance(content, dict) and "classy_state_dict" in content:
         return _from_checkpoint(content, path)
     while isinstance(content, dict) and (inside := [k for k in ("model_state_dict", "state_dict") if k in content]):

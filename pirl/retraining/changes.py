@@ -21,7 +21,7 @@ from pirl.shards import DEFAULT, Decoding, Manifest, ShardReader, Source
 from pirl.storage import open_storage
 
 if TYPE_CHECKING:  # importing it loads torch, which a look into a registry does not need
-    from pirl.retraining.warm import WarmStart
+    from pirl.initial.warm import WarmStart
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ class Gating:
     """URI of the shards that it will be tested on."""
 
 
-def decide_retrain(root: str, gating: Gating, recipe: Recipe, data: str, warm_epochs: int | None = None) -> Decision:
+def decide_retrain(
+    root: str, gating: Gating, recipe: Recipe, data: str, warm_epochs: int | None = None, init: str = ""
+) -> Decision:
     """Compare the shards at `data`, the recipe and the code with the champion's lineage.
 
     `warm_epochs` allows a warm start from the champion, where images were added and nothing else has changed: for that
@@ -67,7 +69,7 @@ def decide_retrain(root: str, gating: Gating, recipe: Recipe, data: str, warm_ep
     digest = Manifest.load(open_storage(data)).digest
     warm_recipe = parse_recipe(recipe.to_toml(), [f"train.epochs={warm_epochs}"]) if warm_epochs else recipe
     recipes = recipe.digests() | warm_recipe.digests()
-    cold = _run(root, recipe, digest, "cold")
+    cold = _run(root, recipe, digest, f"init {init}" if init else "cold")
     registry, model = open_registry(gating.registry), gating.model
     versions = registry.versions(model) if registry.has(model) else []
     champion = find_champion(registry, model)
@@ -144,7 +146,7 @@ def _warm(root: str, champion: Lineage, data: str) -> tuple[WarmStart | None, st
     It needs the champion's shards below ROOT/data, images that were only added, and a checkpoint that still holds the
     registered weights.
     """
-    from pirl.retraining.warm import WarmStart, only_added  # loads torch, which a look into a registry does not need
+    from pirl.initial.warm import WarmStart, only_added  # loads torch, which a look into a registry does not need
 
     for uri in Workspace(root).all_shards():
         try:

@@ -22,11 +22,11 @@ from pirl.errors import EXIT_DONE, PreemptedError
 from pirl.evaluate.images import check_images
 from pirl.evaluate.spec import EvaluationSpec, options_like
 from pirl.gate import METRIC, MIN_GAIN, RejectedError, check_question, decide, register_run
+from pirl.initial.warm import warm_start
 from pirl.logs import info, progress
 from pirl.outputs import check_outside, check_registry
 from pirl.programs import EvaluationProgram, Training
 from pirl.retraining.changes import Decision, Gating, data_uri, decide_retrain
-from pirl.retraining.warm import warm_start
 from pirl.run import Run
 from pirl.shards import MANIFEST, ShardingOptions, Source, compare_classes, open_source, summary, write_shards
 from pirl.storage import open_storage
@@ -90,7 +90,9 @@ def keep_up_to_date(retraining: Retraining, dry_run: bool = False) -> int:
         return EXIT_DONE
     recipe = load_recipe(retraining.recipe, retraining.overrides)
     gating = Gating(retraining.registry, retraining.model, retraining.metric, retraining.min_gain, data["test"])
-    decision = decide_retrain(retraining.root, gating, recipe, data["train"], retraining.warm_epochs)
+    decision = decide_retrain(
+        retraining.root, gating, recipe, data["train"], retraining.warm_epochs, retraining.options.init
+    )
     for reason in decision.reasons:
         info(reason)
     if not decision.retrain:
@@ -142,7 +144,8 @@ def _train(retraining: Retraining, decision: Decision, data: str) -> int:
     if decision.warm and not Run.at(decision.run).checkpoints().names():
         kept, fresh = warm_start(decision.warm, data, decision.run, decision.recipe)
         info(f"from {decision.warm.run}: {count(kept, 'row')} of the bank kept, {fresh:,} new")
-    spec = TrainingSpec(recipe=decision.recipe, data=data, out=decision.run, **dict(retraining.options))
+    options = dict(retraining.options) | ({"init": ""} if decision.warm else {})
+    spec = TrainingSpec(recipe=decision.recipe, data=data, out=decision.run, **options)
     return retraining.backend.run(Training(spec), retraining.labels)
 
 

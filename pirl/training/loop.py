@@ -34,7 +34,7 @@ from .meter import Meter
 from .placement import cuts_bank
 from .saver import FINAL_SAVE_RETRY_S, Saver
 from .spec import Options
-from .state import TrainState, check_same_run, resume
+from .state import TrainState, check_same_run, load_initial, resume
 from .step import train_step, warm_up_ddp
 
 
@@ -100,6 +100,7 @@ class Trainer:
         checkpoints = run.checkpoints(keep=options.keep, world=world, keep_best=options.keep_best, guard=self._guard)
         newest = world.broadcast_object(checkpoints.newest() if world.is_main else None)
         self.state = build_state(recipe, self.rows, world, cut=cut, blank=newest is not None)
+        self.initial = load_initial(self.state.model, run, world) if options.init and not newest else None
         steps = recipe.train.epochs * recipe.steps_per_epoch(self.rows)
         context = Context(run.storage, world, steps, recipe.train.epochs, self.state.model, self.state.bank, recipe)
         self.log = open_log(context, [*ALWAYS, *options.sink_names])
@@ -234,7 +235,8 @@ class Trainer:
         if skipped := self.saver.checkpoints.skipped:
             self.log.event("checkpoint_skipped", checkpoints=skipped)
         start = "resume" if self.resumed else "start"
-        self.log.event(start, step=self.cursor.step, ranks=self.world.size, version=__version__)
+        origin = {"init": self.initial.source, "init_digest": self.initial.digest} if self.initial else {}
+        self.log.event(start, step=self.cursor.step, ranks=self.world.size, version=__version__, **origin)
 
     def _guard(self) -> None:
         """Confirm the lease and write the record up to here, before a checkpoint is published, in its thread."""

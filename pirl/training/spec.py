@@ -21,7 +21,7 @@ from .placement import BankPlacement
 
 
 class TrainingOptions(Settings):
-    """How the ranks run: nothing here changes what is learned."""
+    """How the ranks run, and what a new run starts from."""
 
     processes: int = Field(0, ge=0, le=1024)
     """Processes (ranks) on this machine, or in each pod; 0: one for each GPU, else two, in a pod one."""
@@ -42,6 +42,10 @@ class TrainingOptions(Settings):
     timeout_s: float = Field(600.0, ge=1, le=10**6)
     """Seconds after which a rank that does not answer ends the training; loading processes have half of that."""
 
+    init: str = ""
+    """Weights that a new run starts from: a run, a registered model, or a file (.pth, .pt, .torch, .safetensors)."""
+    extend: str = ""
+    """A finished run that a new run continues on the same shards, with its memory bank; the schedule restarts."""
     sinks: str = ""
     """Also send metrics to these, separated by commas: tensorboard, mlflow, wandb."""
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import cast
 
 import torch
+from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from ..checkpoint import Checkpoints, Commit, Cursor, Rows, SavedBank, SavedTraining, saved_training
 from ..config import Recipe
-from ..errors import CheckpointError, StorageNotFoundError, TrainingError, UsageError
+from ..errors import CheckpointError, PirlError, StorageNotFoundError, TrainingError, UsageError
 from ..logs import info
 from ..loss import Contrast
 from ..memory import MemoryBank
 from ..model import PIRL
+from ..results import InitialRecord
 from ..run import Run
 from ..world import World
 from .meter import Meter
@@ -77,6 +80,33 @@ def resume(
     if world.is_main:
         info(f"resuming from {commit.name}: epoch {commit.cursor.epoch}, {commit.cursor.samples} samples into it")
     return commit.cursor
+
+
+def load_initial(model: PIRL, run: Run, world: World) -> InitialRecord:
+    """Load the initial weights of a run into the model of every rank; return their record."""
+    given: tuple[InitialRecord, dict[str, Tensor]] | PirlError | None = None
+    if world.is_main:
+        try:
+            given = _read_initial(run)
+        except PirlError as error:
+            given = error
+    given = world.broadcast_object(given)
+    if isinstance(given, PirlError):
+        raise given
+    assert given is not None
+    record, tensors = given
+    model.load_state_dict({**model.state_dict(), **tensors})
+    return record
+
+
+def _read_initial(run: Run) -> tuple[InitialRecord, dict[str, Tensor]]:
+    record = run.initial()
+    if record is None:
+        raise UsageError(f"{run.uri} has no initial weights", "start it by `pirl train`, which copies them there")
+    data = run.initial_weights()
+    if hashlib.sha256(data).hexdigest() != record.sha256:
+        raise CheckpointError(f"the initial weights in {run.uri} are damaged", "run the same command again")
+    return record, load_tensors(data)
 
 
 def own_rows(state: TrainState) -> dict[str, range]:
