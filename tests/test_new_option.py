@@ -101,7 +101,7 @@ missing = mock.patch.multiple("pirl.programs.EvaluationProgram", result=lambda s
 with mock.patch.object(launch, "run_ranks", run_ranks), missing:
     with mock.patch("components.step.step", lambda *_: contextlib.nullcontext()):
         linear_eval.python_func(run="r", train_data="d", test_data="t", metrics=None, confusion=None, options="toy=4")
-    with mock.patch("pirl.cli.evaluate.show_layers"):
+    with mock.patch("pirl.cli.evaluate.show_scores"):
         pirl_eval("r", "--data=d", "--test=t", "--toy=5")
 assert [(spec.run, spec.data, spec.test, spec.toy) for spec in specs] == [("r", "d", "t", 4), ("r", "d", "t", 5)]
 print("everywhere")
