@@ -26,6 +26,7 @@ from pirl.evaluate.norms import whole_batch_norms
 from pirl.evaluate.spec import EvaluationSpec
 from pirl.gains import gains, row_title, tuned_lines
 from pirl.registry import model_card
+from pirl.registry.record import VersionRecord
 from pirl.report import write_report
 from pirl.report.summary import run_summary
 from pirl.results import Evaluation
@@ -223,7 +224,7 @@ def test_the_command_and_all_that_shows_it(
     assert probes == ["linear", "linear_1pct", "knn", "finetune_50pct"]
     title = row_title("finetune_50pct", result)
     assert title in run_summary(out)
-    assert title in model_card({"metrics": result.to_json()})
+    assert title in model_card(VersionRecord(run_id="run", files={}, metrics=result))
     assert any(line.startswith(f"{title}: top-1 is ") for line in tuned_lines(result))
     report = open_storage(out).read_bytes("report.html") if write_report(out, shards, test_shards) else b""
     assert b"Fine-tuned network" in report

@@ -54,6 +54,9 @@ class Steps:
     def plan(self) -> list[str]:
         return ["some steps"]
 
+    def prepare(self) -> None:
+        open_storage(self.out).write_bytes("prepared", b"")
+
     def is_complete(self) -> bool:
         return open_storage(self.out).exists("marker")
 

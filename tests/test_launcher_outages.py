@@ -32,7 +32,8 @@ def follow(scene: Scene, place: str, folder: Path, direct: str, proxy: FaultyS3,
     (folder / "tiny.toml").write_text(TINY)
     scene.program = Training(training(folder / "tiny.toml", f"{place}/data", f"{place}/run"))
     options, released = Options(data=f"{place}/data", out=f"{place}/run", log_every=1), folder / "released"
-    environment = {"AWS_ENDPOINT_URL": direct}
+    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    environment["AWS_ENDPOINT_URL"] = direct
 
     def reached() -> bool:
         return not (scene.server.armed or scene.server.unavailable or proxy.armed or proxy.outage)
