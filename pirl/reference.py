@@ -63,8 +63,8 @@ def markdown() -> str:
         "The training itself. `pirl show RECIPE` prints the values of a recipe; `section.key=value` overrides one.",
         table(fields(Recipe)),
         "## Options of a training",
-        "How the ranks run. Only `init` and `extend` change what is learned. On a command `--name`, in a pipeline's `options` "
-        "`name=value`, for `pirl retrain` also `PIRL_NAME`.",
+        "How the ranks run. Only `init` and `extend` change what is learned. On a command `--name`, in a pipeline's "
+        "`options` `name=value`, for `pirl retrain` also `PIRL_NAME`.",
         table((name, field) for name, field in options.items()),
         "## Options of a source",
         "How images are read and sharded. On `pirl shard`, `run` and `retrain` `--name`, in a pipeline's "
