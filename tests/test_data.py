@@ -208,7 +208,7 @@ def everything(loader: Loader, epoch: int = 0, samples: int = 0) -> list[tuple[i
 
 def loaded(world: World, shards: str, recipe: Recipe, workers: int, samples: int = 0) -> list[Any]:
     return [
-        (epoch, seen, share.rows.tolist(), *(tensor.numpy().tobytes() for tensor in batch))
+        (epoch, seen, share.rows.tolist(), *(tensor.numpy().tobytes() for tensor in batch[:4]))
         for epoch, seen, share, batch in Loader(shards, recipe, world, workers).batches(1, samples)
     ]
 
