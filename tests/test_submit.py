@@ -199,6 +199,7 @@ def test_a_dry_run_lists_storage_and_cluster(
     bucket: str,  # noqa: F811
 ) -> None:
     open_storage(f"{bucket}/train").write_bytes("a/1.jpg", b"x")
+    open_storage(f"{bucket}/test").write_bytes("a/2.jpg", b"x")
     given = ["recipe=demo", f"root={bucket}/pirl", f"train_source={bucket}/train", "backend=pytorchjob"]
     code, shown = pirl("submit", "pirl-pretrain", *given, f"test_source={bucket}/tset", "--dry-run")
     assert code == 1, shown
@@ -206,9 +207,9 @@ def test_a_dry_run_lists_storage_and_cluster(
     assert f"train_source: ok, {bucket}/train can be listed" in shown
     assert "API server: ok" in shown
     assert "PyTorchJob: ok" in shown
-    code, shown = pirl("submit", "pirl-pretrain", *given, f"test_source={bucket}/train", "--dry-run")
+    code, shown = pirl("submit", "pirl-pretrain", *given, f"test_source={bucket}/test", "--dry-run")
     assert code == 0, shown
-    given += [f"test_source={bucket}/train", "job=queue=nowhere"]
+    given += [f"test_source={bucket}/test", "job=queue=nowhere"]
     code, shown = pirl("submit", "pirl-pretrain", *given, "--dry-run")
     assert code == 1
     assert "Kueue: bad, not installed, but queue nowhere is asked for" in shown

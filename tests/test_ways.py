@@ -249,6 +249,7 @@ def test_what_is_accepted_arrives(
     ways = Ways(random.Random(0), tmp_path, capsys)
     monkeypatch.setattr(launch, "run_ranks", ways.run_ranks)
     monkeypatch.setattr(programs, "plan", lambda spec: [])
+    monkeypatch.setattr(programs.Training, "prepare", lambda self: None)
     monkeypatch.setattr("components.step.step", lambda *_: nullcontext())
     for _ in range(30):
         arrived, wanted = way(ways)

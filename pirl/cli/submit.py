@@ -82,9 +82,9 @@ def upload(
 ) -> None:
     """Upload a pipeline of this code to KFP, if it is not there, and print the id of its version.
 
-    It is what the stock client takes: kfp run create -n PIPELINE -v VERSION.
+    It is what the stock client takes: kfp run create -e EXPERIMENT -n PIPELINE -v VERSION.
 
-    Example: kfp run create -e pirl -n pirl-pretrain -v $(pirl upload pirl-pretrain) ...
+    Example: pirl upload pirl-pretrain
     """
     from pipelines.cluster import step_settings
     from pipelines.compiled import PIPELINES, compiled
