@@ -13,20 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks.harness import machine
 from pirl.config import load_recipe
 from pirl.evaluate import evaluate_trunk, load_trunk
 from pirl.evaluate.probe import spread
-from pirl.model import memory_format
-from pirl.results import Completion
 from pirl.shards import open_source, write_shards
 from pirl.storage import open_storage
-from pirl.training import loop
-from pirl.training.loop import Trainer
+from pirl.training.loop import train
 from pirl.training.spec import Options
-from pirl.views import apply_photometrics, draw_photometrics
 from pirl.world import World
 
 SEEDS = (0, 1, 2)
@@ -34,37 +29,10 @@ CHOICES = {
     "1,024 drawn": [],
     "all": ['loss.negatives="all"', "loss.exclude_positive=false"],
     "visited": ['loss.negatives="visited"', "loss.exclude_positive=false"],
-    "all after a forward pass": ['loss.negatives="all"', "loss.exclude_positive=false"],
+    "all after a forward pass": ['loss.negatives="all"', "loss.exclude_positive=false", "memory.init=forward"],
 }
 """Overrides of the recipe `demo`."""
 SCORES = ("linear", "linear_1pct", "knn")
-
-
-class ForwardStart(Trainer):
-    """A training whose bank starts with the embeddings of the untrained network, from one pass over the first epoch."""
-
-    def fit(self) -> Completion:
-        if not self.resumed:
-            self._embed_all()
-        return super().fit()
-
-    @torch.no_grad()
-    def _embed_all(self) -> None:
-        model, recipe = self.state.model.train(), self.recipe
-        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        batches = self.loader.batches(0, 0)
-        for epoch, _, _, batch in batches:
-            if epoch:
-                break
-            noise = draw_photometrics(recipe.views, recipe.train.seed, 0, batch.ids.numpy(), [0])
-            with torch.autocast("cpu", torch.bfloat16):
-                images = apply_photometrics(batch.images, noise, recipe.views)
-                features = model.trunk(images.to(memory_format=memory_format(model.trunk)))
-                embeddings = model.image_head(features)
-            self.state.bank.memory[batch.rows] = F.normalize(embeddings.float())
-        batches.close()
-        for name, buffer in model.named_buffers():
-            buffer.copy_(before[name])
 
 
 def measure(folder: Path, name: str, seed: int) -> dict[str, Any]:
@@ -75,9 +43,8 @@ def measure(folder: Path, name: str, seed: int) -> dict[str, Any]:
         return dict(json.loads(record.read_text()))
     recipe = load_recipe("demo", [*CHOICES[name], f"train.seed={seed}"])
     shards = [str(folder / split) for split in ("train", "test")]
-    loop.Trainer = ForwardStart if "forward" in name else Trainer  # type: ignore[misc]
     begin, started = time.process_time(), time.perf_counter()
-    loop.train(recipe, Options(data=shards[0], out=str(uri), workers=0, checkpoint_every_s=10_000), World())
+    train(recipe, Options(data=shards[0], out=str(uri), workers=0, checkpoint_every_s=10_000), World())
     seconds = {"cpu_s": time.process_time() - begin, "wall_s": time.perf_counter() - started}
     recipe, _, trunk = load_trunk(str(uri))
     scores = evaluate_trunk(trunk, recipe, *shards).pretrained

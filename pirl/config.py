@@ -62,6 +62,10 @@ class Recipe(Settings):
                 raise ValueError(
                     f"views.{name} {size} is too small for this trunk: its last stage would halve a map of one pixel"
                 )
+        if self.memory.init == "forward" and self.loss.negatives == "visited":
+            raise ValueError(
+                'loss.negatives "visited" leaves out rows without a visit, memory.init "forward" fills all rows'
+            )
         if math.ceil(self.views.image_size / (stem * 8)) < 2:
             raise ValueError(
                 f"views.image_size {self.views.image_size} is too small for this trunk: its last map is one pixel, and "

@@ -8,8 +8,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
+from itertools import tee
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
@@ -97,14 +98,22 @@ class Loader:
         The pixels of a batch are valid until the next one is requested, and until the mark that its slot was given has
         been reached. Closing the generator ends the workers.
         """
+        plan, ahead = tee(self._plan(epoch, samples))
+        with closing(self.load((at, share.rows) for at, _, share in ahead)) as loaded:
+            for batch in loaded:
+                yield *next(plan), batch
+
+    def load(self, tasks: Iterable[tuple[int, np.ndarray]]) -> Generator[Batch, None, None]:
+        """Yield the batch of each (epoch, rows), of at most a rank's share of a global batch, as `batches` does."""
         if not self.workers:
-            for at, seen, share in self._plan(epoch, samples):
-                yield at, seen, share, self.dataset[at, share.rows]
+            for epoch, rows in tasks:
+                yield self.dataset[epoch, rows]
             return
-        processes = LoadingProcesses(self.dataset, self.world, self.workers, self._plan(epoch, samples), self.limit_s)
+        own, ahead = tee(tasks)
+        processes = LoadingProcesses(self.dataset, self.world, self.workers, ahead, self.limit_s)
         try:
-            for number, (at, seen, share) in enumerate(self._plan(epoch, samples)):
-                yield at, seen, share, processes.batch(number, share.rows)
+            for number, (_, rows) in enumerate(own):
+                yield processes.batch(number, rows)
             processes.unlock()
         finally:
             processes.close()
@@ -150,11 +159,11 @@ class LoadingProcesses:
         dataset: CropDataset,
         world: World,
         workers: int,
-        plan: Iterator[tuple[int, int, Share]],
+        tasks: Iterator[tuple[int, np.ndarray]],
         limit_s: float,
     ) -> None:
-        """Start them; a batch that takes longer than `limit_s` is an error."""
-        self.world, self.plan, self.limit_s = world, plan, limit_s
+        """Start them on tasks (epoch, rows); a batch that takes longer than `limit_s` is an error."""
+        self.world, self.tasks, self.limit_s = world, tasks, limit_s
         count = slots_of(workers)
         most = -(-dataset.recipe.train.batch_size // world.size)
         self.shared = Slots(dataset, count, most)
@@ -175,13 +184,13 @@ class LoadingProcesses:
         self._results: Any = None
 
     def _tasks(self) -> Iterator[tuple[int, np.ndarray, int]]:
-        for number, (epoch, _, share) in enumerate(self.plan):
+        for number, (epoch, rows) in enumerate(self.tasks):
             slot = number % len(self.slots)
             self.slots[slot].wait(self.limit_s)
-            yield epoch, share.rows, slot
+            yield epoch, rows, slot
 
     def batch(self, number: int, rows: np.ndarray) -> Batch:
-        """Wait for the batch `number` of the plan, which has these rows."""
+        """Wait for the batch of the task `number`, which has these rows."""
         with self._explained():
             if self._results is None:
                 self._results = iter(self._loader)

@@ -123,6 +123,11 @@ class MemoryBank(nn.Module):
         if self.visited is not None:
             self.visited[ids] = True
 
+    @torch.no_grad()
+    def fill(self, first: int, embeddings: Tensor) -> None:
+        """Set the rows from `first` on, which this rank has, to the unit `embeddings`."""
+        self.memory[first - self.first : first - self.first + len(embeddings)] = embeddings.to(self.memory.dtype)
+
     def checksum(self) -> int:
         """Of the rows' bits: the same on every rank with the same rows, in whatever order they are summed.
 

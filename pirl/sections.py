@@ -114,8 +114,9 @@ class MemoryConfig(Settings):
 
     momentum: float = Field(0.5, ge=0, lt=1)
     """Weight of the old row in an update (the paper's m, section 3.2)."""
-    init: Literal["shared", "rank_mean"] = "shared"
-    """shared: unit rows, the same on all ranks; rank_mean: the mean of one bank per rank, rows of norm ~1/sqrt(W)."""
+    init: Literal["shared", "rank_mean", "forward"] = "shared"
+    """shared: random unit rows, the same on all ranks; rank_mean: the mean of one random bank per rank, rows of norm
+    ~1/sqrt(W); forward: embeddings of the untrained network, from one forward pass over all images."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Storage of the rows; scores and updates are computed in float32."""
 

@@ -85,10 +85,10 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """Copy rank 0's values into the tensor of every rank; return it."""
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """Copy the values of rank `source` into the tensor of every rank; return it."""
         if self.size > 1:
-            dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor, src=source)
         return tensor
 
     def broadcast_object(self, value: Any) -> Any:

@@ -33,6 +33,7 @@ PROCESSES = [
     "lease",
     "distributed",
     "bank_rows",
+    "bank_forward",
     "console",
     "operations",
     "kills",

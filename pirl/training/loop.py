@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -30,6 +31,7 @@ from ..storage import open_storage
 from ..world import World, report_stragglers
 from .control import Control, Decision
 from .feed import Feed, Inputs
+from .initial_rows import fill_bank
 from .meter import Meter
 from .placement import cuts_bank
 from .saver import FINAL_SAVE_RETRY_S, Saver
@@ -129,6 +131,9 @@ class Trainer:
     def fit(self) -> Completion:
         """Train from the cursor to the end of the recipe."""
         if not self.resumed:
+            if self.recipe.memory.init == "forward":
+                with report_stragglers(self.world):
+                    self._fill_bank()
             self.saver.save(self.cursor)
         self.control.restart()
         self.state.model.train()
@@ -139,6 +144,19 @@ class Trainer:
                 return self._complete()
         finally:
             batches.close()  # ends the loading processes, for which a process with a traceback would wait for ever
+
+    def _fill_bank(self) -> None:
+        """Set the bank's rows by a pass of the untrained network; raise `PreemptedError` if a signal stops it."""
+        for _ in fill_bank(self.recipe, self.state.model, self.state.bank, self.loader, self.world):
+            self.control.settle()
+            if self.control.agree(math.inf) is Decision.STOP:
+                self.world.barrier()
+                raise PreemptedError(
+                    f"stopped by a signal before the first step of {self.run.uri}",
+                    "run the same command again: the pass over the images that sets the bank starts again",
+                )
+            if self.lease:
+                self.lease.check()
 
     def _fit(self, batches: Iterable[tuple[int, int, Share, Inputs]]) -> None:
         """Make all steps, and save the last one's state."""
@@ -257,7 +275,7 @@ def build_state(recipe: Recipe, rows: int, world: World, *, cut: bool = False, b
     model = model.to(memory_format=memory_format(model.trunk))
     dim, seed = recipe.model.embedding_dim, recipe.train.seed
     only_visited = recipe.loss.negatives == "visited"
-    blank = blank or only_visited
+    blank = blank or only_visited or recipe.memory.init == "forward"
     if cut:
         bank: MemoryBank = RowsBank(rows, dim, recipe.memory, seed, world, blank=blank)
     else:
