@@ -256,12 +256,23 @@ def shown(text: str) -> str:
 
 
 def readable(line: str) -> str:
-    """Return the words of a JSON line that this module wrote; any other line as it is."""
+    """Return a JSON line that this module wrote as a person reads it, an event as nothing; any other line as it is."""
     try:
         fields = json.loads(line)
     except ValueError:
         return line
-    return str(fields.get("message", line)) if isinstance(fields, dict) else line
+    if not isinstance(fields, dict) or not {"message", "event"} & fields.keys():
+        return line
+    level = fields.get("level", "info")
+    return "" if "message" not in fields else ("" if level == "info" else f"{level}: ") + str(fields["message"])
+
+
+def relay(line: str) -> None:
+    """Print a line of a pod's log in the form of this program's own lines."""
+    if is_json():
+        write(sys.stdout, f"{line}\n")
+    elif text := readable(line):
+        write(sys.stdout, f"{shown(text)}\n")
 
 
 def _line(level: str, text: str, fields: dict[str, Any]) -> None:

@@ -280,6 +280,33 @@ def test_from_creation_to_completion(scene: Scene) -> None:
         assert (body["kind"], body["apiVersion"]) == (resource.kind, f"{resource.group}/{resource.version}")
 
 
+@pytest.mark.parametrize("form", ["human", "json"])
+def test_lines_of_a_pod_are_printed_in_the_form_of_the_console(
+    scene: Scene, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pod logs JSON: a person reads the words alone, a collector of logs gets every field."""
+    monkeypatch.setenv("PIRL_LOG", form)
+    lines = ['{"level": "info", "message": "step 1/2", "loss": 3.5}', '{"level": "warning", "message": "is slow"}']
+    with scene.launched() as launcher:
+        scene.server.logs[f"{launcher.name}-0"] = ""
+        scene.start_pods()
+        for second, line in enumerate([*lines, '{"level": "info", "event": "saved"}', "a plain line", "{}"]):
+            scene.server.logs[f"{launcher.name}-0"] += f"2026-01-01T00:00:0{second + 1}.000000000Z {line}\n"
+        scene.until(lambda: "a plain line" in scene.text())
+        scene.succeed()
+    printed = scene.text().splitlines()
+    if form == "json":
+        assert [line for line in printed if line in lines] == lines
+    else:
+        assert [line for line in printed if not line.startswith("launcher: ")][-4:] == [
+            "step 1/2",
+            "warning: is slow",
+            "a plain line",
+            "{}",
+        ]
+        assert "saved" not in scene.text()
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_an_api_server_that_is_unavailable_while_a_job_is_followed(scene: Scene, way: str) -> None:
     """No clock counts the outage."""

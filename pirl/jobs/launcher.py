@@ -19,7 +19,6 @@ of `progress_s`.
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +27,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ..errors import EXIT_USAGE, PirlError, PreemptedError, StorageError, TrainingError, UsageError
-from ..logs import info, readable, write
+from ..logs import info, readable, relay
 from ..programs import Program
 from ..text import duration
 from .cluster import Cluster, UnavailableError
@@ -198,14 +197,14 @@ class Launcher:
         return (job, self.cluster.pods(job)) if job and is_own else (None, [])
 
     def _report_pods(self, pods: list[Object], final: bool = False) -> None:
-        """Print new ends of containers, and new lines of rank 0's log as they were written, JSON or not."""
+        """Print new ends of containers, and new lines of rank 0's log."""
         for end in ends(pods):
             if (end.uid, end.number) not in self.ends:
                 self.ends[end.uid, end.number] = end
                 if end.exit_code:
                     info(f"launcher: {end}")
         for line in self.log.lines(pods[0], final) if pods and self.kind.index(pods[0]) == 0 else ():
-            write(sys.stdout, f"{line}\n")
+            relay(line)
 
     def _check_settings(self) -> None:
         """Fail on settings that the program has refused: no restart fixes them."""
@@ -347,4 +346,4 @@ def _stop_signals() -> Iterator[None]:
 
 
 def _indent(text: str) -> str:
-    return "\n".join(f"    {readable(line)}" for line in text.splitlines()[-12:])
+    return "\n".join(f"    {line}" for line in map(readable, text.splitlines()[-12:]) if line)

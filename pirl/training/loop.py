@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from inspect import signature
 from time import monotonic
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import nn
@@ -291,12 +293,11 @@ def wrap_ddp(recipe: Recipe, model: nn.Module, world: World) -> nn.Module:
     """Return the model, which averages its gradients over the ranks if there are several."""
     if world.size == 1:
         return model
+    ddp = nn.parallel.DistributedDataParallel
+    # no step reads running statistics, and a checkpoint has those of rank 0; torch 2.13 renamed the argument
+    name = next(each for each in ("forward_sync_buffers", "broadcast_buffers") if each in signature(ddp).parameters)
     devices = [world.local_rank] if world.device.type == "cuda" else None
-    network = nn.parallel.DistributedDataParallel(
-        model,
-        device_ids=devices,
-        gradient_as_bucket_view=True,
-        broadcast_buffers=False,  # no step reads running statistics; a checkpoint has those of rank 0
-    )
+    options: dict[str, Any] = {"device_ids": devices, "gradient_as_bucket_view": True, name: False}
+    network = ddp(model, **options)
     warm_up_ddp(network, recipe, world)
     return network

@@ -61,6 +61,12 @@ class Dag:
 
         until(said, seconds)
 
+    def steps(self) -> str:
+        """Return the log file of the steps, which the console names."""
+        found = re.search(r"log: (\S+)", self.text())
+        assert found, self.text()
+        return Path(found[1]).read_text()
+
     def run(self) -> Storage:
         found = re.search(r"run: (\S+)", self.text())
         assert found, self.text()
@@ -70,7 +76,7 @@ class Dag:
 def test_from_images_to_a_registered_model(place: Place) -> None:
     dag = Dag(place)
     dag.start()
-    dag.says("step 100/", 600)
+    dag.says("pretrain: 100 of", 600)
     name = job_name(dag.run().uri)
     nodes = {pod["spec"]["nodeName"] for pod in place.pods(name)}
     assert len(nodes) == min(4, len(kubectl("get", "nodes", "-o", "name").split())), "each pod has its own node"
@@ -82,7 +88,7 @@ def test_from_images_to_a_registered_model(place: Place) -> None:
     dag.start()
     assert dag.process.wait(1200) == EXIT_DONE, dag.text()
     print(dag.text())
-    assert "resuming from" in dag.text()
+    assert "resuming from" in dag.steps()
     run = dag.run()
     done = run.read_json("DONE.json")
     assert done["steps"] == EPOCHS * STEPS_PER_EPOCH
